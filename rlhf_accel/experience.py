@@ -1,0 +1,31 @@
+"""Rollout -> Experience: the KL in the reward, advantages and returns, the same on every rank by construction."""
+
+from __future__ import annotations
+
+from rlhf_accel import ppo
+from rlhf_accel.config import PPOConfig, RewardConfig
+from rlhf_accel.types import Experience, Rollout
+
+
+def make_experience(rollout: Rollout, config: PPOConfig, reward: RewardConfig, kl_coef: float) -> Experience:
+    """What the update learns from.
+
+    The KL penalty goes into the per-token rewards (Ziegler et al. 2019, equation 2) and the score onto the last token.
+    """
+    mask = rollout.sequences.response_mask
+    scores = ppo.penalize_missing_eos(rollout.scores, rollout.finished, reward.missing_eos_penalty)
+    kl = ppo.kl_estimate(rollout.logprobs, rollout.ref_logprobs, config.kl_estimator)
+    rewards = ppo.token_rewards(scores, kl, mask, kl_coef)
+    if config.whiten_rewards:
+        rewards = ppo.rescale(rewards, mask)
+    advantages, returns = ppo.gae(rewards, rollout.values, mask, config.gamma, config.lam)
+    if config.whiten_advantages:
+        advantages = ppo.standardize(advantages, mask)
+    return Experience(
+        sequences=rollout.sequences,
+        old_logprobs=rollout.logprobs,
+        old_values=rollout.values,
+        rewards=rewards,
+        advantages=advantages,
+        returns=returns,
+    )

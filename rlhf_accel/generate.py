@@ -1,0 +1,192 @@
+"""Continue prompts with a trained model, if wanted beside its base and with the score of each."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import AutoPeftModelForCausalLM
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+
+from rlhf_accel import assets, decoding
+from rlhf_accel.config import Config, ConfigError, RolloutConfig, load
+from rlhf_accel.models import end_of_text_ids
+from rlhf_accel.reward import Reward, load_reward
+from rlhf_accel.rollout import sampling_settings
+from rlhf_accel.runtime import quiet_libraries, tune_process
+from rlhf_accel.tokens import Tokens
+from rlhf_accel.types import Sequences
+
+BATCH = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writer:
+    """A causal language model with its tokenizer, sampled as a run samples."""
+
+    name: str
+    model: Any
+    tokens: Tokens
+    rollout: RolloutConfig
+    adapter_off: bool = False
+
+    def write(self, prompts: Sequence[str], seed: int) -> tuple[str, ...]:
+        """A response to each prompt; the same seed gives the same random numbers to each row."""
+        queries, query_mask = self.tokens.pad_left(self.tokens.encode(prompts))
+        stop = self.tokens.stop_condition(self.rollout.stop, end_of_text_ids(self.model))
+        device = self.model.device
+        with self.model.disable_adapter() if self.adapter_off else nullcontext():
+            sampled = decoding.sample(
+                self.model,
+                queries.to(device),
+                query_mask.to(device),
+                decoding.uniforms(seed, 0, range(len(prompts)), self.rollout.max_new_tokens).to(device),
+                sampling_settings(self.rollout),
+                pad_id=self.tokens.pad_id,
+                stop_ids=stop.ids,
+                ended=stop,
+            )
+        sequences = Sequences(
+            queries=queries,
+            query_mask=query_mask,
+            responses=sampled.responses.cpu(),
+            response_mask=sampled.response_mask.cpu(),
+        )
+        return self.tokens.decode(sequences)[1]
+
+
+def main(arguments: list[str]) -> None:
+    """The command; raises `ConfigError` for a folder or a file that cannot be used."""
+    options = _parse(arguments)
+    tune_process()
+    quiet_libraries()
+    config, writers = _writers(options)
+    reward = _reward(config, Path(options.model)) if options.score else None
+    for number, prompts in enumerate(_prompts(options)):
+        _show(prompts, writers, reward, options.seed + number)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="rlhf_accel generate", description=__doc__)
+    parser.add_argument("model", help="a run's folder, or a model or adapter (folder or hub id)")
+    parser.add_argument(
+        "prompts", nargs="*", help="prompts; without any, lines of --file or of stdin, or interactively"
+    )
+    parser.add_argument("--file", type=Path, help="a text file with one prompt a line")
+    parser.add_argument("--which", choices=("final", "best"), default="final", help="which model of a run's folder")
+    parser.add_argument("--compare", action="store_true", help="show the base's continuation beside it")
+    parser.add_argument("--score", action="store_true", help="score each with the run's reward (with a run's folder)")
+    parser.add_argument("--seed", type=int, default=0)
+    for key, kind in (("max_new_tokens", int), ("temperature", float), ("top_k", int), ("top_p", float)):
+        parser.add_argument(f"--{key}", type=kind, help=f"instead of the run's rollout.{key}")
+    return parser.parse_args(arguments)
+
+
+def _writers(options: argparse.Namespace) -> tuple[Config | None, list[Writer]]:
+    """The run's config, if it is a run's folder, and the models to show, the base first."""
+    folder, config = Path(options.model), None
+    if (folder / "config.yaml").is_file():
+        config = load(Config, folder / "config.yaml")
+        folder = folder / options.which
+        if not folder.is_dir():
+            raise ConfigError(f"{options.model} holds no {options.which}/; the run has not finished")
+    if options.score and config is None:
+        raise ConfigError("--score needs a run's folder, whose config.yaml names the reward")
+    path = str(folder) if config is not None or folder.exists() else assets.resolve_model(options.model)
+    rollout = (config or Config()).rollout
+    changes = {key: getattr(options, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p")}
+    rollout = replace(rollout, **{key: value for key, value in changes.items() if value is not None})
+
+    adapter = (folder / "adapter_config.json").is_file()
+    tokens = Tokens.load(path)
+    trained = Writer(
+        name="trained", model=_load(AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM, path), tokens=tokens,
+        rollout=rollout,
+    )  # fmt: skip
+    if not options.compare:
+        return config, [trained]
+    if adapter:
+        return config, [replace(trained, name="base", adapter_off=True), trained]
+    if config is None:
+        raise ConfigError("--compare needs a run's folder or an adapter, which name their base")
+    base = _load(AutoModelForCausalLM, assets.resolve_model(config.model.name_or_path))
+    return config, [replace(trained, name="base", model=base), trained]
+
+
+def _load(kind: Any, path: str) -> Any:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return kind.from_pretrained(path).eval().to(device)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: no such model could be loaded ({str(error).splitlines()[0]})") from error
+
+
+def _reward(config: Config | None, run: Path) -> Reward:
+    assert config is not None, "checked with the options"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    path = assets.resolve_model(config.reward.model) if config.reward.model else None
+    reward = load_reward(config.reward, path, device)
+    summary = run / "summary.json"
+    # Scores on the run's own scale, where it calibrated one.
+    return (
+        replace(reward, **json.loads(summary.read_text("utf-8")).get("calibration", {}))
+        if summary.is_file()
+        else reward
+    )
+
+
+def _prompts(options: argparse.Namespace) -> Iterator[list[str]]:
+    """Batches of prompts: from the arguments, a file, stdin, or one at a time as they are typed."""
+    if options.prompts:
+        lines = options.prompts
+    elif options.file is not None:
+        try:
+            lines = options.file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--file {options.file}: cannot be read ({getattr(error, 'strerror', error)})") from error
+    elif sys.stdin.isatty():
+        yield from ([line] for line in _typed(input))
+        return
+    else:
+        lines = sys.stdin.read().splitlines()
+    lines = [line for line in lines if line.strip()]
+    if not lines:
+        raise ConfigError("no prompts; give some as arguments, in --file or on stdin")
+    yield from (lines[start : start + BATCH] for start in range(0, len(lines), BATCH))
+
+
+def _typed(ask: Callable[[str], str]) -> Iterator[str]:
+    while True:
+        try:
+            line = ask("prompt (empty to leave)> ")
+        except EOFError:
+            return
+        if not line.strip():
+            return
+        yield line
+
+
+def _show(prompts: list[str], writers: list[Writer], reward: Reward | None, seed: int) -> None:
+    written = {writer.name: writer.write(prompts, seed) for writer in writers}
+    scores = {name: reward(prompts, texts, {}).tolist() for name, texts in written.items()} if reward else {}
+    table = Table(show_lines=True)
+    table.add_column("prompt", overflow="fold")
+    for name in written:
+        table.add_column(name, overflow="fold")
+        if reward:
+            table.add_column("score", justify="right")
+    for i, prompt in enumerate(prompts):
+        cells = [prompt]
+        for name, texts in written.items():
+            cells += [texts[i].replace("\n", "⏎"), *([f"{scores[name][i]:+.2f}"] if reward else [])]
+        table.add_row(*(cell.replace("[", "\\[") for cell in cells))
+    Console().print(table)

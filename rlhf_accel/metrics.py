@@ -1,0 +1,179 @@
+"""What a run reports: every metric's name, unit, meaning and reduction, and where it goes.
+
+Values are reduced over ranks before they come here; sinks are opened by the main process only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+
+@dataclass(frozen=True)
+class Metric:
+    name: str
+    unit: str
+    meaning: str
+    reduction: str
+
+
+METRICS = (
+    Metric("step", "", "PPO step, from 1", "same on all ranks"),
+    Metric("episodes", "responses", "responses sampled since the start", "sum over steps"),
+    Metric("objective/score", "score", "score of a response (calibrated, if so configured)", "mean over responses"),
+    Metric("objective/score_std", "score", "spread of those scores", "standard deviation over responses"),
+    Metric(
+        "objective/reward", "score", "sum of a response's token rewards: score less KL penalty", "mean over responses"
+    ),
+    Metric("objective/kl", "nats/response", "KL of the policy to the reference, k1", "mean over responses"),
+    Metric("objective/kl_k3", "nats/response", "the same, k3: never negative, less noise", "mean over responses"),
+    Metric("objective/entropy", "nats/token", "entropy of the policy where it sampled", "mean over tokens"),
+    Metric("kl/coef", "score/nat", "weight of the KL in the reward of this step", "same on all ranks"),
+    Metric("loss/policy", "", "clipped policy loss", "mean over tokens and updates"),
+    Metric("loss/value", "", "clipped value loss", "mean over tokens and updates"),
+    Metric(
+        "loss/total", "", "loss/policy + vf_coef x loss/value - entropy_coef x entropy", "mean over tokens and updates"
+    ),
+    Metric("policy/approx_kl", "nats/token", "how far the update moved the policy, k3", "mean over tokens and updates"),
+    Metric("policy/clip_fraction", "", "tokens whose ratio was clipped", "mean over tokens and updates"),
+    Metric("policy/ratio_max", "", "largest ratio of new to old probability", "max over tokens and updates"),
+    Metric("policy/first_ratio_error", "", "|ratio - 1| before the first update: rounding only", "max over tokens"),
+    Metric("value/clip_fraction", "", "tokens whose value was clipped", "mean over tokens and updates"),
+    Metric("value/explained_variance", "", "share of the returns' variance that values foresaw", "over tokens"),
+    Metric("rollout/response_tokens", "tokens", "length of a response", "mean over responses"),
+    Metric("rollout/eos_fraction", "", "responses that a stop ended", "mean over responses"),
+    Metric("optim/lr", "", "learning rate of the policy in this step", "same on all ranks"),
+    Metric("optim/grad_norm", "", "norm of the gradient before clipping", "mean over updates"),
+    Metric("optim/skipped_steps", "updates", "updates dropped for a gradient that was not finite", "sum over steps"),
+    Metric("time/rollout", "s", "sampling, log-probabilities, values, reference", "main process"),
+    Metric("time/score", "s", "rewards", "main process"),
+    Metric("time/update", "s", "forward and backward passes and optimizer steps", "main process"),
+    Metric("time/step", "s", "the whole step", "main process"),
+    Metric("perf/samples_per_second", "responses/s", "responses of all ranks by time/step", "sum over ranks"),
+    Metric(
+        "perf/response_tokens_per_second", "tokens/s", "response tokens of all ranks by time/step", "sum over ranks"
+    ),
+    Metric("perf/peak_memory_mib", "MiB", "peak memory of a process so far: GPU if there is one", "max over ranks"),
+    Metric("eval/score", "score", "score on held-out prompts; only where evaluated", "mean over responses"),
+    Metric("eval/kl", "nats/response", "KL to the reference there, k1", "mean over responses"),
+)
+NAMES = frozenset(metric.name for metric in METRICS)
+
+
+def markdown_table() -> str:
+    """The metrics as the README shows them."""
+    rows = [f"| `{m.name}` | {m.unit} | {m.meaning} | {m.reduction} |" for m in METRICS]
+    return "\n".join(["| key | unit | meaning | reduction |", "| --- | --- | --- | --- |", *rows])
+
+
+@dataclass
+class Stopwatch:
+    """Seconds by phase; a phase may be entered several times."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def total(self) -> float:
+        return time.perf_counter() - self.started
+
+
+class JsonLines:
+    """Appends one JSON object a line. A figure that is not finite is written as null: JSON has no word for it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite, ensure_ascii=False) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows after `step`, which a resumed run writes again, and a last row that a crash cut short.
+
+        The file is replaced as a whole, so that a crash leaves the old one or the new one.
+        """
+        if not self.path.exists():
+            return
+        # Not splitlines: texts may hold line breaks that JSON does not escape (U+2028).
+        *lines, _torn = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
+        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
+        new = self.path.with_name(self.path.name + ".new")
+        new.write_text("".join(kept), encoding="utf-8")
+        new.replace(self.path)
+
+
+class Progressline:
+    """The live line of a run: on a terminal a bar that stays in place, elsewhere one plain line a step."""
+
+    def __init__(self, total: int, *, enabled: bool) -> None:
+        self.enabled = enabled
+        self.console = Console(soft_wrap=True, quiet=not enabled, emoji=False)
+        self._total = total
+        self._started = time.perf_counter()
+        self._first: int | None = None
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Progressline:
+        if self.enabled and self.console.is_terminal:
+            columns = ("step", BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, "left", TimeRemainingColumn(), console=self.console, transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task("", total=self._total)
+        self._started = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def show(self, metrics: Mapping[str, float]) -> None:
+        step = int(metrics["step"])
+        text = (
+            f"score {metrics['objective/score']:+.3f}  kl {metrics['objective/kl']:.2f}  "
+            f"entropy {metrics['objective/entropy']:.2f}  {metrics['time/step']:.1f} s/step"
+        )
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=step, description=text)
+            return
+        self._first = step - 1 if self._first is None else self._first
+        left = (time.perf_counter() - self._started) / (step - self._first) * (self._total - step)
+        minutes, seconds = divmod(round(left), 60)
+        self.console.print(f"step {step}/{self._total}  {text}  left {minutes}:{seconds:02}", highlight=False)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False)
+
+    def table(self, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Rows with the same keys, as a table."""
+        table = Table(title=title, title_justify="left", show_lines=True)
+        for key in rows[0]:
+            table.add_column(str(key), justify="right" if isinstance(rows[0][key], float) else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(f"{v:+.2f}" if isinstance(v, float) else _plain(str(v)) for v in row.values()))
+        self.console.print(table)
+
+
+def _plain(text: str) -> Text:
+    # As Text, square brackets are no markup. Line breaks would tear the row, and a policy may sample control codes.
+    return Text("".join(c if c.isprintable() else "⏎" if c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text))

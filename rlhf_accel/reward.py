@@ -1,0 +1,211 @@
+"""Scores of texts: a frozen classifier with its own tokenizer, Python functions, and weighted sums of them.
+
+Rewards see text only. Whatever a reward returns becomes fp32 and is checked finite here. Knows no policy and no rank.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from rlhf_accel.config import ConfigError, RewardConfig
+from rlhf_accel.models import DTYPES, load_pretrained
+from rlhf_accel.runtime import computes_in_bf16
+
+RewardFunction = Callable[..., Sequence[float]]
+
+
+class RewardError(RuntimeError):
+    """A reward raised, or returned something that is not one finite number for each response."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reward:
+    """Weighted sum of named terms, then shifted, scaled and clipped: what the objective calls the score."""
+
+    terms: tuple[tuple[str, float, RewardFunction], ...]  # name (a config key's value), weight, function
+    mean: float = 0.0
+    std: float = 1.0
+    clip: float | None = None
+
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], columns: Mapping[str, Sequence[Any]]
+    ) -> Float[Tensor, " B"]:
+        """fp32 scores (B,) on the CPU. Raises `RewardError` naming the term that failed."""
+        total = torch.zeros(len(prompts), dtype=torch.float64)
+        for name, weight, function in self.terms:
+            total += weight * _call(name, function, prompts, responses, columns)
+        scores = ((total - self.mean) / self.std).float()
+        return scores if self.clip is None else scores.clamp(-self.clip, self.clip)
+
+    def calibrated(self, scores: Float[Tensor, " N"]) -> Reward:
+        """A reward for which these scores, of samples of the reference, would have had mean 0 and variance 1
+        (Ziegler et al. 2019, section 2.1). Raises `ConfigError` if they do not vary."""
+        std, mean = torch.std_mean(scores.double() * self.std + self.mean)
+        if not std > 1e-8:
+            raise ConfigError(
+                f"reward.calibrate=true, but all {len(scores)} reference samples score {mean:.4g}; the reward "
+                "cannot tell them apart"
+            )
+        return replace(self, mean=float(mean), std=float(std))
+
+
+class Classifier:
+    """A sequence classifier that scores texts by one label's logit or probability."""
+
+    def __init__(self, config: RewardConfig, path: str, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+        self.dtype = reward_dtype(config, device)
+        said = f"reward.model={config.model}"
+        self.tokenizer = _load_tokenizer(path, said)
+        model = load_pretrained(AutoModelForSequenceClassification, path, said, dtype=self.dtype)
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.label = self._label_index()
+        if self.tokenizer.pad_token_id is None:
+            # Decoder classifiers find a text's last token by the model's own pad id.
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        if self.model.config.pad_token_id is None:
+            self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        positions = getattr(self.model.config, "max_position_embeddings", 10**9)
+        if "roberta" in self.model.config.model_type:
+            # RoBERTa counts positions from its padding id on; those up to it are not for tokens.
+            positions -= self.model.config.pad_token_id + 1
+        self.max_tokens = min(self.tokenizer.model_max_length, positions)
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Sequence[Any]) -> list[float]:
+        texts = [p + r if self.config.text == "full" else r for p, r in zip(prompts, responses, strict=True)]
+        # Texts of like length together: less padding to read.
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        scores = [0.0] * len(texts)
+        for start in range(0, len(order), self.config.batch_size):
+            chosen = order[start : start + self.config.batch_size]
+            inputs = self.tokenizer(
+                [texts[i] for i in chosen],
+                padding=True,
+                truncation=True,
+                max_length=self.max_tokens,
+                return_tensors="pt",
+            ).to(self.device)
+            logits = self.model(**inputs).logits.float()
+            for i, score in zip(chosen, self._scores(logits).tolist(), strict=True):
+                scores[i] = score
+        return scores
+
+    def _scores(self, logits: Float[Tensor, "B K"]) -> Float[Tensor, " B"]:
+        if self.config.output == "logit":
+            return logits[:, self.label]
+        probabilities = logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
+        return probabilities[:, self.label]
+
+    def _label_index(self) -> int:
+        names = {int(i): name for i, name in self.model.config.id2label.items()}
+        label = self.config.label
+        if len(names) == 1 and label in (None, names[0]):
+            return 0
+        listed = ", ".join(names[i] for i in sorted(names))
+        if label is None:
+            raise ConfigError(f"reward.label is not set, and {self.config.model} has {len(names)} labels: {listed}")
+        for i, name in names.items():
+            if label in (name, str(i)):
+                return i
+        raise ConfigError(f"reward.label={label} is not a label of {self.config.model}; it has {listed}")
+
+
+def _load_tokenizer(path: str, said: str) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        # For a folder with a model and no tokenizer, transformers may make one up that knows its special tokens only.
+        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+            raise ValueError("its vocabulary is empty")
+    except Exception as error:  # the libraries below raise many kinds for a missing or broken tokenizer
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{said}: no tokenizer could be loaded; save one beside the model ({reason})") from error
+    return tokenizer
+
+
+def reward_dtype(config: RewardConfig, device: torch.device) -> torch.dtype:
+    """reward.dtype; auto is fp16 on a GPU; on a CPU, where fp16 is emulated, bf16 if it has the units, else fp32."""
+    if config.dtype != "auto":
+        return DTYPES[config.dtype]
+    if device.type != "cpu":
+        return torch.float16
+    return torch.bfloat16 if computes_in_bf16(device) else torch.float32
+
+
+def load_reward(config: RewardConfig, path: str | None, device: torch.device) -> Reward:
+    """The reward that the config describes; `path` is where reward.model lies.
+
+    Raises `ConfigError` when a part cannot be loaded or nothing is asked for.
+    """
+    names: list[str] = []
+    functions: list[RewardFunction] = []
+    if config.model is not None and path is not None:
+        names.append(f"reward.model={config.model}")
+        functions.append(Classifier(config, path, device))
+    for target in config.function:
+        names.append(f"reward.function={target}")
+        functions.append(import_function(target))
+    if not functions:
+        raise ConfigError("no reward is given; set reward.model or reward.function, or pass PPOTrainer(reward=…)")
+    weights = config.weights or (1.0,) * len(functions)
+    return Reward(terms=tuple(zip(names, weights, functions, strict=True)), clip=config.clip)
+
+
+def import_function(target: str) -> RewardFunction:
+    """The callable at `package.module:callable`; the working folder is on the path, as for `python -m`."""
+    module_name, colon, name = target.partition(":")
+    if not colon or not module_name or not name:
+        raise ConfigError(f"reward.function={target}: expected package.module:callable")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the module does when it is imported
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"reward.function={target}: {module_name} cannot be imported ({reason})") from error
+    if not hasattr(module, name):
+        raise ConfigError(f"reward.function={target}: the module {module_name} has no {name}")
+    function = getattr(module, name)
+    if not callable(function):
+        raise ConfigError(f"reward.function={target}: {name} is not callable")
+    return function
+
+
+def _call(
+    name: str,
+    function: RewardFunction,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    columns: Mapping[str, Sequence[Any]],
+) -> Float[Tensor, " B"]:
+    try:
+        values = function(list(prompts), list(responses), **{key: list(value) for key, value in columns.items()})
+    except Exception as error:
+        raise RewardError(f"{name} raised {type(error).__name__}: {error}") from error
+    try:
+        scores = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RewardError(f"{name} returned {values!r:.80}; return one number for each response") from error
+    if scores.shape != (len(prompts),):
+        raise RewardError(f"{name} returned {_amount(scores)} for {len(prompts)} responses; return one number for each")
+    if not scores.isfinite().all():
+        row = int((~scores.isfinite()).nonzero()[0])
+        raise RewardError(
+            f"{name} returned {scores[row]} for the response {responses[row]!r:.80}; return finite numbers"
+        )
+    return scores
+
+
+def _amount(scores: Tensor) -> str:
+    return f"{len(scores)} scores" if scores.ndim == 1 else f"an array of shape {tuple(scores.shape)}"

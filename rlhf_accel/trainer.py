@@ -1,0 +1,476 @@
+"""PPO from human feedback: the step, the update and the run (Schulman et al. 2017; Ziegler et al. 2019)."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from rlhf_accel import assets, checkpoint, data, models, ppo
+from rlhf_accel.checkpoint import Progress
+from rlhf_accel.config import BatchSizes, Config, ConfigError, OptimConfig, to_yaml
+from rlhf_accel.distributed import Runtime, cut_micro_batches
+from rlhf_accel.evaluation import Evaluation, evaluate
+from rlhf_accel.experience import make_experience
+from rlhf_accel.metrics import JsonLines, Progressline, Stopwatch
+from rlhf_accel.reward import Reward, RewardError, RewardFunction, load_reward
+from rlhf_accel.rollout import Sampler
+from rlhf_accel.tokens import Tokens
+from rlhf_accel.types import Experience, LossStats, PromptBatch, Rollout
+
+_MINIBATCHES = 4  # stream of random numbers, beside those of data.py
+_CALIBRATION_STEP = 0  # training steps count from 1
+
+
+class PPOTrainer:
+    """A PPO run from a config, with a reward of its own or one passed as a callable.
+
+    `fit()` does the whole run. `step(prompts)` does one step on prompts of your own and returns its metrics.
+    Raises `ConfigError` for whatever cannot work, before anything is trained or written.
+    """
+
+    def __init__(self, config: Config, reward: RewardFunction | None = None) -> None:
+        self.config = config
+        self.sizes = BatchSizes.of(config)
+        self.runtime = Runtime(config.run, max_grad_norm=config.optim.max_grad_norm)
+        self.folder = self.runtime.from_main(lambda: checkpoint.choose_folder(config))
+        self.progress = Progress(kl_coef=config.ppo.kl_coef)
+        self.line = Progressline(config.run.total_steps, enabled=self.runtime.is_main)
+
+        # What is quick to check comes first, what may be trained on first use comes last.
+        train_rows, held_rows = self._on_main_first(lambda: data.split_rows(config.data))
+        policy_path = self._on_main_first(lambda: assets.resolve_model(config.model.name_or_path))
+        self.tokens = Tokens.load(policy_path, trust_remote_code=config.model.trust_remote_code)
+        limit, seed = config.rollout.max_prompt_tokens, config.run.seed
+        self.prompts = data.Prompts.of(train_rows, self.tokens, config.data, limit, seed)
+        self.held_out = data.Prompts.of(held_rows, self.tokens, config.data, limit, seed) if len(held_rows) else None
+
+        policy = models.load_policy(config, policy_path, self.runtime.device)
+        reference = models.load_reference(config, policy)
+        reward_path = self._reward_path()
+        self.reward = self._load_reward(reward, reward_path)
+        self._try_reward()
+        module = models.build(config, policy, policy_path, reward_path).to(self.runtime.device)
+        self._say_what_runs(module)
+        optim = config.optim
+        groups = models.parameter_groups(module, optim)
+        self.runtime.prepare(module, torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps))
+        self.sampler = Sampler(
+            config=config.rollout,
+            runtime=self.runtime,
+            tokens=self.tokens,
+            reference=None if reference is None else reference.to(self.runtime.device),
+        )
+        self.kl_controller = self._kl_controller()
+
+    def fit(self) -> dict[str, Any]:
+        """Calibrate, evaluate, train, evaluate, export. Returns what `summary.json` holds."""
+        self._begin()
+        started = time.perf_counter()
+        first = self._evaluate() if self.progress.base is None else None
+        if first is not None:
+            self.progress = replace(self.progress, base=_figures(first))
+        last = first
+        with self.line:
+            for step in range(self.progress.step + 1, self.config.run.total_steps + 1):
+                metrics = self.step(self.prompts.batch(step, self.sizes.rollout))
+                if _due(step, self.config.run.eval_every) or step == self.config.run.total_steps:
+                    last = self._evaluate()
+                    if last is not None:
+                        metrics |= {"eval/score": last.score, "eval/kl": last.kl}
+                        self._keep_best(last)
+                self._record(metrics)
+                if _due(step, self.config.run.save_every):
+                    self._save()
+        summary = self._summary(first, last, time.perf_counter() - started)
+        self._export("final", summary)
+        self._finish(summary)
+        return summary
+
+    def step(self, prompts: PromptBatch | Sequence[str]) -> dict[str, float]:
+        """One PPO step: sample, score, learn. Returns the step's metrics, the same on every rank."""
+        if not isinstance(prompts, PromptBatch):
+            prompts = data.prompt_batch(self.tokens.encode(list(prompts)), self.tokens)
+        step, watch = self.progress.step + 1, Stopwatch()
+        self.runtime.set_lr_factor(lr_factor(self.config.optim, step, self.config.run.total_steps))
+        with watch("rollout"):
+            responses = self.sampler.sample(prompts, seed=self.config.run.seed, step=step)
+        with watch("score"):
+            scores = self.sampler.score(responses, self.reward)
+        with watch("rollout"):
+            rollout = self.sampler.assess(responses, scores, len(prompts))
+        experience = make_experience(rollout, self.config.ppo, self.config.reward, self.kl_controller.coef)
+        with watch("update"):
+            losses = self.update(experience, step)
+        metrics = self._metrics(step, rollout, experience, losses, watch)
+        self._check_first_step(metrics)
+        self.kl_controller = self.kl_controller.updated(metrics["objective/kl"], len(rollout))
+        self.progress = replace(
+            self.progress,
+            step=step,
+            episodes=int(metrics["episodes"]),
+            skipped=int(metrics["optim/skipped_steps"]),
+            kl_coef=self.kl_controller.coef,
+        )
+        self._log_samples(rollout)
+        return metrics
+
+    def update(self, experience: Experience, step: int) -> LossStats:
+        """PPO's epochs over the experience; stops early where ppo.target_kl_stop says so."""
+        config = self.config.ppo
+        totals = _UpdateTotals()
+        self.runtime.module.train(self.config.lora.dropout > 0 or self.config.model.gradient_checkpointing)
+        try:
+            for epoch in range(config.ppo_epochs):
+                order = np.random.default_rng((_MINIBATCHES, self.config.run.seed, step, epoch)).permutation(
+                    len(experience)
+                )
+                for rows in np.array_split(order, config.num_minibatches):
+                    if not self._update_minibatch(experience, torch.from_numpy(rows), totals):
+                        return totals.stats()
+        finally:
+            self.runtime.module.eval()
+        return totals.stats()
+
+    def _update_minibatch(self, experience: Experience, rows: Int[Tensor, " n"], totals: _UpdateTotals) -> bool:
+        """One optimizer step; False if the policy had moved too far to take it."""
+        config = self.config.ppo
+        lengths = experience.sequences.lengths
+        micro_batches = cut_micro_batches(lengths, rows, config.micro_batch_tokens, self.runtime.world_size)
+        # Over all ranks and micro-batches, and known before the first backward pass.
+        tokens = int(experience.sequences.response_mask[rows].sum())
+        sums: list[Tensor] = []
+        maxima: list[Tensor] = []
+        losses = [self._loss(experience, part, tokens, sums, maxima) for part in micro_batches[self.runtime.rank]]
+        self.runtime.backward(losses)
+        means = self.runtime.sum(torch.stack(sums).sum(0)) / max(tokens, 1)
+        largest = self.runtime.max(torch.stack(maxima).amax(0))
+        if config.target_kl_stop is not None and means[3] > config.target_kl_stop:
+            self.runtime.drop_gradient()
+            return False
+        norm, taken = self.runtime.optimizer_step()
+        totals.add(means, largest, norm, taken)
+        return True
+
+    def _loss(
+        self, experience: Experience, rows: Int[Tensor, " m"], tokens: int, sums: list[Tensor], maxima: list[Tensor]
+    ) -> Callable[[], Tensor]:
+        """The loss of a micro-batch as a function, which also notes its statistics.
+
+        An empty micro-batch reads one row with nothing of it counted: its passes keep the rank in step with others.
+        """
+        config, device = self.config.ppo, self.runtime.device
+        part = experience.select(rows if len(rows) else torch.zeros(1, dtype=torch.int64)).to(device)
+        sequences = part.sequences.trimmed()
+        mask = sequences.response_mask & bool(len(rows))
+        length = mask.shape[1]
+
+        def loss() -> Tensor:
+            new = self.runtime.module(*models.model_inputs(sequences))
+            policy = ppo.policy_loss(
+                new.logprobs, part.old_logprobs[:, :length], part.advantages[:, :length], mask, config.cliprange
+            )
+            value = ppo.value_loss(
+                new.values, part.old_values[:, :length], part.returns[:, :length], mask, config.cliprange_value
+            )
+            entropy = ppo.masked_sum(new.entropy, mask)
+            total = policy.loss + config.vf_coef * value.loss - config.entropy_coef * entropy
+            noted = (policy.loss, value.loss, total, policy.approx_kl, policy.clipped, value.clipped)
+            sums.append(torch.stack([figure.detach().float().cpu() for figure in noted]))
+            maxima.append(torch.stack([policy.ratio_max, policy.ratio_error]).float().cpu())
+            return total / tokens
+
+        return loss
+
+    def _metrics(
+        self, step: int, rollout: Rollout, experience: Experience, losses: LossStats, watch: Stopwatch
+    ) -> dict[str, float]:
+        mask = rollout.sequences.response_mask
+        k1, k3 = (
+            ppo.masked_row_sum(ppo.kl_estimate(rollout.logprobs, rollout.ref_logprobs, kind), mask).mean()
+            for kind in ("k1", "k3")
+        )
+        return {
+            "step": step,
+            "episodes": self.progress.episodes + len(rollout),
+            "objective/score": float(rollout.scores.mean()),
+            "objective/score_std": float(rollout.scores.std(correction=0)),
+            "objective/reward": float(ppo.masked_row_sum(experience.rewards, mask).mean()),
+            "objective/kl": float(k1),
+            "objective/kl_k3": float(k3),
+            "objective/entropy": float(ppo.masked_mean(rollout.entropy, mask)),
+            "kl/coef": self.kl_controller.coef,
+            "loss/policy": losses.policy,
+            "loss/value": losses.value,
+            "loss/total": losses.total,
+            "policy/approx_kl": losses.approx_kl,
+            "policy/clip_fraction": losses.clip_fraction,
+            "policy/ratio_max": losses.ratio_max,
+            "policy/first_ratio_error": losses.first_ratio_error,
+            "value/clip_fraction": losses.value_clip_fraction,
+            "value/explained_variance": float(ppo.explained_variance(rollout.values, experience.returns, mask)),
+            "rollout/response_tokens": float(mask.sum(1).float().mean()),
+            "rollout/eos_fraction": float(rollout.finished.float().mean()),
+            "optim/lr": self.config.optim.lr * lr_factor(self.config.optim, step, self.config.run.total_steps),
+            "optim/grad_norm": losses.grad_norm,
+            "optim/skipped_steps": self.progress.skipped + losses.skipped,
+            "time/rollout": watch.seconds["rollout"],
+            "time/score": watch.seconds["score"],
+            "time/update": watch.seconds["update"],
+            "time/step": watch.total(),
+            "perf/samples_per_second": len(rollout) / watch.total(),
+            "perf/response_tokens_per_second": int(mask.sum()) / watch.total(),
+            "perf/peak_memory_mib": self.runtime.peak_memory_mib(),
+        }
+
+    def _check_first_step(self, metrics: dict[str, float]) -> None:
+        """At step 1 policy and reference are the same model, and so are the sampling and the current policy."""
+        if metrics["step"] != 1:
+            return
+        if abs(metrics["objective/kl_k3"]) > 1e-3:
+            raise RuntimeError(
+                f"objective/kl_k3 is {metrics['objective/kl_k3']:.4g} at step 1, where policy and reference are the "
+                "same model: the reference differs in weights, dropout or adapter"
+            )
+        # bf16 keeps 8 bits: a logit of 16 is off by up to 0.06, and a ratio with it.
+        exact = (
+            self.runtime.precision == "fp32" and models.resolve_dtype(self.config, self.runtime.device) == torch.float32
+        )
+        limit = 1e-3 if exact else 0.5
+        if self.config.lora.dropout == 0 and metrics["policy/first_ratio_error"] > limit:
+            raise RuntimeError(
+                f"policy/first_ratio_error is {metrics['policy/first_ratio_error']:.4g} at step 1, where the ratio is "
+                "1: the update computes other log-probabilities than the rollout (dropout, padding or positions)"
+            )
+
+    def _reward_path(self) -> str | None:
+        name = self.config.reward.model
+        return None if name is None else self._on_main_first(lambda: assets.resolve_model(name, "reward.model"))
+
+    def _load_reward(self, reward: RewardFunction | None, path: str | None) -> Reward:
+        if reward is None:
+            return self._on_main_first(lambda: load_reward(self.config.reward, path, self.runtime.device))
+        if self.config.reward.model or self.config.reward.function:
+            raise ConfigError("PPOTrainer(reward=…) is given beside reward.model or reward.function; keep one of them")
+        name = f"reward={getattr(reward, '__name__', type(reward).__name__)}"
+        return Reward(terms=((name, 1.0, reward),), clip=self.config.reward.clip)
+
+    def _try_reward(self) -> None:
+        """Score a few prompts as they are, so that a reward that cannot work fails before training."""
+        few = self.prompts.first(2)
+        try:
+            self.reward(few.texts, few.texts, few.columns)
+        except RewardError as error:
+            raise ConfigError(str(error).replace("\n", " ")) from error
+
+    def _kl_controller(self) -> ppo.FixedKLController | ppo.AdaptiveKLController:
+        config = self.config.ppo
+        if config.kl_target is None:
+            return ppo.FixedKLController(coef=self.progress.kl_coef)
+        return ppo.AdaptiveKLController(coef=self.progress.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
+
+    def _begin(self) -> None:
+        """Open the run's folder and trackers; go on from a checkpoint, or calibrate the reward for a new run."""
+        self.runtime.from_main(lambda: checkpoint.make_folder(self.folder))
+        if self.config.run.resume is not None:
+            self._resume()
+        elif self.config.reward.calibrate:
+            self.line.say(f"calibrating the reward on {self.config.reward.calibrate_samples} samples of the reference")
+            self.reward = self.reward.calibrated(self._reference_scores(self.config.reward.calibrate_samples))
+            self.progress = replace(self.progress, reward_mean=self.reward.mean, reward_std=self.reward.std)
+        if self.runtime.is_main:
+            (self.folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+        self.runtime.start_trackers(self.config.run.name, _flat(asdict(self.config)), self.folder)
+
+    def _reference_scores(self, count: int) -> Tensor:
+        """Raw scores of the policy before training, on training prompts."""
+        prompts = self.prompts.batch(1, count)
+        responses = self.sampler.sample(prompts, seed=self.config.run.seed, step=_CALIBRATION_STEP)
+        return self.runtime.gather_rows(self.sampler.score(responses, replace(self.reward, clip=None)), count)
+
+    def _evaluate(self) -> Evaluation | None:
+        if self.held_out is None or self.config.run.eval_samples == 0:
+            return None
+        prompts = self.held_out.first(self.config.run.eval_samples)
+        self.line.say(f"evaluating on {len(prompts)} held-out prompts")
+        return evaluate(self.sampler, self.reward, prompts)
+
+    def _keep_best(self, evaluation: Evaluation) -> None:
+        if self.progress.best_score is None or evaluation.score > self.progress.best_score:
+            self.progress = replace(self.progress, best_score=evaluation.score)
+            self._export("best", {"eval/score": evaluation.score, "eval/kl": evaluation.kl})
+
+    def _record(self, metrics: dict[str, float]) -> None:
+        self.runtime.track({key: value for key, value in metrics.items() if key != "step"}, int(metrics["step"]))
+        self.line.show(metrics)
+        if self.runtime.is_main:
+            JsonLines(self.folder / "metrics.jsonl").write(metrics)
+
+    def _log_samples(self, rollout: Rollout) -> None:
+        run, step = self.config.run, self.progress.step
+        if not self.runtime.is_main or not (_due(step, run.sample_every) or (step == 1 and run.sample_every)):
+            return
+        kl = ppo.masked_row_sum(rollout.logprobs - rollout.ref_logprobs, rollout.sequences.response_mask)
+        rows = [
+            {
+                "step": step,
+                "prompt": rollout.prompts[i],
+                "response": rollout.texts[i],
+                "score": float(rollout.scores[i]),
+                "kl": float(kl[i]),
+            }
+            for i in range(min(run.sample_count, len(rollout)))
+        ]
+        for row in rows:
+            JsonLines(self.folder / "samples.jsonl").write(row)
+        self.line.table(f"samples of step {step}", [{k: v for k, v in row.items() if k != "step"} for row in rows])
+
+    def _save(self) -> None:
+        checkpoint.save_checkpoint(
+            self.folder,
+            self.progress,
+            self.runtime.save_state,
+            is_main=self.runtime.is_main,
+            barrier=self.runtime.barrier,
+        )
+
+    def _resume(self) -> None:
+        place = self.runtime.from_main(lambda: checkpoint.resume_folder(self.config, self.folder))
+        self.runtime.load_state(place)
+        self.progress = checkpoint.load_progress(place)
+        self.kl_controller = self._kl_controller()
+        self.reward = replace(self.reward, mean=self.progress.reward_mean, std=self.progress.reward_std)
+        self.line.say(f"going on after step {self.progress.step} from {place}")
+        if self.runtime.is_main:
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                JsonLines(self.folder / name).rewind(self.progress.step)
+
+    def _export(self, name: str, results: dict[str, Any]) -> None:
+        weights = self.runtime.state_dict()
+        if self.runtime.is_main:
+            card = checkpoint.model_card(self.config, results)
+            checkpoint.export(self.folder / name, self.runtime.plain_module, weights, self.tokens, card)
+        self.runtime.barrier()
+
+    def _summary(self, first: Evaluation | None, last: Evaluation | None, seconds: float) -> dict[str, Any]:
+        """What the run did to the held-out score; the gain is in standard deviations of the base's scores."""
+        calibration = {"mean": self.reward.mean, "std": self.reward.std}
+        summary: dict[str, Any] = {"steps": self.progress.step, "seconds": seconds, "calibration": calibration}
+        base = self.progress.base
+        if base is None or last is None:
+            return summary
+        summary |= {"base": base, "trained": _figures(last)}
+        if base["score_std"] > 0:
+            summary["gain"] = (last.score - base["score"]) / base["score_std"]
+        pairs = [] if first is None else zip(first.rollout.texts, first.rollout.scores.tolist(), strict=True)
+        after = zip(last.rollout.prompts, last.rollout.texts, last.rollout.scores.tolist(), strict=True)
+        summary["samples"] = [
+            {"prompt": prompt, "base": base_text, "base score": base_score, "trained": text, "trained score": score}
+            for (base_text, base_score), (prompt, text, score) in zip(pairs, after, strict=False)
+        ][:10]
+        return summary
+
+    def _finish(self, summary: dict[str, Any]) -> None:
+        self.runtime.close()
+        if not self.runtime.is_main:
+            return
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False), encoding="utf-8")
+        if summary.get("samples"):
+            self.line.table("held-out prompts, before and after", summary["samples"])
+        if "gain" in summary:
+            base, trained = summary["base"], summary["trained"]
+            self.line.say(
+                f"held-out score {base['score']:+.3f} (std {base['score_std']:.3f}) before, {trained['score']:+.3f} "
+                f"after: a gain of {summary['gain']:.2f} standard deviations at a KL of {trained['kl']:.2f} nats"
+            )
+        self.line.say(
+            f"{summary['steps']} steps in {summary['seconds']:.0f} s; the model is in {self.folder / 'final'}"
+        )
+
+    def _say_what_runs(self, module: models.PolicyWithValue) -> None:
+        trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        held = sum(p.numel() for p in module.parameters())
+        dtype = str(models.resolve_dtype(self.config, self.runtime.device)).removeprefix("torch.")
+        self.line.say(
+            f"run folder {self.folder}\n"
+            f"policy {self.config.model.name_or_path} in {dtype}, {trainable / 1e6:.1f} of {held / 1e6:.1f} million "
+            f"parameters learn; critic {self.config.model.critic}; {self.runtime.world_size} process(es) on "
+            f"{self.runtime.device.type} in {self.runtime.precision}; {len(self.prompts)} prompts to train on"
+        )
+
+    def _on_main_first(self, make: Callable[[], Any]) -> Any:
+        with self.runtime.main_first():
+            return make()
+
+
+class _UpdateTotals:
+    """Sums up the statistics of a step's optimizer steps, each of which is already a mean over its tokens."""
+
+    def __init__(self) -> None:
+        self.means: list[Tensor] = []
+        self.maxima: list[Tensor] = []
+        self.norms: list[float] = []
+        self.skipped = 0
+
+    def add(self, means: Tensor, maxima: Tensor, norm: float, taken: bool) -> None:
+        self.means.append(means)
+        self.maxima.append(maxima)
+        self.skipped += not taken
+        if taken:
+            self.norms.append(norm)
+
+    def stats(self) -> LossStats:
+        policy, value, total, approx_kl, clipped, value_clipped = torch.stack(self.means).mean(0).tolist()
+        return LossStats(
+            policy=policy,
+            value=value,
+            total=total,
+            approx_kl=approx_kl,
+            clip_fraction=clipped,
+            value_clip_fraction=value_clipped,
+            ratio_max=float(torch.stack(self.maxima)[:, 0].max()),
+            first_ratio_error=float(self.maxima[0][1]),
+            grad_norm=float(np.mean(self.norms)) if self.norms else float("nan"),
+            updates=len(self.means),
+            skipped=self.skipped,
+        )
+
+
+def lr_factor(optim: OptimConfig, step: int, total_steps: int) -> float:
+    """Share of the peak learning rate at a step counted from 1: rises over the warm-up, then follows the schedule.
+
+    >>> [lr_factor(OptimConfig(schedule="linear", warmup_steps=2), step, 6) for step in range(1, 7)]
+    [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    """
+    if step <= optim.warmup_steps:
+        return step / optim.warmup_steps
+    done = (step - 1 - optim.warmup_steps) / max(total_steps - optim.warmup_steps, 1)
+    if optim.schedule == "linear":
+        return 1.0 - done
+    return 1.0 if optim.schedule == "constant" else 0.5 * (1.0 + float(np.cos(np.pi * done)))
+
+
+def _figures(evaluation: Evaluation) -> dict[str, float]:
+    return {"score": evaluation.score, "score_std": evaluation.score_std, "kl": evaluation.kl}
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys with values that every tracker takes."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, (int, float, str, bool)) else str(value)
+    return flat

@@ -1,0 +1,225 @@
+"""All that crosses a stage of the PPO step: frozen batches with a shape and dtype for every field.
+
+    PromptBatch -> Responses -> Rollout -> Experience -> LossStats
+
+Shapes: B rollouts (all of the step, or one process's share), Q padded query, R padded response, L = Q + R. Queries are
+padded on the left and responses on the right, so that the first response token stands at column Q of every row; a mask
+is True where a token counts. Masks, never token ids, say where the padding is: PAD may well be EOS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+T = TypeVar("T", bound="_Batch")
+
+
+class TokenOutputs(NamedTuple):
+    """What `PolicyWithValue.forward` says of each response token, all fp32.
+
+    logprobs (B, R) in nats; values (B, R), before the token is chosen; entropy (B, R) in nats of the distribution that
+    the token was chosen from.
+    """
+
+    logprobs: Float[Tensor, "B R"]
+    values: Float[Tensor, "B R"]
+    entropy: Float[Tensor, "B R"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Batch:
+    """Rows that are selected and moved together: tensors, tuples of strings, mappings of columns, other batches."""
+
+    def select(self: T, rows: Int[Tensor, " n"]) -> T:
+        """A new batch with these rows, in this order."""
+        return replace(self, **{field.name: _select(getattr(self, field.name), rows) for field in fields(self)})
+
+    def to(self: T, device: torch.device | str) -> T:
+        """A new batch with its tensors on `device`."""
+        moved = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            moved[field.name] = value.to(device) if isinstance(value, (Tensor, _Batch)) else value
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PromptBatch(_Batch):
+    """Prompts of one step.
+
+    index is a prompt's place in the step's global batch: with the run's seed and the step it fixes the random numbers
+    of its response, wherever that is sampled.
+    """
+
+    queries: Int[Tensor, "B Q"]  # int64, padded on the left
+    query_mask: Bool[Tensor, "B Q"]
+    index: Int[Tensor, " B"]
+    texts: tuple[str, ...]
+    columns: Mapping[str, tuple[Any, ...]]  # the data set's other columns, for reward functions
+
+    def __post_init__(self) -> None:
+        _check("queries", self.queries, torch.int64, self.query_mask.shape)
+        _check("query_mask", self.query_mask, torch.bool, self.queries.shape)
+        _check("index", self.index, torch.int64, (len(self),))
+        _check_rows(len(self), {"texts": self.texts})
+        _check_rows(len(self), self.columns)
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sequences(_Batch):
+    """Queries with their responses, as the model reads them.
+
+    response_mask is True up to and including the stop token.
+    """
+
+    queries: Int[Tensor, "B Q"]
+    query_mask: Bool[Tensor, "B Q"]
+    responses: Int[Tensor, "B R"]
+    response_mask: Bool[Tensor, "B R"]
+
+    def __post_init__(self) -> None:
+        _check("queries", self.queries, torch.int64, self.query_mask.shape)
+        _check("query_mask", self.query_mask, torch.bool, self.queries.shape)
+        _check("responses", self.responses, torch.int64, (len(self), self.response_mask.shape[1]))
+        _check("response_mask", self.response_mask, torch.bool, self.responses.shape)
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    @property
+    def lengths(self) -> Int[Tensor, " B"]:
+        """Real tokens of each row, query and response together."""
+        return self.query_mask.sum(1) + self.response_mask.sum(1)
+
+    def trimmed(self) -> Sequences:
+        """The same rows without the columns that are padding in all of them; at least one column of each stays.
+
+        >>> rows = Sequences(
+        ...     queries=torch.tensor([[0, 0, 5], [0, 6, 7]]),
+        ...     query_mask=torch.tensor([[0, 0, 1], [0, 1, 1]]).bool(),
+        ...     responses=torch.tensor([[8, 0, 0], [9, 3, 0]]),
+        ...     response_mask=torch.tensor([[1, 0, 0], [1, 1, 0]]).bool(),
+        ... )
+        >>> rows.trimmed().queries.tolist(), rows.trimmed().responses.tolist()
+        ([[0, 5], [6, 7]], [[8, 0], [9, 3]])
+        """
+        width = max(int(self.query_mask.sum(1).max()), 1) if len(self) else 1
+        length = max(int(self.response_mask.sum(1).max()), 1) if len(self) else 1
+        return Sequences(
+            queries=self.queries[:, -width:],
+            query_mask=self.query_mask[:, -width:],
+            responses=self.responses[:, :length],
+            response_mask=self.response_mask[:, :length],
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Responses(_Batch):
+    """Sampled responses of one process's share of the prompts, with the text that rewards read."""
+
+    sequences: Sequences
+    finished: Bool[Tensor, " B"]  # ended by a stop, not by the length limit
+    prompts: tuple[str, ...]
+    texts: tuple[str, ...]
+    columns: Mapping[str, tuple[Any, ...]]
+
+    def __post_init__(self) -> None:
+        _check("finished", self.finished, torch.bool, (len(self),))
+        _check_rows(len(self), {"prompts": self.prompts, "texts": self.texts})
+        _check_rows(len(self), self.columns)
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rollout(_Batch):
+    """All responses of a step, scored, with what policy, critic and reference said of them; the same on every rank."""
+
+    sequences: Sequences
+    finished: Bool[Tensor, " B"]
+    scores: Float[Tensor, " B"]
+    logprobs: Float[Tensor, "B R"]
+    ref_logprobs: Float[Tensor, "B R"]
+    values: Float[Tensor, "B R"]
+    entropy: Float[Tensor, "B R"]
+    prompts: tuple[str, ...]
+    texts: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        shape = self.sequences.responses.shape
+        _check("finished", self.finished, torch.bool, shape[:1])
+        _check("scores", self.scores, torch.float32, shape[:1])
+        for name in ("logprobs", "ref_logprobs", "values", "entropy"):
+            _check(name, getattr(self, name), torch.float32, shape)
+        _check_rows(len(self), {"prompts": self.prompts, "texts": self.texts})
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Experience(_Batch):
+    """What the update learns from; `old_` is what policy and critic said when they sampled."""
+
+    sequences: Sequences
+    old_logprobs: Float[Tensor, "B R"]
+    old_values: Float[Tensor, "B R"]
+    rewards: Float[Tensor, "B R"]  # per token: -kl_coef * kl, and the score on the last token
+    advantages: Float[Tensor, "B R"]
+    returns: Float[Tensor, "B R"]
+
+    def __post_init__(self) -> None:
+        shape = self.sequences.responses.shape
+        for name in ("old_logprobs", "old_values", "rewards", "advantages", "returns"):
+            _check(name, getattr(self, name), torch.float32, shape)
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossStats:
+    """Means over the response tokens of all optimizer steps of a PPO step, all ranks together."""
+
+    policy: float
+    value: float
+    total: float
+    approx_kl: float  # nats per token, k3 of the sampling policy against the current one
+    clip_fraction: float
+    value_clip_fraction: float
+    ratio_max: float
+    first_ratio_error: float  # max |ratio - 1| before the first optimizer step
+    grad_norm: float
+    updates: int
+    skipped: int
+
+
+def _select(value: Any, rows: Int[Tensor, " n"]) -> Any:
+    if isinstance(value, Tensor):
+        return value[rows.to(value.device)]
+    if isinstance(value, _Batch):
+        return value.select(rows)
+    if isinstance(value, Mapping):
+        return {key: _select(item, rows) for key, item in value.items()}
+    return tuple(value[row] for row in rows.tolist())
+
+
+def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {tuple(shape)}")
+
+
+def _check_rows(count: int, named: Mapping[str, tuple[Any, ...]]) -> None:
+    for name, rows in named.items():
+        if len(rows) != count:
+            raise ValueError(f"{name} has {len(rows)} rows, expected {count}")
