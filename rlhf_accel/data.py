@@ -7,7 +7,9 @@ builds the same one. Knows no model and no rank.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,21 +29,33 @@ LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parque
 _ORDER, _LENGTH, _EVAL_LENGTH = 1, 2, 3
 
 
-def load_rows(source: str, split: str, max_samples: int | None = None) -> datasets.Dataset:
+def load_rows(
+    source: str,
+    split: str,
+    max_samples: int | None = None,
+    *,
+    source_key: str = "data.source",
+    split_key: str = "data.split",
+) -> datasets.Dataset:
     """Rows of `embedded:NAME`, of a .jsonl, .csv, .parquet or .txt file (one row a line), or of a hub data set's split.
 
-    Raises `ConfigError` naming data.source or data.split when nothing can be read.
+    Raises `ConfigError` when nothing can be read, naming `source_key` or `split_key`, the keys that the two came from.
     """
     name = source.removeprefix("embedded:")
     if name != source:
         rows = assets.embedded_dataset(name, split)
-    elif Path(source).suffix in LOADERS:
-        rows = _load_file(source)
+    elif is_file_name(source):
+        rows = _load_file(source, source_key)
     else:
-        rows = _load_hub(source, split)
+        rows = _load_hub(source, split, source_key, split_key)
     if len(rows) == 0:
-        raise ConfigError(f"data.source={source} holds no rows; name one that has some")
+        raise ConfigError(f"{source_key}={source} holds no rows; name one that has some")
     return rows.select(range(min(max_samples or len(rows), len(rows))))
+
+
+def is_file_name(source: str) -> bool:
+    """Whether a source is a file by its name, rather than a hub id, a folder or embedded."""
+    return Path(source).suffix.lower() in LOADERS
 
 
 def checked_texts(rows: datasets.Dataset, source: str, text_field: str) -> list[str]:
@@ -54,7 +68,7 @@ def checked_texts(rows: datasets.Dataset, source: str, text_field: str) -> list[
     for number, text in enumerate(texts, start=1):
         if not isinstance(text, str) or not text.strip():
             raise ConfigError(
-                f"data.source={source}: row {number} has no text in the column {text_field} (found {text!r:.40}); "
+                f"data.text_field={text_field}: row {number} of {source} has no text there (found {text!r:.40}); "
                 "remove the row or choose another data.text_field"
             )
     return texts
@@ -66,18 +80,34 @@ def held_out(text: str) -> bool:
 
 
 def split_rows(config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Rows to train on and rows held out from training."""
+    """Rows to train on and rows held out from training.
+
+    Without data.eval_split the second may be empty, where there are too few texts for a tenth of them to be one.
+    """
+    if is_file_name(config.source) and config.split != "train":
+        raise ConfigError(f"data.split={config.split}: the file {config.source} has no splits; remove data.split")
     rows = load_rows(config.source, config.split, config.max_samples)
     texts = checked_texts(rows, config.source, config.text_field)
     if config.eval_split is not None:
-        other_file = Path(config.eval_split).suffix in LOADERS
-        source = config.eval_split if other_file else config.source
-        held = load_rows(source, config.eval_split)
-        checked_texts(held, source, config.text_field)
-        return rows, held
+        return rows, _eval_rows(config, config.eval_split)
     train = [i for i, text in enumerate(texts) if not held_out(text)]
     held_rows = [i for i, text in enumerate(texts) if held_out(text)]
-    return rows.select(train or held_rows), rows.select(held_rows)
+    return (rows.select(train), rows.select(held_rows)) if train else (rows, rows.select([]))
+
+
+def _eval_rows(config: DataConfig, eval_split: str) -> datasets.Dataset:
+    if is_file_name(eval_split):
+        held = load_rows(eval_split, "train", source_key="data.eval_split")
+        checked_texts(held, eval_split, config.text_field)
+        return held
+    if is_file_name(config.source):
+        raise ConfigError(
+            f"data.eval_split={eval_split}: data.source={config.source} is a file, which has no splits; name another "
+            "file, or set data.eval_split=null to hold out a tenth of this one"
+        )
+    held = load_rows(config.source, eval_split, split_key="data.eval_split")
+    checked_texts(held, config.source, config.text_field)
+    return held
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,15 +124,22 @@ class Prompts:
     def of(
         cls, rows: datasets.Dataset, tokens: Tokens, config: DataConfig, max_prompt_tokens: int, seed: int
     ) -> Prompts:
-        """Leaves out rows that are too long to be a whole prompt; raises `ConfigError` if none is left."""
+        """Leaves out rows that are too long to be a whole prompt and warns of their number; raises `ConfigError` if
+        none is left."""
         if config.prompt_tokens is None:
             texts = checked_texts(rows, config.source, config.text_field)
-            lengths = [len(ids) for ids in tokens.encode(texts)]
-            short = [i for i, length in enumerate(lengths) if 0 < length <= max_prompt_tokens]
+            lengths = [len(ids) - len(tokens.prefix) for ids in tokens.encode(texts)]
+            short = [i for i, length in enumerate(lengths) if length <= max_prompt_tokens]
             if not short:
                 raise ConfigError(
                     f"rollout.max_prompt_tokens={max_prompt_tokens}: all {len(rows)} prompts of {config.source} are "
                     f"longer (the shortest has {min(lengths)} tokens); raise it or set data.prompt_tokens"
+                )
+            if len(short) < len(rows):
+                warnings.warn(
+                    f"{len(rows) - len(short)} of {len(rows)} prompts of {config.source} are longer than "
+                    f"rollout.max_prompt_tokens={max_prompt_tokens} and left out",
+                    stacklevel=2,
                 )
             rows = rows.select(short)
         return cls(rows=rows, tokens=tokens, config=config, max_prompt_tokens=max_prompt_tokens, seed=seed)
@@ -112,8 +149,10 @@ class Prompts:
 
     def batch(self, step: int, size: int) -> PromptBatch:
         """The prompts of a step, counted from 1: the next `size` of an endless series of shuffled passes."""
-        places = np.arange((step - 1) * size, step * size)
-        rows = [int(self._pass(place // len(self))[place % len(self)]) for place in places]
+        start, end = (step - 1) * size, step * size
+        first, last = start // len(self), (end - 1) // len(self)
+        order = np.concatenate([self._pass(number) for number in range(first, last + 1)])
+        rows = order[start - first * len(self) : end - first * len(self)].tolist()
         return self._prompts(rows, np.random.default_rng((_LENGTH, self.seed, step)))
 
     def first(self, count: int) -> PromptBatch:
@@ -150,28 +189,50 @@ def prompt_batch(
     )
 
 
-def _load_file(source: str) -> datasets.Dataset:
+def _load_file(source: str, key: str) -> datasets.Dataset:
     path = Path(source)
     if not path.is_file():
-        raise ConfigError(f"data.source={source}: no such file")
-    if path.stat().st_size == 0:
-        raise ConfigError(f"data.source={source}: the file is empty")
+        raise ConfigError(f"{key}={source}: no such file")
+    kind = LOADERS[path.suffix.lower()]
+    # pandas would take the texts "NA", "None" and "null" for missing ones.
+    options = {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}
     try:
-        rows = datasets.load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
+        with _quiet_readers():
+            rows = datasets.load_dataset(kind, data_files=str(path), split="train", **options)
     except Exception as error:  # the readers raise many kinds for a file that is not what its name says
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise ConfigError(f"data.source={source}: cannot be read as {path.suffix} ({reason})") from error
-    return rows.filter(lambda row: row["text"].strip()) if path.suffix == ".txt" else rows
+        if path.stat().st_size == 0 or "corresponds to no data" in str(error):
+            raise ConfigError(f"{key}={source} holds no rows; name one that has some") from error
+        reason = _first_line(error.__cause__ or error)
+        raise ConfigError(f"{key}={source}: cannot be read as {path.suffix} ({reason})") from error
+    if kind == "text":
+        rows = rows.select([i for i, line in enumerate(rows["text"]) if line.strip()])
+    return rows
 
 
-def _load_hub(source: str, split: str) -> datasets.Dataset:
+def _load_hub(source: str, split: str, source_key: str, split_key: str) -> datasets.Dataset:
     try:
-        return datasets.load_dataset(source, split=split)
-    except ValueError as error:
-        raise ConfigError(f"data.split={split}: {str(error).splitlines()[0]}") from error
+        with _quiet_readers():
+            return datasets.load_dataset(source, split=split)
     except Exception as error:  # network, permission and format errors come in many kinds
-        reason = str(error).strip().splitlines()[0]
+        reason = _first_line(error)
+        if isinstance(error, ValueError) and reason.startswith(("Unknown split", "Unrecognized instruction")):
+            raise ConfigError(f"{split_key}={split}: {reason}") from error
         raise ConfigError(
-            f"data.source={source}: neither a .jsonl, .csv, .parquet or .txt file nor a data set that the hub or its "
+            f"{source_key}={source}: neither a .jsonl, .csv, .parquet or .txt file nor a data set that the hub or its "
             f"cache gave ({reason})"
         ) from error
+
+
+@contextmanager
+def _quiet_readers() -> Iterator[None]:
+    """Without the lines that `datasets` logs before it raises: the error says the same."""
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

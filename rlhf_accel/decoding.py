@@ -75,6 +75,7 @@ def sample(
     positions = position_ids(attention_mask)
     width = queries.shape[1]
     tokens, past = queries, None
+    newest = torch.tensor([-1], device=queries.device)
     for t in range(length):
         if bool(finished.all()):
             break
@@ -84,7 +85,7 @@ def sample(
             attention_mask=attention_mask[:, :seen],
             past_key_values=past,
             use_cache=True,
-            **accepted(model, logits_to_keep=1, position_ids=positions[:, seen - tokens.shape[1] : seen]),
+            **accepted(model, logits_to_keep=newest, position_ids=positions[:, seen - tokens.shape[1] : seen]),
         )
         past = output.past_key_values
         logits = output.logits[:, -1].float() / settings.temperature
@@ -109,13 +110,14 @@ def pick(logits: Float[Tensor, "B V"], uniform: Float[Tensor, " B"]) -> Int[Tens
     [0, 1, 2]
     """
     probabilities = logits.float().softmax(-1)
-    # A GPU sums in parallel, so that its cumulated sums may waver in the last bit where nothing is added: tokens without
-    # probability are taken out by name.
-    cumulated = probabilities.cumsum(-1).masked_fill(probabilities == 0, 0.0)
-    total = cumulated.amax(-1, keepdim=True)
+    cumulated = probabilities.cumsum(-1)
+    total = cumulated[:, -1:]
     # Rounding may bring the product up to the total itself, beyond which no token lies.
     target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return (cumulated > target).int().argmax(-1)
+    tokens = torch.searchsorted(cumulated, target, right=True)
+    # A GPU sums in parallel, and its cumulated sums may waver in the last bit where nothing is added. A token without
+    # probability that gets such a bit is replaced: it may be a forbidden one.
+    return torch.where(probabilities.gather(1, tokens) > 0, tokens, probabilities.argmax(-1, keepdim=True))[:, 0]
 
 
 def truncate(logits: Float[Tensor, "B V"], top_k: int, top_p: float) -> Float[Tensor, "B V"]:

@@ -46,14 +46,23 @@ class PolicyWithValue(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
-    def forward(self, queries: Tensor, query_mask: Tensor, responses: Tensor, response_mask: Tensor) -> TokenOutputs:
-        """Log-probability, value and entropy at every response token; shapes as in `Sequences`.
+    def forward(
+        self,
+        queries: Tensor,
+        query_mask: Tensor,
+        responses: Tensor,
+        response_mask: Tensor,
+        *,
+        with_entropy: bool = False,
+    ) -> TokenOutputs:
+        """Log-probability, value and, if asked for, entropy at every response token; shapes as in `Sequences`.
 
         The value of a token is read where the policy chose it, from the state before it.
         """
         inputs = (queries, query_mask, responses, response_mask)
         logits, hidden = response_logits(self.policy, *inputs)
-        logprobs, entropy = ppo.token_logprobs_and_entropy(logits, responses, self.temperature)
+        logprobs = ppo.token_logprobs(logits, responses, self.temperature)
+        entropy = ppo.token_entropy(logits, self.temperature) if with_entropy else None
         if self.critic is not None:
             hidden = response_hidden(self.critic, *inputs)
         # fp32 whatever the trunk computes in: the head is small and its targets are fine-grained.
@@ -117,12 +126,15 @@ def response_logits(
     head = model.get_output_embeddings()
     handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
-        length = responses.shape[1]
         inputs = _trunk_inputs(model, queries, query_mask, responses, response_mask)
-        logits = model(**inputs, **accepted(model, logits_to_keep=length + 1), use_cache=False).logits
+        # As indices, not as a number: a slice of the trunk's output would be a strided view, for which the CPU's
+        # matrix product with the vocabulary falls back to one small product for each row.
+        positions = torch.arange(queries.shape[1] - 1, inputs["input_ids"].shape[1] - 1, device=queries.device)
+        logits = model(**inputs, **accepted(model, logits_to_keep=positions), use_cache=False).logits
     finally:
         handle.remove()
-    return logits[:, -length - 1 : -1], seen[0][:, -length - 1 : -1]
+    kept = logits.shape[1] == len(positions)  # False for a model that knows no logits_to_keep
+    return (logits, seen[0]) if kept else (logits[:, positions], seen[0][:, positions])
 
 
 def response_hidden(
@@ -159,7 +171,10 @@ def load_policy(config: Config, path: str, device: torch.device) -> LanguageMode
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in model.modules()),  # GPT-2 keeps its matrices so
     )
     try:
-        return get_peft_model(model, settings)  # adapters are fp32 over a bf16 base: peft's autocast_adapter_dtype
+        # The adapters' first matrices are random: they follow the run's seed, and nobody else's numbers do.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.run.seed)
+            return get_peft_model(model, settings)  # fp32 over a bf16 base: peft's autocast_adapter_dtype
     except ValueError as error:
         raise ConfigError(f"lora.target_modules={targets}: {str(error).splitlines()[0]}") from error
 

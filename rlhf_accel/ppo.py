@@ -16,7 +16,7 @@ Three rules hold for every function here:
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int
@@ -35,8 +35,8 @@ def token_logprobs(
 ) -> Float32[Tensor, "B R"]:
     """Log-probability of each token under softmax(logits / temperature).
 
-    Computed as `logit[token] - logsumexp(logits)`, so no second (B, R, V) tensor of log-probabilities is kept for the
-    backward. A logit of -inf is a token that cannot be sampled; its logprob is -inf.
+    A logit of -inf is a token that cannot be sampled; its logprob is -inf. Forward and backward make one (B, R, V)
+    tensor each at most: with a vocabulary of 50 000 that is where the time and the memory of a small model go.
 
     Args:
         logits: (B, R, V), any float dtype; `logits[:, t]` predicts `tokens[:, t]` (the caller shifts).
@@ -51,36 +51,49 @@ def token_logprobs(
 
     Source: Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO", for dividing by the temperature.
     """
-    scaled = _tempered(logits, temperature)
-    return _gather_tokens(scaled, tokens) - scaled.logsumexp(dim=-1)
+    return _TokenLogprobs.apply(_tempered(logits, temperature), tokens)
 
 
-def token_logprobs_and_entropy(
-    logits: Float[Tensor, "B R V"], tokens: Int[Tensor, "B R"], temperature: float = 1.0
-) -> tuple[Float32[Tensor, "B R"], Float32[Tensor, "B R"]]:
-    """Log-probability of each token, and the entropy of the distribution it was drawn from.
+class _TokenLogprobs(torch.autograd.Function):
+    """`logits[token] - logsumexp(logits)`, whose gradient is `onehot(token) - softmax(logits)`.
 
-    A token with logit -inf adds nothing to the entropy (p log p -> 0 as p -> 0) and receives no gradient from it. The
-    backward keeps two more (B, R, V) tensors than `token_logprobs`; use that one where entropy is not needed.
+    Autograd would build that gradient from four (B, R, V) tensors; here the softmax is made once, in place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> Tensor:
+        log_normalizer = logits.logsumexp(dim=-1, keepdim=True)
+        ctx.save_for_backward(logits, tokens, log_normalizer)
+        return (logits.gather(-1, tokens.unsqueeze(-1)) - log_normalizer).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        logits, tokens, log_normalizer = ctx.saved_tensors
+        grad = grad.unsqueeze(-1)
+        result = (logits - log_normalizer).exp_().mul_(-grad)
+        return result.scatter_add_(-1, tokens.unsqueeze(-1), grad), None
+
+
+def token_entropy(logits: Float[Tensor, "B R V"], temperature: float = 1.0) -> Float32[Tensor, "B R"]:
+    """Entropy of softmax(logits / temperature), the distribution that each token is drawn from.
+
+    A token with logit -inf adds nothing (p log p -> 0 as p -> 0) and receives no gradient. It costs several passes over
+    (B, R, V), so it is asked for only where it is used.
 
     Args:
-        logits, tokens, temperature: as in `token_logprobs`.
+        logits, temperature: as in `token_logprobs`.
 
     Returns:
-        `(logprobs, entropy)`, each (B, R) fp32, nats, differentiable in `logits`. Entropy lies in [0, log V].
+        (B, R) fp32, nats in [0, log V], differentiable in `logits`.
 
     Raises:
         ValueError: `temperature` is not positive.
 
     Source: Schulman et al. 2017 (PPO), eq. 9, the entropy bonus S.
     """
-    scaled = _tempered(logits, temperature)
-    log_normalizer = scaled.logsumexp(dim=-1)
-    all_logprobs = scaled - log_normalizer.unsqueeze(-1)
-    # exp(-inf) is 0 and its gradient is 0, but 0 * -inf is NaN: only the second factor needs its -inf replaced.
-    finite_logprobs = torch.where(all_logprobs.isneginf(), 0.0, all_logprobs)
-    entropy = -(all_logprobs.exp() * finite_logprobs).sum(dim=-1)
-    return _gather_tokens(scaled, tokens) - log_normalizer, entropy
+    # exp(-inf) is 0, but 0 * -inf is NaN: the lowest finite number stands in for it.
+    logprobs = _tempered(logits, temperature).log_softmax(dim=-1).clamp(min=torch.finfo(torch.float32).min)
+    return -torch.linalg.vecdot(logprobs.exp(), logprobs)
 
 
 def _tempered(logits: Tensor, temperature: float) -> Tensor:
@@ -88,10 +101,6 @@ def _tempered(logits: Tensor, temperature: float) -> Tensor:
         raise ValueError(f"temperature={temperature} must be positive; greedy decoding has no logprobs to learn from")
     logits = logits.float()  # a sum over 50 000 exponentials in half precision loses the KL we are after
     return logits if temperature == 1.0 else logits / temperature  # 1.0 is the usual case: spare a (B, R, V) copy
-
-
-def _gather_tokens(logits: Tensor, tokens: Tensor) -> Tensor:
-    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

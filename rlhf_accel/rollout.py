@@ -78,12 +78,13 @@ class Sampler:
         for rows in self._chunks(len(responses)):
             chunk = responses.sequences.select(rows).trimmed().to(self.runtime.device)
             with self.runtime.autocast():
-                said = module(*model_inputs(chunk))
+                said = module(*model_inputs(chunk), with_entropy=True)
                 with reference_policy(module, self.reference) as reference:
                     said_by_reference = reference(chunk)
             length = chunk.responses.shape[1]
             logprobs[rows, :length] = said.logprobs.cpu()
             values[rows, :length] = said.values.cpu()
+            assert said.entropy is not None
             entropy[rows, :length] = said.entropy.cpu()
             ref_logprobs[rows, :length] = said_by_reference.cpu()
         gather = self.runtime.gather_rows

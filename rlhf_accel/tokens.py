@@ -6,7 +6,6 @@ Sampled ids travel as ids: nothing here encodes a response again. Knows no model
 from __future__ import annotations
 
 from collections.abc import Sequence
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +37,16 @@ class Tokens:
     def load(cls, name_or_path: str, *, trust_remote_code: bool = False) -> Tokens:
         """Raises `ConfigError` when the model has no tokenizer."""
         try:
-            return cls(AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code))
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+            # For some architectures (GPT-2) transformers makes an empty tokenizer where a folder holds none.
+            if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+                raise ValueError("its vocabulary is empty")
         except Exception as error:  # the libraries below raise many kinds for a missing or broken tokenizer
             raise ConfigError(
                 f"model.name_or_path={name_or_path}: no tokenizer could be loaded; save one beside the model "
                 f"({_first_line(error)})"
             ) from error
+        return cls(tokenizer)
 
     def __len__(self) -> int:
         return len(self.tokenizer)
@@ -52,7 +55,8 @@ class Tokens:
         """Ids of each text, after the tokenizer's usual prefix (such as BOS)."""
         if not texts:
             return []
-        encoded = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        # Not verbose: a text may be longer than the model's context, as only its first tokens may be used.
+        encoded = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return [self.prefix + ids for ids in encoded]
 
     def pad_left(self, rows: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "B Q"], Bool[Tensor, "B Q"]]:
@@ -88,9 +92,9 @@ class Tokens:
             query = [token for token, counts in zip(query, query_mask, strict=True) if counts]
             response = [token for token, counts in zip(response, response_mask, strict=True) if counts]
             whole = self.text(query + response)
-            prompt = commonprefix([self.text(query), whole])
-            prompts.append(prompt)
-            responses.append(whole[len(prompt) :])
+            border = _common_length(self.text(query), whole)
+            prompts.append(whole[:border])
+            responses.append(whole[border:])
         return tuple(prompts), tuple(responses)
 
     def stop_condition(self, stop: Sequence[str], extra_ids: Sequence[int] = ()) -> StopCondition:
@@ -132,8 +136,12 @@ class StopCondition:
         # The newest token must have written a part of the stop text: one that stood there before min_new_tokens does
         # not count again.
         now = self._tokens.text(ids)
-        before = len(commonprefix([self._tokens.text(ids[:-1]), now]))
+        before = _common_length(self._tokens.text(ids[:-1]), now)
         return any(now.rfind(text) + len(text) > before for text in self.texts if text in now)
+
+
+def _common_length(one: str, other: str) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _first_line(error: BaseException) -> str:

@@ -42,6 +42,7 @@ class PPOTrainer:
         self.runtime = Runtime(config.run, max_grad_norm=config.optim.max_grad_norm)
         self.folder = self.runtime.from_main(lambda: checkpoint.choose_folder(config))
         self.progress = Progress(kl_coef=config.ppo.kl_coef)
+        self.rollout: Rollout | None = None  # of the last step
         self.line = Progressline(config.run.total_steps, enabled=self.runtime.is_main)
 
         # What is quick to check comes first, what may be trained on first use comes last.
@@ -87,6 +88,7 @@ class PPOTrainer:
                         metrics |= {"eval/score": last.score, "eval/kl": last.kl}
                         self._keep_best(last)
                 self._record(metrics)
+                self._log_samples()
                 if _due(step, self.config.run.save_every):
                     self._save()
         summary = self._summary(first, last, time.perf_counter() - started)
@@ -119,7 +121,7 @@ class PPOTrainer:
             skipped=int(metrics["optim/skipped_steps"]),
             kl_coef=self.kl_controller.coef,
         )
-        self._log_samples(rollout)
+        self.rollout = rollout
         return metrics
 
     def update(self, experience: Experience, step: int) -> LossStats:
@@ -173,15 +175,16 @@ class PPOTrainer:
         length = mask.shape[1]
 
         def loss() -> Tensor:
-            new = self.runtime.module(*models.model_inputs(sequences))
+            new = self.runtime.module(*models.model_inputs(sequences), with_entropy=config.entropy_coef > 0)
             policy = ppo.policy_loss(
                 new.logprobs, part.old_logprobs[:, :length], part.advantages[:, :length], mask, config.cliprange
             )
             value = ppo.value_loss(
                 new.values, part.old_values[:, :length], part.returns[:, :length], mask, config.cliprange_value
             )
-            entropy = ppo.masked_sum(new.entropy, mask)
-            total = policy.loss + config.vf_coef * value.loss - config.entropy_coef * entropy
+            total = policy.loss + config.vf_coef * value.loss
+            if new.entropy is not None:
+                total = total - config.entropy_coef * ppo.masked_sum(new.entropy, mask)
             noted = (policy.loss, value.loss, total, policy.approx_kl, policy.clipped, value.clipped)
             sums.append(torch.stack([figure.detach().float().cpu() for figure in noted]))
             maxima.append(torch.stack([policy.ratio_max, policy.ratio_error]).float().cpu())
@@ -313,9 +316,10 @@ class PPOTrainer:
         if self.runtime.is_main:
             JsonLines(self.folder / "metrics.jsonl").write(metrics)
 
-    def _log_samples(self, rollout: Rollout) -> None:
-        run, step = self.config.run, self.progress.step
-        if not self.runtime.is_main or not (_due(step, run.sample_every) or (step == 1 and run.sample_every)):
+    def _log_samples(self) -> None:
+        run, step, rollout = self.config.run, self.progress.step, self.rollout
+        due = _due(step, run.sample_every) or (step == 1 and run.sample_every > 0)
+        if rollout is None or not due or not self.runtime.is_main:
             return
         kl = ppo.masked_row_sum(rollout.logprobs - rollout.ref_logprobs, rollout.sequences.response_mask)
         rows = [

@@ -24,12 +24,12 @@ class TokenOutputs(NamedTuple):
     """What `PolicyWithValue.forward` says of each response token, all fp32.
 
     logprobs (B, R) in nats; values (B, R), before the token is chosen; entropy (B, R) in nats of the distribution that
-    the token was chosen from.
+    the token was chosen from, or None if it was not asked for.
     """
 
     logprobs: Float[Tensor, "B R"]
     values: Float[Tensor, "B R"]
-    entropy: Float[Tensor, "B R"]
+    entropy: Float[Tensor, "B R"] | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

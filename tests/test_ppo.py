@@ -105,10 +105,9 @@ def test_logprobs_and_entropy_match_log_softmax_in_float64(dtype, temperature):
     expected = reference.gather(-1, tokens[..., None]).squeeze(-1).float()
     expected_entropy = -(reference.exp() * reference).sum(-1).float()
 
-    logprobs, entropy = ppo.token_logprobs_and_entropy(logits, tokens, temperature)
+    logprobs, entropy = ppo.token_logprobs(logits, tokens, temperature), ppo.token_entropy(logits, temperature)
     assert_close(logprobs, expected, atol=2e-5, rtol=0)
     assert_close(entropy, expected_entropy, atol=2e-5, rtol=0)
-    assert_close(ppo.token_logprobs(logits, tokens, temperature), expected, atol=2e-5, rtol=0)
 
 
 def test_logprob_and_entropy_gradients_match_autograd_in_float64():
@@ -117,7 +116,7 @@ def test_logprob_and_entropy_gradients_match_autograd_in_float64():
     weights = torch.randn(2, 2, 3)
     mine, alone, exact = (logits.clone().to(d).requires_grad_() for d in (torch.float32, torch.float32, torch.float64))
 
-    logprobs, entropy = ppo.token_logprobs_and_entropy(mine, tokens, 0.7)
+    logprobs, entropy = ppo.token_logprobs(mine, tokens, 0.7), ppo.token_entropy(mine, 0.7)
     (weights[0] * logprobs + weights[1] * entropy).sum().backward()
     reference = torch.log_softmax(exact / 0.7, dim=-1)
     picked = reference.gather(-1, tokens[..., None]).squeeze(-1)
@@ -132,16 +131,16 @@ def test_logprob_and_entropy_gradients_match_autograd_in_float64():
 
 
 def test_entropy_of_the_uniform_distribution_is_log_v():
-    logprobs, entropy = ppo.token_logprobs_and_entropy(torch.full((1, 2, 50), -7.0), torch.tensor([[0, 49]]))
-    assert_close(entropy, torch.full((1, 2), math.log(50)))
-    assert_close(logprobs, torch.full((1, 2), -math.log(50)))
+    logits = torch.full((1, 2, 50), -7.0)
+    assert_close(ppo.token_entropy(logits), torch.full((1, 2), math.log(50)))
+    assert_close(ppo.token_logprobs(logits, torch.tensor([[0, 49]])), torch.full((1, 2), -math.log(50)))
 
 
 def test_forbidden_tokens_add_nothing_to_entropy_and_no_nan_to_the_gradient():
     # Two tokens of probability 1/2 and a forbidden one: entropy log 2. By symmetry the entropy's gradient is 0, and
     # that of the logprob of token 0 is 1 - 1/2 on itself and -1/2 on the other.
     logits = torch.tensor([[[3.0, 3.0, -INF]]], requires_grad=True)
-    logprobs, entropy = ppo.token_logprobs_and_entropy(logits, torch.tensor([[0]]))
+    logprobs, entropy = ppo.token_logprobs(logits, torch.tensor([[0]])), ppo.token_entropy(logits)
     assert_close(entropy, row(math.log(2)))
     (logprobs + entropy).sum().backward()
     assert_close(logits.grad, torch.tensor([[[0.5, -0.5, 0.0]]]))
@@ -149,10 +148,11 @@ def test_forbidden_tokens_add_nothing_to_entropy_and_no_nan_to_the_gradient():
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, NAN])
-@pytest.mark.parametrize("function", ["token_logprobs", "token_logprobs_and_entropy"])
-def test_temperature_must_be_positive(function, temperature):
+def test_temperature_must_be_positive(temperature):
     with pytest.raises(ValueError, match="temperature="):
-        getattr(ppo, function)(torch.zeros(1, 1, 2), torch.zeros(1, 1, dtype=torch.int64), temperature)
+        ppo.token_logprobs(torch.zeros(1, 1, 2), torch.zeros(1, 1, dtype=torch.int64), temperature)
+    with pytest.raises(ValueError, match="temperature="):
+        ppo.token_entropy(torch.zeros(1, 1, 2), temperature)
 
 
 # Masked sums ------------------------------------------------------------------------------------------------------
@@ -639,7 +639,7 @@ def test_inputs_are_never_mutated():
     scores, finished = b.returns[:, 0].clone(), torch.tensor([True, False, True, False])
     calls = {
         "token_logprobs": [(logits, tokens, 1.0), (logits, tokens, 0.7)],
-        "token_logprobs_and_entropy": [(logits, tokens, 1.0), (logits, tokens, 0.7)],
+        "token_entropy": [(logits, 1.0), (logits, 0.7)],
         "masked_sum": [(b.values, b.mask)],
         "masked_mean": [(b.values, b.mask)],
         "masked_row_sum": [(b.values, b.mask)],
