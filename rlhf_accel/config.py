@@ -415,7 +415,10 @@ def parse(cls: type[C], tree: Mapping[str, Any]) -> C:
 
 def to_yaml(config: Any) -> str:
     """The resolved config as YAML that `load` reads back."""
-    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
+    tree = _plain(asdict(config))
+    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    # PyYAML leaves U+0085 as it is, and reads it back as a space; in ASCII it is escaped.
+    return yaml.safe_dump(tree, sort_keys=False) if "\x85" in text else text
 
 
 def recipe_names() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from rlhf_accel import ppo
 from rlhf_accel.reward import Reward
@@ -24,6 +25,9 @@ class Evaluation:
     kl: float
     rollout: Rollout
 
+    def figures(self) -> dict[str, float]:
+        return {"score": self.score, "score_std": self.score_std, "kl": self.kl}
+
 
 def evaluate(sampler: Sampler, reward: Reward, prompts: PromptBatch) -> Evaluation:
     """Sample a response to every prompt and score it; on every rank alike."""
@@ -36,3 +40,22 @@ def evaluate(sampler: Sampler, reward: Reward, prompts: PromptBatch) -> Evaluati
         kl=float(kl.mean()),
         rollout=rollout,
     )
+
+
+def compare(base: dict[str, float], trained: Evaluation) -> dict[str, Any]:
+    """Figures before and after, and the gain: the rise of the mean score in standard deviations of the base's."""
+    comparison: dict[str, Any] = {"base": base, "trained": trained.figures()}
+    if base["score_std"] > 0:
+        comparison["gain"] = (trained.score - base["score"]) / base["score_std"]
+    return comparison
+
+
+def sample_pairs(base: Evaluation, trained: Evaluation, count: int) -> list[dict[str, Any]]:
+    """The first `count` held-out prompts with the responses to each, and their scores."""
+    before = zip(base.rollout.texts, base.rollout.scores.tolist(), strict=True)
+    after = zip(trained.rollout.prompts, trained.rollout.texts, trained.rollout.scores.tolist(), strict=True)
+    pairs = [
+        {"prompt": prompt, "base": base_text, "base score": base_score, "trained": text, "trained score": score}
+        for (base_text, base_score), (prompt, text, score) in zip(before, after, strict=True)
+    ]
+    return pairs[:count]

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from rlhf_accel import assets, decoding
-from rlhf_accel.config import Config, ConfigError, RolloutConfig, load
+from rlhf_accel.config import Config, ConfigError, RolloutConfig, load, parse
 from rlhf_accel.models import end_of_text_ids
 from rlhf_accel.reward import Reward, load_reward
 from rlhf_accel.rollout import sampling_settings
@@ -104,7 +104,9 @@ def _writers(options: argparse.Namespace) -> tuple[Config | None, list[Writer]]:
     path = str(folder) if config is not None or folder.exists() else assets.resolve_model(options.model)
     rollout = (config or Config()).rollout
     changes = {key: getattr(options, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p")}
-    rollout = replace(rollout, **{key: value for key, value in changes.items() if value is not None})
+    rollout = parse(
+        RolloutConfig, asdict(rollout) | {key: value for key, value in changes.items() if value is not None}
+    )
 
     adapter = (folder / "adapter_config.json").is_file()
     tokens = Tokens.load(path)

@@ -73,8 +73,12 @@ NAMES = frozenset(metric.name for metric in METRICS)
 
 def markdown_table() -> str:
     """The metrics as the README shows them."""
-    rows = [f"| `{m.name}` | {m.unit} | {m.meaning} | {m.reduction} |" for m in METRICS]
+    rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in _cells(m)) + " |" for m in METRICS]
     return "\n".join(["| key | unit | meaning | reduction |", "| --- | --- | --- | --- |", *rows])
+
+
+def _cells(metric: Metric) -> tuple[str, ...]:
+    return f"`{metric.name}`", metric.unit, metric.meaning, metric.reduction
 
 
 @dataclass
@@ -172,6 +176,41 @@ class Progressline:
         for row in rows:
             table.add_row(*(f"{v:+.2f}" if isinstance(v, float) else _plain(str(v)) for v in row.values()))
         self.console.print(table)
+
+
+class Journal:
+    """What a run writes into its folder and on the console while it goes; the main process's affair."""
+
+    def __init__(self, folder: Path, line: Progressline) -> None:
+        self.folder = folder
+        self.line = line
+
+    def record(self, metrics: Mapping[str, float]) -> None:
+        self.line.show(metrics)
+        JsonLines(self.folder / "metrics.jsonl").write(metrics)
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        for row in rows:
+            JsonLines(self.folder / "samples.jsonl").write({"step": step, **row})
+        self.line.table(f"samples of step {step}", rows)
+
+    def rewind(self, step: int) -> None:
+        """Forget what was written after `step`, which a resumed run writes again."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            JsonLines(self.folder / name).rewind(step)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        text = json.dumps(summary, indent=2, ensure_ascii=False)
+        (self.folder / "summary.json").write_text(text, encoding="utf-8")
+        if summary.get("samples"):
+            self.line.table("held-out prompts, before and after", summary["samples"])
+        if "gain" in summary:
+            base, trained = summary["base"], summary["trained"]
+            self.line.say(
+                f"held-out score {base['score']:+.3f} (std {base['score_std']:.3f}) before, {trained['score']:+.3f} "
+                f"after: a gain of {summary['gain']:.2f} standard deviations at a KL of {trained['kl']:.2f} nats"
+            )
+        self.line.say(f"{summary['steps']} steps in {summary['seconds']:.0f} s; the model: {self.folder / 'final'}")
 
 
 def _plain(text: str) -> Text:

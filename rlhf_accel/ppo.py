@@ -67,7 +67,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return (logits.gather(-1, tokens.unsqueeze(-1)) - log_normalizer).squeeze(-1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         logits, tokens, log_normalizer = ctx.saved_tensors
         grad = grad.unsqueeze(-1)
         result = (logits - log_normalizer).exp_().mul_(-grad)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -17,9 +16,9 @@ from rlhf_accel import assets, checkpoint, data, models, ppo
 from rlhf_accel.checkpoint import Progress
 from rlhf_accel.config import BatchSizes, Config, ConfigError, OptimConfig, to_yaml
 from rlhf_accel.distributed import Runtime, cut_micro_batches
-from rlhf_accel.evaluation import Evaluation, evaluate
+from rlhf_accel.evaluation import Evaluation, compare, evaluate, sample_pairs
 from rlhf_accel.experience import make_experience
-from rlhf_accel.metrics import JsonLines, Progressline, Stopwatch
+from rlhf_accel.metrics import Journal, Progressline, Stopwatch
 from rlhf_accel.reward import Reward, RewardError, RewardFunction, load_reward
 from rlhf_accel.rollout import Sampler
 from rlhf_accel.tokens import Tokens
@@ -44,6 +43,7 @@ class PPOTrainer:
         self.progress = Progress(kl_coef=config.ppo.kl_coef)
         self.rollout: Rollout | None = None  # of the last step
         self.line = Progressline(config.run.total_steps, enabled=self.runtime.is_main)
+        self.journal = Journal(self.folder, self.line)
 
         # What is quick to check comes first, what may be trained on first use comes last.
         train_rows, held_rows = self._on_main_first(lambda: data.split_rows(config.data))
@@ -73,11 +73,11 @@ class PPOTrainer:
 
     def fit(self) -> dict[str, Any]:
         """Calibrate, evaluate, train, evaluate, export. Returns what `summary.json` holds."""
-        self._begin()
         started = time.perf_counter()
+        self._begin()
         first = self._evaluate() if self.progress.base is None else None
         if first is not None:
-            self.progress = replace(self.progress, base=_figures(first))
+            self.progress = replace(self.progress, base=first.figures())
         last = first
         with self.line:
             for step in range(self.progress.step + 1, self.config.run.total_steps + 1):
@@ -88,13 +88,9 @@ class PPOTrainer:
                         metrics |= {"eval/score": last.score, "eval/kl": last.kl}
                         self._keep_best(last)
                 self._record(metrics)
-                self._log_samples()
                 if _due(step, self.config.run.save_every):
                     self._save()
-        summary = self._summary(first, last, time.perf_counter() - started)
-        self._export("final", summary)
-        self._finish(summary)
-        return summary
+        return self._finish(first, last, time.perf_counter() - started)
 
     def step(self, prompts: PromptBatch | Sequence[str]) -> dict[str, float]:
         """One PPO step: sample, score, learn. Returns the step's metrics, the same on every rank."""
@@ -311,30 +307,13 @@ class PPOTrainer:
             self._export("best", {"eval/score": evaluation.score, "eval/kl": evaluation.kl})
 
     def _record(self, metrics: dict[str, float]) -> None:
-        self.runtime.track({key: value for key, value in metrics.items() if key != "step"}, int(metrics["step"]))
-        self.line.show(metrics)
+        """Metrics to every sink, and every run.sample_every steps some samples."""
+        step, every = int(metrics["step"]), self.config.run.sample_every
+        self.runtime.track({key: value for key, value in metrics.items() if key != "step"}, step)
         if self.runtime.is_main:
-            JsonLines(self.folder / "metrics.jsonl").write(metrics)
-
-    def _log_samples(self) -> None:
-        run, step, rollout = self.config.run, self.progress.step, self.rollout
-        due = _due(step, run.sample_every) or (step == 1 and run.sample_every > 0)
-        if rollout is None or not due or not self.runtime.is_main:
-            return
-        kl = ppo.masked_row_sum(rollout.logprobs - rollout.ref_logprobs, rollout.sequences.response_mask)
-        rows = [
-            {
-                "step": step,
-                "prompt": rollout.prompts[i],
-                "response": rollout.texts[i],
-                "score": float(rollout.scores[i]),
-                "kl": float(kl[i]),
-            }
-            for i in range(min(run.sample_count, len(rollout)))
-        ]
-        for row in rows:
-            JsonLines(self.folder / "samples.jsonl").write(row)
-        self.line.table(f"samples of step {step}", [{k: v for k, v in row.items() if k != "step"} for row in rows])
+            self.journal.record(metrics)
+            if self.rollout is not None and every and (step == 1 or _due(step, every)):
+                self.journal.samples(step, logged_samples(self.rollout, self.config.run.sample_count))
 
     def _save(self) -> None:
         checkpoint.save_checkpoint(
@@ -353,8 +332,7 @@ class PPOTrainer:
         self.reward = replace(self.reward, mean=self.progress.reward_mean, std=self.progress.reward_std)
         self.line.say(f"going on after step {self.progress.step} from {place}")
         if self.runtime.is_main:
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                JsonLines(self.folder / name).rewind(self.progress.step)
+            self.journal.rewind(self.progress.step)
 
     def _export(self, name: str, results: dict[str, Any]) -> None:
         weights = self.runtime.state_dict()
@@ -363,40 +341,19 @@ class PPOTrainer:
             checkpoint.export(self.folder / name, self.runtime.plain_module, weights, self.tokens, card)
         self.runtime.barrier()
 
-    def _summary(self, first: Evaluation | None, last: Evaluation | None, seconds: float) -> dict[str, Any]:
-        """What the run did to the held-out score; the gain is in standard deviations of the base's scores."""
+    def _finish(self, first: Evaluation | None, last: Evaluation | None, seconds: float) -> dict[str, Any]:
+        """Export the policy and write what the run did to the held-out score."""
         calibration = {"mean": self.reward.mean, "std": self.reward.std}
         summary: dict[str, Any] = {"steps": self.progress.step, "seconds": seconds, "calibration": calibration}
-        base = self.progress.base
-        if base is None or last is None:
-            return summary
-        summary |= {"base": base, "trained": _figures(last)}
-        if base["score_std"] > 0:
-            summary["gain"] = (last.score - base["score"]) / base["score_std"]
-        pairs = [] if first is None else zip(first.rollout.texts, first.rollout.scores.tolist(), strict=True)
-        after = zip(last.rollout.prompts, last.rollout.texts, last.rollout.scores.tolist(), strict=True)
-        summary["samples"] = [
-            {"prompt": prompt, "base": base_text, "base score": base_score, "trained": text, "trained score": score}
-            for (base_text, base_score), (prompt, text, score) in zip(pairs, after, strict=False)
-        ][:10]
-        return summary
-
-    def _finish(self, summary: dict[str, Any]) -> None:
+        if last is not None and self.progress.base is not None:
+            summary |= compare(self.progress.base, last)
+        if first is not None and last is not None:
+            summary["samples"] = sample_pairs(first, last, 10)
+        self._export("final", summary)
         self.runtime.close()
-        if not self.runtime.is_main:
-            return
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False), encoding="utf-8")
-        if summary.get("samples"):
-            self.line.table("held-out prompts, before and after", summary["samples"])
-        if "gain" in summary:
-            base, trained = summary["base"], summary["trained"]
-            self.line.say(
-                f"held-out score {base['score']:+.3f} (std {base['score_std']:.3f}) before, {trained['score']:+.3f} "
-                f"after: a gain of {summary['gain']:.2f} standard deviations at a KL of {trained['kl']:.2f} nats"
-            )
-        self.line.say(
-            f"{summary['steps']} steps in {summary['seconds']:.0f} s; the model is in {self.folder / 'final'}"
-        )
+        if self.runtime.is_main:
+            self.journal.finish(summary)
+        return summary
 
     def _say_what_runs(self, module: models.PolicyWithValue) -> None:
         trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -461,8 +418,12 @@ def lr_factor(optim: OptimConfig, step: int, total_steps: int) -> float:
     return 1.0 if optim.schedule == "constant" else 0.5 * (1.0 + float(np.cos(np.pi * done)))
 
 
-def _figures(evaluation: Evaluation) -> dict[str, float]:
-    return {"score": evaluation.score, "score_std": evaluation.score_std, "kl": evaluation.kl}
+def logged_samples(rollout: Rollout, count: int) -> list[dict[str, Any]]:
+    """The first `count` responses with their scores and their KL in nats, as samples.jsonl holds them."""
+    kl = ppo.masked_row_sum(rollout.logprobs - rollout.ref_logprobs, rollout.sequences.response_mask)
+    rows = zip(rollout.prompts, rollout.texts, rollout.scores.tolist(), kl.tolist(), strict=True)
+    names = ("prompt", "response", "score", "kl")
+    return [dict(zip(names, row, strict=True)) for row in rows][:count]
 
 
 def _due(step: int, every: int) -> bool:
