@@ -53,12 +53,13 @@ def choose_folder(config: Config) -> Path:
     return folder
 
 
-def make_folder(folder: Path) -> None:
-    """Raises `ConfigError` if the system refuses."""
+def make_folder(folder: Path, config: str) -> None:
+    """Make the run's folder with its config.yaml; raises `ConfigError` if the system refuses."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(config, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"run.output_dir={folder} cannot be made ({error.strerror}); choose another") from error
+        raise ConfigError(f"run.output_dir={folder} cannot be written ({error.strerror}); choose another") from error
 
 
 def holds_run(folder: Path) -> bool:

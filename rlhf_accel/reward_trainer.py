@@ -70,7 +70,7 @@ def train_reward(config: RewardTrainingConfig) -> dict[str, float]:
                 output.rmdir()  # empty: _free_folder looked
             finished.rename(output)
             print("\n".join(f"{name:28} {value:.4g}" for name, value in metrics.items()))
-            print(f"wrote {output}; use it with --reward.model {output}")
+            print(f"wrote {output}, which reward.model takes")
     return metrics
 
 

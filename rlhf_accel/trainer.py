@@ -150,11 +150,11 @@ class PPOTrainer:
         self.runtime.backward(losses)
         means = self.runtime.sum(torch.stack(sums).sum(0)) / max(tokens, 1)
         largest = self.runtime.max(torch.stack(maxima).amax(0))
+        totals.add_losses(means, largest)
         if config.target_kl_stop is not None and means[3] > config.target_kl_stop:
             self.runtime.drop_gradient()
             return False
-        norm, taken = self.runtime.optimizer_step()
-        totals.add(means, largest, norm, taken)
+        totals.add_step(*self.runtime.optimizer_step())
         return True
 
     def _loss(
@@ -277,15 +277,13 @@ class PPOTrainer:
 
     def _begin(self) -> None:
         """Open the run's folder and trackers; go on from a checkpoint, or calibrate the reward for a new run."""
-        self.runtime.from_main(lambda: checkpoint.make_folder(self.folder))
         if self.config.run.resume is not None:
             self._resume()
         elif self.config.reward.calibrate:
             self.line.say(f"calibrating the reward on {self.config.reward.calibrate_samples} samples of the reference")
             self.reward = self.reward.calibrated(self._reference_scores(self.config.reward.calibrate_samples))
             self.progress = replace(self.progress, reward_mean=self.reward.mean, reward_std=self.reward.std)
-        if self.runtime.is_main:
-            (self.folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+        self.runtime.from_main(lambda: checkpoint.make_folder(self.folder, to_yaml(self.config)))
         self.runtime.start_trackers(self.config.run.name, _flat(asdict(self.config)), self.folder)
 
     def _reference_scores(self, count: int) -> Tensor:
@@ -372,7 +370,10 @@ class PPOTrainer:
 
 
 class _UpdateTotals:
-    """Sums up the statistics of a step's optimizer steps, each of which is already a mean over its tokens."""
+    """Sums up the statistics of a step's minibatches, each of which is already a mean over its tokens.
+
+    The minibatch at which ppo.target_kl_stop ended the update counts: its losses were seen, though no step was taken.
+    """
 
     def __init__(self) -> None:
         self.means: list[Tensor] = []
@@ -380,9 +381,11 @@ class _UpdateTotals:
         self.norms: list[float] = []
         self.skipped = 0
 
-    def add(self, means: Tensor, maxima: Tensor, norm: float, taken: bool) -> None:
+    def add_losses(self, means: Tensor, maxima: Tensor) -> None:
         self.means.append(means)
         self.maxima.append(maxima)
+
+    def add_step(self, norm: float, taken: bool) -> None:
         self.skipped += not taken
         if taken:
             self.norms.append(norm)
@@ -399,7 +402,6 @@ class _UpdateTotals:
             ratio_max=float(torch.stack(self.maxima)[:, 0].max()),
             first_ratio_error=float(self.maxima[0][1]),
             grad_norm=float(np.mean(self.norms)) if self.norms else float("nan"),
-            updates=len(self.means),
             skipped=self.skipped,
         )
 

@@ -189,7 +189,7 @@ class Experience(_Batch):
 
 @dataclass(frozen=True, kw_only=True)
 class LossStats:
-    """Means over the response tokens of all optimizer steps of a PPO step, all ranks together."""
+    """Means over the response tokens of all minibatches of a PPO step, all ranks together."""
 
     policy: float
     value: float
@@ -200,7 +200,6 @@ class LossStats:
     ratio_max: float
     first_ratio_error: float  # max |ratio - 1| before the first optimizer step
     grad_norm: float
-    updates: int
     skipped: int
 
 

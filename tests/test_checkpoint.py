@@ -1,0 +1,318 @@
+"""A run's folder, models that load without this package, and runs that go on as if they had never stopped."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from rlhf_accel import checkpoint
+from rlhf_accel.config import Config, ConfigError, parse
+from rlhf_accel.tokens import Tokens
+from rlhf_accel.trainer import PPOTrainer
+
+pytestmark = pytest.mark.usefixtures("exact_fp32")
+
+
+def run_config(**run):
+    return parse(Config, {"run": run})
+
+
+# The folder
+
+
+def opened(config):
+    folder = checkpoint.choose_folder(config)
+    checkpoint.make_folder(folder, "run: {}\n")
+    return folder
+
+
+def test_the_default_folder_is_the_first_free_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = opened(run_config(name="mine"))
+    assert first.resolve() == tmp_path / "saved_models" / "mine"
+    assert [path.name for path in first.iterdir()] == ["config.yaml"]
+    assert opened(run_config(name="mine")).name == "mine-2"
+    (tmp_path / "saved_models" / "mine-2" / "notes.txt").write_text("")
+    assert opened(run_config(name="mine")).name == "mine-3"
+
+
+def test_a_folder_with_other_files_is_used(tmp_path):
+    (tmp_path / "notes.txt").write_text("keep")
+    assert opened(run_config(output_dir=str(tmp_path))) == tmp_path
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "notes.txt"]
+
+
+@pytest.mark.parametrize("held", ["config.yaml", "metrics.jsonl", "checkpoints/latest"])
+def test_a_folder_that_holds_a_run_is_refused_but_for_resuming(tmp_path, held):
+    (tmp_path / held).parent.mkdir(exist_ok=True)
+    (tmp_path / held).write_text("old")
+    with pytest.raises(ConfigError, match=r"^run\.output_dir=.*already holds a run.*--run\.resume latest$"):
+        opened(run_config(output_dir=str(tmp_path)))
+    assert (tmp_path / held).read_text() == "old"
+    assert opened(run_config(output_dir=str(tmp_path), resume="latest")) == tmp_path
+
+
+@pytest.mark.parametrize("below", ["", "run", "a/b"])
+def test_a_file_in_the_way_is_refused(tmp_path, below):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match=r"^run\.output_dir=.*is a file") as caught:
+        checkpoint.choose_folder(run_config(output_dir=str(tmp_path / "file" / below)))
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch):
+    """The tests may run as root, who may write everywhere."""
+    monkeypatch.setattr(checkpoint.os, "access", lambda place, mode: place != tmp_path)
+    with pytest.raises(ConfigError, match=r"^run\.output_dir=.*no permission in"):
+        checkpoint.choose_folder(run_config(output_dir=str(tmp_path / "run")))
+
+
+def test_a_place_where_nothing_can_be_made_is_refused():
+    with pytest.raises(ConfigError, match=r"^run\.output_dir=/proc/no_such_run cannot be written"):
+        opened(run_config(output_dir="/proc/no_such_run"))
+
+
+def test_choosing_a_folder_creates_nothing(tmp_path):
+    folder = checkpoint.choose_folder(run_config(output_dir=str(tmp_path / "a" / "b")))
+    assert folder == tmp_path / "a" / "b"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resuming_without_a_checkpoint_is_refused(tmp_path):
+    for resume in ("latest", str(tmp_path / "checkpoints" / "step-000002")):
+        with pytest.raises(ConfigError, match=rf"^run\.resume={resume}: "):
+            checkpoint.resume_folder(run_config(output_dir=str(tmp_path), resume=resume), tmp_path)
+
+
+def test_a_checkpoint_that_breaks_off_leaves_the_last_one_in_place(tmp_path):
+    def save(step, save_state):
+        progress = checkpoint.Progress(step=step, kl_coef=0.25 * step)
+        checkpoint.save_checkpoint(tmp_path, progress, save_state, is_main=True, barrier=lambda: None)
+
+    def fail(folder):
+        (folder / "half").write_text("")
+        raise OSError("disk full")
+
+    save(1, lambda folder: (folder / "weights").write_text("one"))
+    with pytest.raises(OSError, match="disk full"):
+        save(2, fail)
+    found = checkpoint.resume_folder(run_config(output_dir=str(tmp_path), resume="latest"), tmp_path)
+    assert found.name == "step-000001"
+    assert checkpoint.load_progress(found) == checkpoint.Progress(step=1, kl_coef=0.25)
+    save(2, lambda folder: (folder / "weights").write_text("two"))
+    found = checkpoint.resume_folder(run_config(output_dir=str(tmp_path), resume="latest"), tmp_path)
+    assert (found.name, sorted(path.name for path in found.iterdir())) == ("step-000002", ["progress.json", "weights"])
+
+
+# Export
+
+LOAD_WITHOUT_US = """
+import json, sys
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+written = {}
+for kind, folder in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+    auto = AutoPeftModelForCausalLM if kind == "adapter" else AutoModelForCausalLM
+    model, tokenizer = auto.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer("The film", return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    written[folder] = ids[0].tolist()
+assert not any(name.split(".")[0] == "rlhf_accel" for name in sys.modules)
+print(json.dumps(written))
+"""
+
+
+@pytest.fixture
+def trained(tiny):
+    """A function that trains a tiny run for a step and returns its trainer."""
+
+    def train(**sections):
+        run = {"total_steps": 1, "eval_samples": 0, **sections.pop("run", {})}
+        trainer = PPOTrainer(tiny(run=run, **sections))
+        trainer.fit()
+        return trainer
+
+    return train
+
+
+def test_final_loads_and_writes_without_this_package(trained, llama_folder, tmp_path):
+    kinds = {
+        "full": trained(run={"output_dir": str(tmp_path / "full")}),
+        "tied": trained(run={"output_dir": str(tmp_path / "tied")}, model={"name_or_path": str(llama_folder)}),
+        "adapter": trained(run={"output_dir": str(tmp_path / "adapter")}, lora={"r": 4}, optim={"lr": 0.05}),
+    }
+    arguments = [text for kind, trainer in kinds.items() for text in (kind, str(trainer.folder / "final"))]
+    # In another folder, so that the package could not even be found by chance.
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD_WITHOUT_US, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    written = json.loads(done.stdout.splitlines()[-1])
+    for trainer in kinds.values():
+        ids = torch.tensor(written[str(trainer.folder / "final")])[None]
+        prompt = torch.tensor(trainer.tokens.encode(["The film"]))
+        assert torch.equal(ids[:, : prompt.shape[1]], prompt)
+        policy = trainer.runtime.plain_module.policy
+        expected = policy.generate(input_ids=prompt, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+        assert torch.equal(ids, expected)
+
+
+def test_exported_weights_are_those_of_the_run(trained, gpt2_folder):
+    trainer = trained()
+    final = AutoModelForCausalLM.from_pretrained(trainer.folder / "final").state_dict()
+    start = AutoModelForCausalLM.from_pretrained(gpt2_folder).state_dict()
+    policy = trainer.runtime.plain_module.policy.state_dict()
+    assert final.keys() == policy.keys()
+    assert all(torch.equal(final[name], policy[name]) for name in policy)
+    assert not all(torch.equal(final[name], start[name]) for name in policy)
+    head = checkpoint.load_value_head(trainer.folder / "final")
+    assert head.keys() == {"value_head.weight", "value_head.bias"}
+    assert torch.equal(head["value_head.weight"], trainer.runtime.plain_module.value_head.weight)
+    assert head["value_head.weight"].abs().max() > 0
+
+
+def test_an_exported_adapter_is_that_of_the_run(trained, gpt2_folder):
+    trainer = trained(lora={"r": 4}, optim={"lr": 0.05})
+    loaded = AutoPeftModelForCausalLM.from_pretrained(trainer.folder / "final").eval()
+    ids = torch.tensor(trainer.tokens.encode(["The film is good"]))
+    with torch.no_grad():
+        policy = trainer.runtime.plain_module.policy
+        assert_close(loaded(ids).logits, policy(ids).logits, atol=1e-5, rtol=1e-5)
+        base = AutoModelForCausalLM.from_pretrained(gpt2_folder).eval()(ids).logits
+    assert (loaded(ids).logits - base).abs().max() > 1e-3
+    names = {path.name for path in (trainer.folder / "final").iterdir()}
+    assert "adapter_model.safetensors" in names
+    assert "model.safetensors" not in names
+
+
+def test_a_separate_critic_is_exported_whole(trained):
+    trainer = trained(model={"critic": "separate"})
+    critic = checkpoint.load_value_head(trainer.folder / "final")
+    module = trainer.runtime.plain_module
+    expected = {name: value for name, value in module.state_dict().items() if not name.startswith("policy.")}
+    assert critic.keys() == expected.keys()
+    assert "critic.h.0.mlp.c_fc.weight" in critic
+    assert all(torch.equal(critic[name], expected[name]) for name in expected)
+    # What transformers loads is the policy alone.
+    names = load_file(trainer.folder / "final" / "model.safetensors")
+    assert not any("critic" in name or "value_head" in name for name in names)
+
+
+def test_tied_weights_stay_tied(trained, llama_folder):
+    trainer = trained(model={"name_or_path": str(llama_folder)})
+    assert "lm_head.weight" not in load_file(trainer.folder / "final" / "model.safetensors")
+    loaded = AutoModelForCausalLM.from_pretrained(trainer.folder / "final").eval()
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    ids = torch.tensor(trainer.tokens.encode(["The film"]))
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, trainer.runtime.plain_module.policy(ids).logits)
+
+
+def test_an_export_replaces_the_one_before(trained, tmp_path):
+    trainer = trained()
+    module, folder = trainer.runtime.plain_module, tmp_path / "out"
+    tokens = Tokens.load(trainer.config.model.name_or_path)
+    checkpoint.export(folder, module, module.state_dict(), tokens, "first")
+    (folder / "stale.txt").write_text("from before")
+    with torch.no_grad():
+        module.value_head.bias.fill_(3.0)
+    checkpoint.export(folder, module, module.state_dict(), tokens, "second")
+    assert (folder / "README.md").read_text() == "second"
+    assert not (folder / "stale.txt").exists()
+    assert checkpoint.load_value_head(folder)["value_head.bias"].item() == 3.0
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_the_model_card_says_what_was_done(tiny):
+    card = checkpoint.model_card(tiny(lora={"r": 4}), {"eval/score": 0.5, "samples": ["left out"]})
+    front = card.split("---")[1]
+    assert "library_name: peft" in front
+    assert "base_model: " in front
+    assert "| eval/score | 0.500 |" in card
+    assert "left out" not in card
+    assert "tests.conftest:share_of_o" in card
+
+
+# Going on
+
+
+def rows_of(folder, name="metrics.jsonl"):
+    """Rows without what the clock and the memory say."""
+    rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith(("time/", "perf/"))} for row in rows]
+
+
+def final_weights(folder):
+    name = "adapter_model.safetensors" if (folder / "final" / "adapter_config.json").exists() else "model.safetensors"
+    return load_file(folder / "final" / name) | checkpoint.load_value_head(folder / "final")
+
+
+@pytest.mark.parametrize("lora", [{"r": 0}, {"r": 4}])
+def test_a_resumed_run_is_the_run_that_never_stopped(tiny, tmp_path, lora):
+    """All that outlives a step matters here: Adam's moments, the learning rate's place, KL coefficient, calibration."""
+    whole = tiny(
+        run={"total_steps": 4, "save_every": 2, "eval_every": 2, "sample_every": 1, "output_dir": str(tmp_path / "a")},
+        lora=lora,
+        reward={"calibrate": True, "calibrate_samples": 16},
+        ppo={"kl_target": 0.1, "kl_horizon": 32},
+        optim={"lr": 3e-3, "warmup_steps": 3},
+    )
+    PPOTrainer(whole).fit()
+    expected = rows_of(tmp_path / "a")
+    assert [row["step"] for row in expected] == [1, 2, 3, 4]
+    assert expected[3]["kl/coef"] != expected[1]["kl/coef"]
+
+    # As a run that was killed in its fourth step left it.
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b" / "checkpoints" / "step-000004")
+    shutil.rmtree(tmp_path / "b" / "final")
+    (tmp_path / "b" / "checkpoints" / "latest").write_text("step-000002")
+    metrics = (tmp_path / "b" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "b" / "metrics.jsonl").write_text("".join(metrics[:3]))
+
+    run = {**vars(whole.run), "output_dir": str(tmp_path / "b"), "resume": "latest"}
+    resumed = tiny(run=run, lora=lora, reward=vars(whole.reward), ppo=vars(whole.ppo), optim=vars(whole.optim))
+    PPOTrainer(resumed).fit()
+    assert rows_of(tmp_path / "b") == expected
+    assert rows_of(tmp_path / "b", "samples.jsonl") == rows_of(tmp_path / "a", "samples.jsonl")
+    ours, theirs = final_weights(tmp_path / "b"), final_weights(tmp_path / "a")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_checkpoint_can_be_named(tiny, tmp_path):
+    run = {"total_steps": 2, "save_every": 1, "eval_samples": 0, "output_dir": str(tmp_path / "a")}
+    PPOTrainer(tiny(run=run)).fit()
+    place = tmp_path / "a" / "checkpoints" / "step-000001"
+    trainer = PPOTrainer(tiny(run={**run, "output_dir": str(tmp_path / "b"), "resume": str(place)}))
+    trainer.fit()
+    assert rows_of(tmp_path / "b") == rows_of(tmp_path / "a")[1:]
+
+
+def test_a_run_that_crashes_can_go_on(tiny, tmp_path):
+    calls = []
+
+    def fails_once(prompts, responses, **columns):
+        calls.append(len(prompts))
+        if len(calls) == 4:  # a trial at the start, then once a step
+            raise RuntimeError("the power went out")
+        return [response.count("o") for response in responses]
+
+    run = {"total_steps": 4, "save_every": 1, "eval_samples": 0, "output_dir": str(tmp_path / "a")}
+    config = tiny(run=run, reward={"function": []})
+    with pytest.raises(RuntimeError, match="the power went out"):
+        PPOTrainer(config, reward=fails_once).fit()
+    assert [row["step"] for row in rows_of(tmp_path / "a")] == [1, 2]
+    PPOTrainer(tiny(run={**run, "resume": "latest"}, reward={"function": []}), reward=fails_once).fit()
+    assert [row["step"] for row in rows_of(tmp_path / "a")] == [1, 2, 3, 4]
+    PPOTrainer(tiny(run={**run, "output_dir": str(tmp_path / "b")}, reward={"function": []}), reward=fails_once).fit()
+    assert rows_of(tmp_path / "a") == rows_of(tmp_path / "b")

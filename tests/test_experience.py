@@ -1,0 +1,148 @@
+"""Rollout -> Experience, against numbers worked out by hand.
+
+Two responses, of two and of three tokens; gamma = 1 and lam = 0.5 unless said, kl_coef = 0.5.
+
+    logprobs - ref_logprobs = [[0.2, -0.4, -], [0.0, 0.6, 0.2]]        (where - is padding)
+    kl (k1)                 = the same
+    rewards                 = -0.5 kl, and the score on the last token
+                            = [[-0.1, 0.2 + 1, -], [0, -0.3, -0.1 + 2]] = [[-0.1, 1.2, -], [0.0, -0.3, 1.9]]
+    values                  = [[0.5, 0.2, -], [0.0, 1.0, 0.4]]
+    deltas                  = r + next value - value
+                            = [[-0.1 + 0.2 - 0.5, 1.2 - 0.2, -], [0 + 1.0 - 0, -0.3 + 0.4 - 1.0, 1.9 - 0.4]]
+                            = [[-0.4, 1.0, -], [1.0, -0.9, 1.5]]
+    advantages              = delta + 0.5 * next advantage
+                            = [[-0.4 + 0.5, 1.0, -], [1.0 + 0.5 * -0.15, -0.9 + 0.75, 1.5]]
+                            = [[0.1, 1.0, -], [0.925, -0.15, 1.5]]
+    returns                 = advantages + values = [[0.6, 1.2, -], [0.925, 0.85, 1.9]]
+"""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from rlhf_accel.config import PPOConfig, RewardConfig
+from rlhf_accel.experience import make_experience
+from rlhf_accel.types import Rollout, Sequences
+
+MASK = torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()
+GARBAGE = 77.0
+DIFFERENCE = torch.tensor([[0.2, -0.4, GARBAGE], [0.0, 0.6, 0.2]])
+PLAIN = PPOConfig(lam=0.5, whiten_advantages=False)
+
+
+def rollout():
+    ref_logprobs = torch.tensor([[-1.0, -2.0, -3.0], [-1.5, -2.5, -0.5]])
+    return Rollout(
+        sequences=Sequences(
+            queries=torch.tensor([[1, 2], [3, 4]]),
+            query_mask=torch.ones(2, 2, dtype=torch.bool),
+            responses=torch.tensor([[5, 6, 0], [7, 8, 9]]),
+            response_mask=MASK,
+        ),
+        finished=torch.tensor([True, False]),
+        scores=torch.tensor([1.0, 2.0]),
+        logprobs=ref_logprobs + DIFFERENCE,
+        ref_logprobs=ref_logprobs,
+        values=torch.tensor([[0.5, 0.2, GARBAGE], [0.0, 1.0, 0.4]]),
+        entropy=torch.zeros(2, 3),
+        prompts=("a", "b"),
+        texts=("c", "d"),
+    )
+
+
+def make(config=PLAIN, reward=None, kl_coef=0.5):
+    return make_experience(rollout(), config, reward or RewardConfig(), kl_coef)
+
+
+def assert_tokens(tensor, first, second):
+    """The tokens that count, and nothing in the padding."""
+    assert_close(tensor, torch.tensor([[*first, 0.0], second]), atol=1e-6, rtol=1e-5)
+
+
+def test_rewards_advantages_and_returns():
+    experience = make()
+    assert_tokens(experience.rewards, [-0.1, 1.2], [0.0, -0.3, 1.9])
+    assert_tokens(experience.advantages, [0.1, 1.0], [0.925, -0.15, 1.5])
+    assert_tokens(experience.returns, [0.6, 1.2], [0.925, 0.85, 1.9])
+
+
+def test_what_the_rollout_said_is_kept():
+    experience, was = make(), rollout()
+    assert torch.equal(experience.old_logprobs, was.logprobs)
+    assert torch.equal(experience.old_values, was.values)
+    assert torch.equal(experience.sequences.responses, was.sequences.responses)
+
+
+def test_the_coefficient_is_the_one_of_the_controller():
+    assert_tokens(make(kl_coef=0.0).rewards, [0.0, 1.0], [0.0, 0.0, 2.0])
+    assert_tokens(make(replace(PLAIN, kl_coef=9.0), kl_coef=1.0).rewards, [-0.2, 1.4], [0.0, -0.6, 1.8])
+
+
+def test_gamma_and_lambda():
+    # gamma = 0.5, lam = 1: deltas are r + 0.5 next value - value = [[-0.5, 1.0, -], [0.5, -1.1, 1.5]], and
+    # advantages = [[-0.5 + 0.5, 1.0, -], [0.5 + 0.5 * -0.35, -1.1 + 0.75, 1.5]].
+    experience = make(PPOConfig(gamma=0.5, lam=1.0, whiten_advantages=False))
+    assert_tokens(experience.advantages, [0.0, 1.0], [0.325, -0.35, 1.5])
+
+
+@pytest.mark.parametrize(
+    ("estimator", "kl"),
+    [
+        ("k1", lambda d: d),
+        ("k2", lambda d: d * d / 2),
+        ("k3", lambda d: math.exp(-d) - 1 + d),
+    ],
+)
+def test_kl_estimators(estimator, kl):
+    rewards = make(replace(PLAIN, kl_estimator=estimator)).rewards
+    assert_tokens(
+        rewards,
+        [-0.5 * kl(0.2), -0.5 * kl(-0.4) + 1],
+        [-0.5 * kl(0.0), -0.5 * kl(0.6), -0.5 * kl(0.2) + 2],
+    )
+
+
+def test_the_missing_end_costs_the_response_that_was_cut_off():
+    # The second response did not finish: its score is 2 - 1.5.
+    rewards = make(reward=RewardConfig(missing_eos_penalty=1.5)).rewards
+    assert_tokens(rewards, [-0.1, 1.2], [0.0, -0.3, 0.4])
+
+
+def test_whitened_advantages():
+    # Of [0.1, 1.0, 0.925, -0.15, 1.5] the mean is 3.375 / 5 = 0.675, the squares of what is left are
+    # [0.330625, 0.105625, 0.0625, 0.680625, 0.680625], their mean is 0.372, and the deviation its root.
+    experience = make(replace(PLAIN, whiten_advantages=True))
+    expected = [(a - 0.675) / math.sqrt(0.372) for a in (0.1, 1.0, 0.925, -0.15, 1.5)]
+    assert_tokens(experience.advantages, expected[:2], expected[2:])
+    # Whitening is for the policy's gradient only: the critic still learns the returns as they are.
+    assert_tokens(experience.returns, [0.6, 1.2], [0.925, 0.85, 1.9])
+
+
+def test_whitened_rewards_are_scaled_and_not_shifted():
+    # Of [-0.1, 1.2, 0.0, -0.3, 1.9] the mean is 2.7 / 5 = 0.54 and the mean square (0.01 + 1.44 + 0.09 + 3.61) / 5 =
+    # 1.03, so the variance is 1.03 - 0.2916 = 0.7384.
+    experience = make(replace(PLAIN, whiten_rewards=True))
+    expected = [r / math.sqrt(0.7384) for r in (-0.1, 1.2, 0.0, -0.3, 1.9)]
+    assert_tokens(experience.rewards, expected[:2], expected[2:])
+    # They are what advantages are made of.
+    assert_close(experience.advantages[0, 1], torch.tensor(expected[1] - 0.2))
+
+
+def test_padding_says_nothing():
+    clean = rollout()
+    clean = replace(
+        clean,
+        **{name: getattr(clean, name).masked_fill(~MASK, 0.0) for name in ("logprobs", "ref_logprobs", "values")},
+    )
+    config = PPOConfig(whiten_rewards=True)
+    for name in ("rewards", "advantages", "returns"):
+        with_garbage = getattr(make_experience(rollout(), config, RewardConfig(), 0.5), name)
+        assert torch.equal(with_garbage, getattr(make_experience(clean, config, RewardConfig(), 0.5), name))
+
+
+def test_the_order_of_responses_does_not_matter():
+    swapped = make_experience(rollout().select(torch.tensor([1, 0])), PPOConfig(), RewardConfig(), 0.5)
+    assert_close(swapped.advantages.flip(0), make(PPOConfig()).advantages)

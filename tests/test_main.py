@@ -1,0 +1,292 @@
+"""The command line: what is bad ends in one line that names the key, with status 2, and leaves the disk as it was."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from rlhf_accel import __main__ as command_line
+from rlhf_accel.config import to_yaml
+
+pytestmark = pytest.mark.usefixtures("exact_fp32")
+
+
+def nan_for_all(prompts, responses, **columns):
+    return [float("nan")] * len(prompts)
+
+
+def raises(prompts, responses, **columns):
+    raise RuntimeError("no such\nfile")
+
+
+def too_few(prompts, responses, **columns):
+    return [1.0] * (len(prompts) - 1)
+
+
+def on_disk(folder):
+    """Every path below with its content and the time it was written."""
+    return {
+        str(path.relative_to(folder)): (
+            path.stat().st_mtime_ns,
+            hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None,
+        )
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """The working folder: inputs in in/, the run's folder may be made in out/."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def refused(place, tiny, capfd):
+    """A function that trains with these options and expects one line which holds `words`, and nothing else."""
+    (place / "in" / "config.yaml").write_text(to_yaml(tiny(run={"output_dir": str(place / "out" / "run")})))
+
+    def check(*options, words, config="in/config.yaml"):
+        before = on_disk(place)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            command_line.main(["train", "--config", config, *map(str, options)])
+        lines = capfd.readouterr().err.splitlines()
+        assert stopped.value.code == 2
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("error: ")
+        for word in words:
+            assert word in lines[0], lines[0]
+        assert on_disk(place) == before
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--ppo.kl_coeff", "0.1"], ["unknown key ppo.kl_coeff", "did you mean ppo.kl_coef?"]),
+        (["--optim.lr", "fast"], ["optim.lr='fast'"]),
+        (["--optim.lr", "-1"], ["optim.lr=-1"]),
+        (["--rollout.batch_size", "8.5"], ["rollout.batch_size=8.5"]),
+        (["--optim.lr"], ["--optim.lr needs a value"]),
+        (["oops"], ["unexpected argument 'oops'"]),
+        (["--ppo.num_minibatches", "3"], ["ppo.num_minibatches=3", "rollout.batch_size=8"]),
+        (["--rollout.min_new_tokens", "9"], ["rollout.min_new_tokens=9", "rollout.max_new_tokens=8"]),
+        (["--ppo.micro_batch_tokens", "10"], ["ppo.micro_batch_tokens=10"]),
+        (["--model.dtype", "bf16"], ["model.dtype=bf16", "lora.r"]),
+        (["--reward.label", "POSITIVE"], ["reward.label", "reward.model"]),
+        (["--run.trackers", "carrier_pigeon"], ["run.trackers", "carrier_pigeon"]),
+        (["--run.resume", "latest"], ["run.resume=latest", "no checkpoint"]),
+    ],
+)
+def test_bad_settings(refused, options, words):
+    refused(*options, words=words)
+
+
+def test_a_config_that_is_not_there_or_not_a_config(refused, place):
+    refused(words=["--config in/nothing.yaml", "imdb_sentiment"], config="in/nothing.yaml")
+    (place / "in" / "list.yaml").write_text("- 1\n")
+    refused(words=["--config in/list.yaml", "mapping"], config="in/list.yaml")
+    (place / "in" / "torn.yaml").write_text("run: {seed: 1\n")
+    refused(words=["--config in/torn.yaml", "not valid YAML"], config="in/torn.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "words"),
+    [
+        ("absent.jsonl", None, [], ["data.source=", "absent.jsonl"]),
+        ("empty.jsonl", "", [], ["data.source=", "empty.jsonl"]),
+        ("empty.txt", "\n\n", [], ["data.source=", "empty.txt"]),
+        ("header.csv", "text\n", [], ["data.source=", "header.csv"]),
+        ("torn.jsonl", '{"text": "a"\n', [], ["data.source=", "torn.jsonl"]),
+        ("other.jsonl", '{"review": "good"}\n', [], ["data.text_field=text", "review"]),
+        ("field.jsonl", '{"text": "good"}\n', ["--data.text_field", "body"], ["data.text_field=body", "text"]),
+        ("blank.jsonl", '{"text": "good"}\n{"text": "  "}\n', [], ["row 2", "data.text_field"]),
+        ("null.jsonl", '{"text": "good"}\n{"text": null}\n', [], ["row 2", "data.text_field"]),
+        ("number.jsonl", '{"text": 1}\n{"text": 2}\n', [], ["row 1", "data.text_field"]),
+        (
+            "long.jsonl",
+            json.dumps({"text": "good " * 50}) + "\n",
+            ["--data.prompt_tokens", "null"],
+            ["rollout.max_prompt_tokens=6"],
+        ),
+    ],
+)
+def test_bad_data(refused, place, name, content, options, words):
+    if content is not None:
+        (place / "in" / name).write_text(content)
+    refused("--data.source", place / "in" / name, *options, words=words)
+
+
+def test_a_policy_that_cannot_be_used(refused, place, gpt2_folder, classifier_folder):
+    refused("--model.name_or_path", place / "in" / "nowhere", words=["model.name_or_path=", "nowhere"])
+    refused("--model.name_or_path", classifier_folder, words=["model.name_or_path=", "lm_head"])
+    refused("--lora.r", 4, "--lora.target_modules", "q_proj", words=["lora.target_modules", "q_proj"])
+
+
+def test_a_policy_without_weights(refused, place, gpt2_folder):
+    shutil.copytree(gpt2_folder, place / "in" / "model")
+    (place / "in" / "model" / "model.safetensors").unlink()
+    refused("--model.name_or_path", place / "in" / "model", words=["model.name_or_path="])
+
+
+@pytest.mark.parametrize("family", ["gpt2_folder", "llama_folder"])
+def test_a_policy_without_a_tokenizer(refused, place, request, family):
+    (place / "in" / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(request.getfixturevalue(family) / name, place / "in" / "model")
+    refused("--model.name_or_path", place / "in" / "model", words=["model.name_or_path=", "tokenizer"])
+
+
+def test_a_reward_model_that_cannot_be_used(refused, place, gpt2_folder, classifier_folder):
+    with_model = ["--reward.function", "[]", "--reward.model"]
+    refused(*with_model, place / "in" / "nowhere", words=["reward.model=", "nowhere"])
+    refused(*with_model, gpt2_folder, words=["reward.model="])
+    refused(*with_model, classifier_folder, words=["reward.label is not set", "NEGATIVE, POSITIVE"])
+    refused(*with_model, classifier_folder, "--reward.label", "GOOD", words=["reward.label=GOOD", "NEGATIVE, POSITIVE"])
+    refused(
+        *with_model,
+        classifier_folder,
+        *("--reward.label", "POSITIVE", "--model.critic", "separate", "--model.critic_init", "reward"),
+        words=["model.critic_init=reward"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("no_colon", ["package.module:callable"]),
+        ("no_such_module:f", ["no_such_module", "cannot be imported"]),
+        ("tests.test_main:no_such_name", ["has no no_such_name"]),
+        ("tests.test_main:__doc__", ["not callable"]),
+        ("tests.test_main:raises", ["raised RuntimeError: no such file"]),
+        ("tests.test_main:too_few", ["1 scores for 2 responses"]),
+        ("tests.test_main:nan_for_all", ["nan"]),
+    ],
+)
+def test_a_bad_reward_function(refused, target, words):
+    refused("--reward.function", target, words=[f"reward.function={target}", *words])
+
+
+def test_no_reward(refused):
+    refused("--reward.function", "[]", words=["reward.model or reward.function"])
+
+
+def test_a_reward_that_does_not_vary_cannot_be_calibrated(refused):
+    refused(
+        *("--reward.function", "tests.test_trainer:always_one", "--reward.calibrate", "true"),
+        words=["reward.calibrate=true"],
+    )
+
+
+@pytest.mark.parametrize("below", ["", "/run", "/a/b"])
+def test_a_file_in_the_way_of_the_output(refused, place, below):
+    (place / "out" / "file").write_text("mine")
+    refused("--run.output_dir", f"{place}/out/file{below}", words=["run.output_dir="])
+
+
+def test_a_run_in_the_way_of_the_output(refused, place, tiny, capfd):
+    command_line.main(["train", "--config", "in/config.yaml", "--run.total_steps", "1", "--run.save_every", "1"])
+    assert (place / "out" / "run" / "final").is_dir()
+    refused(words=["run.output_dir=", "already holds a run", "--run.resume latest"])
+    # Nor does another mistake, when going on with the run.
+    refused("--run.resume", "latest", "--reward.function", "tests.test_main:too_few", words=["reward.function="])
+    refused("--run.resume", place / "nowhere", words=["run.resume=", "nowhere"])
+
+
+def test_a_bad_config_as_seen_from_outside(place, tiny):
+    """In a process of its own: no warning of a library stands beside the line."""
+    config = yaml.safe_load(to_yaml(tiny(run={"output_dir": str(place / "out" / "run")})))
+    config["reward"]["function"] = ["tests.test_main:too_few"]
+    (place / "in" / "config.yaml").write_text(yaml.safe_dump(config))
+    before = on_disk(place)
+    root = os.path.dirname(os.path.dirname(__file__))
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf_accel", "train", "--config", "in/config.yaml"],
+        capture_output=True,
+        text=True,
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: reward.function=tests.test_main:too_few returned 1 scores for 2 responses")
+    assert on_disk(place) == before
+
+
+# Commands
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_help(arguments, capsys):
+    command_line.main(arguments)
+    output = capsys.readouterr()
+    assert output.err == ""
+    assert all(word in output.out for word in ("usage:", "train", "generate", "train-reward", "imdb_sentiment"))
+
+
+def test_an_unknown_command(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main(["tarin"])
+    output = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert output.err.startswith("error: unknown command 'tarin'; commands are train, generate, train-reward")
+    assert len(output.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "train-reward"])
+def test_help_of_a_command(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main([command, "--help"])
+    output = capsys.readouterr()
+    assert stopped.value.code == 0
+    assert output.err == ""
+    assert len(output.out.splitlines()) > 5
+
+
+def test_print_config_prints_and_trains_nothing(refused, place, capfd):
+    before = on_disk(place)
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main(["train", "--config", "in/config.yaml", "--ppo.kl_coef", "0.5", "--print_config"])
+    assert stopped.value.code == 0
+    printed = yaml.safe_load(capfd.readouterr().out)
+    assert printed["ppo"]["kl_coef"] == 0.5
+    assert printed["rollout"]["batch_size"] == 8
+    assert on_disk(place) == before
+
+
+def test_training_from_the_command_line(refused, place, capfd):
+    command_line.main(["train", "--config", "in/config.yaml", "--run.total_steps=1"])
+    assert len((place / "out" / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+    assert "step 1/1" in capfd.readouterr().out
+
+
+def test_a_crash_is_not_a_bad_input(refused, monkeypatch):
+    from rlhf_accel.trainer import PPOTrainer
+
+    def fail(self, prompts):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(PPOTrainer, "step", fail)
+    with pytest.raises(ZeroDivisionError):  # which Python shows, and leaves with status 1
+        command_line.main(["train", "--config", "in/config.yaml"])
+
+
+def test_ctrl_c(capsys):
+    def interrupt(arguments):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        command_line.run(interrupt, [])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "stopped by Ctrl-C\n"

@@ -1,0 +1,75 @@
+"""The recipes, as they are shipped, on tiny models under the real names in a hub cache without a hub."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf_accel.config import RECIPES, Config, RewardTrainingConfig, load, recipe_names
+from tests.conftest import TEXTS
+from tests.hub_cache import make_hub_cache_dataset, offline_environment, put_model
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def test_every_recipe_is_a_config():
+    names = recipe_names()
+    assert {"movie_reviews", "imdb_sentiment", "imdb_sentiment_lora"} <= set(names)
+    assert len(names) == len(list(RECIPES.glob("*")))
+    for name in names:
+        load(RewardTrainingConfig if name.endswith("_reward") else Config, name)
+
+
+def test_the_reference_job_is_what_the_issue_says():
+    config = load(Config, "imdb_sentiment")
+    assert config.model.name_or_path == "lvwerra/gpt2-imdb"
+    assert config.reward.model == "siebert/sentiment-roberta-large-english"
+    assert config.data.source == "stanfordnlp/imdb"
+    assert config.data.prompt_tokens == (2, 8)
+    assert config.rollout.batch_size == 256
+    assert config.lora.r == 0
+    lora = load(Config, "imdb_sentiment_lora")
+    assert lora.lora.r > 0
+    assert (lora.data, lora.rollout, lora.reward) == (config.data, config.rollout, config.reward)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory, gpt2_folder, classifier_folder):
+    """Environment variables of a machine that has loaded the three names of the reference job."""
+    cache = tmp_path_factory.mktemp("hf_home") / "hub"
+    put_model(cache, "lvwerra/gpt2-imdb", gpt2_folder)
+    put_model(cache, "siebert/sentiment-roberta-large-english", classifier_folder)
+    rows = [{"text": f"{text} <br />{text}", "label": i % 2} for i, text in enumerate(TEXTS * 20)]
+    make_hub_cache_dataset(cache, "stanfordnlp/imdb", {"train": rows, "test": rows[:40]})
+    return offline_environment(cache)
+
+
+@pytest.mark.parametrize("recipe", ["imdb_sentiment", "imdb_sentiment_lora"])
+def test_the_reference_job_runs(recipe, hub, tmp_path):
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "rlhf_accel", "train", "--config", recipe),
+            *("--run.total_steps", "1", "--run.output_dir", str(tmp_path / "run")),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, **hub, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["episodes"] for row in rows] == [256]
+    assert rows[0]["objective/kl"] == 0
+    assert rows[0]["policy/first_ratio_error"] < 1e-4
+    assert rows[0]["objective/score_std"] > 0
+    assert "eval/score" in rows[0]
+    weights = "adapter_model.safetensors" if recipe.endswith("_lora") else "model.safetensors"
+    assert (tmp_path / "run" / "final" / weights).is_file()
+    assert (tmp_path / "run" / "final" / "value_head.safetensors").is_file()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["base"]["kl"] == 0
+    assert summary["samples"]

@@ -1,0 +1,203 @@
+"""Sampling and assessing: a response depends on seed, step and row alone, and is judged by the models as they are."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from rlhf_accel import data, models
+from rlhf_accel.config import RolloutConfig
+from rlhf_accel.distributed import Runtime
+from rlhf_accel.reward import Reward
+from rlhf_accel.rollout import Sampler, sampling_settings
+from rlhf_accel.tokens import Tokens
+
+pytestmark = pytest.mark.usefixtures("exact_fp32")
+
+PROMPTS = ["The film", "A", "It is long, it is slow", "Bad acting", "An odd little film"]
+LETTERS = ["e", "t", "a", "i"]  # stop texts that a random model soon writes
+
+
+@pytest.fixture
+def sampler_of(tiny):
+    """A function that makes a sampler of a tiny model."""
+
+    def make(**sections):
+        config = tiny(**sections)
+        runtime, tokens = Runtime(config.run), Tokens.load(config.model.name_or_path)
+        policy = models.load_policy(config, config.model.name_or_path, runtime.device)
+        reference = models.load_reference(config, policy)
+        module = models.build(config, policy, config.model.name_or_path, None)
+        runtime.prepare(module, torch.optim.AdamW(module.parameters()))
+        return Sampler(config=config.rollout, runtime=runtime, tokens=tokens, reference=reference)
+
+    return make
+
+
+def prompts_for(sampler, columns=None):
+    return data.prompt_batch(sampler.tokens.encode(PROMPTS), sampler.tokens, columns)
+
+
+def assessed(sampler, seed=0, step=1):
+    prompts = prompts_for(sampler)
+    responses = sampler.sample(prompts, seed=seed, step=step)
+    return sampler.assess(responses, torch.arange(5.0), len(prompts))
+
+
+def logprobs_one_by_one(policy, rollout, temperature):
+    """Each row alone, unpadded, through plain transformers."""
+    rows = []
+    sequences = rollout.sequences
+    for i in range(len(rollout)):
+        query = sequences.queries[i][sequences.query_mask[i]]
+        response = sequences.responses[i][sequences.response_mask[i]]
+        with torch.no_grad():
+            logits = policy(torch.cat([query, response])[None]).logits[0, len(query) - 1 : -1]
+        rows.append((logits / temperature).log_softmax(-1)[torch.arange(len(response)), response])
+    return rows
+
+
+def assert_rows(matrix, rows, mask):
+    for i, row in enumerate(rows):
+        assert_close(matrix[i][mask[i]], row, atol=1e-5, rtol=1e-5)
+
+
+def test_sampling_follows_seed_and_step_alone(sampler_of):
+    sampler = sampler_of(rollout={"stop": LETTERS})
+    first = sampler.sample(prompts_for(sampler), seed=0, step=1)
+    torch.rand(3)
+    again = sampler.sample(prompts_for(sampler), seed=0, step=1)
+    assert torch.equal(again.sequences.responses, first.sequences.responses)
+    assert torch.equal(again.sequences.response_mask, first.sequences.response_mask)
+    for seed, step in ((1, 1), (0, 2)):
+        other = sampler.sample(prompts_for(sampler), seed=seed, step=step)
+        assert not torch.equal(other.sequences.responses, first.sequences.responses)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_how_many_rows_go_through_at_once_does_not_matter(sampler_of, size):
+    whole = assessed(sampler_of(rollout={"stop": LETTERS}))
+    parts = assessed(sampler_of(rollout={"stop": LETTERS, "forward_batch_size": size}))
+    mask = whole.sequences.response_mask
+    assert 5 < mask.sum() < mask.numel(), "rows of all lengths make this a test"
+    assert torch.equal(parts.sequences.responses, whole.sequences.responses)
+    assert torch.equal(parts.sequences.response_mask, mask)
+    assert torch.equal(parts.finished, whole.finished)
+    for name in ("logprobs", "ref_logprobs", "values", "entropy"):
+        assert_close(getattr(parts, name)[mask], getattr(whole, name)[mask], atol=1e-5, rtol=1e-5)
+    assert parts.texts == whole.texts
+
+
+def test_a_row_keeps_its_response_in_another_company(sampler_of):
+    sampler = sampler_of()
+    prompts = prompts_for(sampler)
+    whole = sampler.sample(prompts, seed=0, step=1)
+    rows = torch.tensor([3, 1])
+    few = sampler.sample(prompts.select(rows), seed=0, step=1)
+    assert torch.equal(few.sequences.responses, whole.sequences.responses[rows])
+
+
+@pytest.mark.parametrize(
+    ("lora", "rollout"),
+    [({}, {}), ({}, {"temperature": 0.7}), ({}, {"top_k": 5}), ({}, {"top_p": 0.5}), ({"r": 4}, {"temperature": 1.3})],
+)
+def test_assess_agrees_with_plain_transformers(sampler_of, gpt2_folder, lora, rollout):
+    """Also under top-k and top-p: what learns is the policy as a whole, not the part of it that was sampled from."""
+    sampler = sampler_of(lora=lora, rollout={"stop": LETTERS, **rollout})
+    rollout = assessed(sampler)
+    mask = rollout.sequences.response_mask
+    plain = AutoModelForCausalLM.from_pretrained(gpt2_folder).eval()
+    rows = logprobs_one_by_one(plain, rollout, sampler.config.temperature)
+    assert_rows(rollout.logprobs, rows, mask)
+    assert_rows(rollout.ref_logprobs, rows, mask)
+    # Before any learning the two are one model: not about, but exactly.
+    assert torch.equal(rollout.logprobs[mask], rollout.ref_logprobs[mask])
+    assert torch.equal(rollout.values, torch.zeros_like(rollout.values))
+
+
+@pytest.mark.parametrize("lora", [{}, {"r": 4}])
+def test_the_reference_stays_when_the_policy_moves(sampler_of, gpt2_folder, lora):
+    sampler = sampler_of(lora=lora)
+    module = sampler.runtime.plain_module
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    rollout = assessed(sampler)
+    plain = AutoModelForCausalLM.from_pretrained(gpt2_folder).eval()
+    assert_rows(rollout.ref_logprobs, logprobs_one_by_one(plain, rollout, 1.0), rollout.sequences.response_mask)
+    assert_rows(rollout.logprobs, logprobs_one_by_one(module.policy, rollout, 1.0), rollout.sequences.response_mask)
+    assert (rollout.logprobs - rollout.ref_logprobs).abs().max() > 0.1
+    assert rollout.values.abs().max() > 0.01
+
+
+def test_masks_end_with_the_stop_and_texts_are_what_was_sampled(sampler_of):
+    sampler = sampler_of(rollout={"stop": LETTERS})
+    responses = sampler.sample(prompts_for(sampler), seed=0, step=1)
+    assert responses.prompts == tuple(PROMPTS)
+    assert responses.finished.any()
+    assert not responses.finished.all()
+    for i, text in enumerate(responses.texts):
+        mask = responses.sequences.response_mask[i]
+        length = int(mask.sum())
+        assert torch.equal(mask, torch.arange(len(mask)) < length)
+        sampled = responses.sequences.responses[i, :length].tolist()
+        assert text == sampler.tokens.text(sampler.tokens.encode([PROMPTS[i]])[0] + sampled)[len(PROMPTS[i]) :]
+        holds_stop = any(letter in text for letter in LETTERS)
+        assert bool(responses.finished[i]) == holds_stop
+        assert holds_stop or length == sampler.config.max_new_tokens
+        before = sampler.tokens.text(sampled[:-1])
+        assert not any(letter in before for letter in LETTERS), "a token after the stop counts"
+
+
+def test_an_end_of_text_token_ends_a_response_and_counts(sampler_of):
+    sampler = sampler_of()
+    policy = sampler.runtime.plain_module.policy
+    # A vocabulary layer that always says "end of text", whose id is also the padding's.
+    eos = policy.config.eos_token_id
+    handle = policy.lm_head.register_forward_hook(
+        lambda _, inputs, logits: torch.zeros_like(logits).index_fill(-1, torch.tensor([eos]), 50.0)
+    )
+    try:
+        responses = sampler.sample(prompts_for(sampler), seed=0, step=1)
+    finally:
+        handle.remove()
+    assert sampler.tokens.pad_id == eos
+    assert responses.sequences.response_mask.sum(1).tolist() == [1] * 5
+    assert responses.finished.all()
+    assert responses.texts == ("",) * 5
+
+
+def test_rewards_read_prompts_responses_and_columns(sampler_of):
+    sampler, seen = sampler_of(), {}
+
+    def reward(prompts, responses, number):
+        seen.update(prompts=prompts, responses=responses)
+        return [2.0 * n for n in number]
+
+    responses = sampler.sample(prompts_for(sampler, {"number": [1, 2, 3, 4, 5]}), seed=0, step=1)
+    scores = sampler.score(responses, Reward(terms=(("reward", 1.0, reward),)))
+    assert scores.tolist() == [2.0, 4.0, 6.0, 8.0, 10.0]
+    assert seen == {"prompts": PROMPTS, "responses": list(responses.texts)}
+    rollout = sampler.assess(responses, scores, 5)
+    assert rollout.scores.tolist() == scores.tolist()
+    assert (rollout.prompts, rollout.texts) == (responses.prompts, responses.texts)
+
+
+def test_a_batch_of_one(sampler_of):
+    sampler = sampler_of()
+    prompt = prompts_for(sampler).select(torch.tensor([0]))
+    rollout = sampler.assess(sampler.sample(prompt, seed=0, step=1), torch.ones(1), 1)
+    assert len(rollout) == 1
+
+
+def test_sampling_settings_are_those_of_the_config():
+    config = RolloutConfig(max_new_tokens=7, min_new_tokens=3, temperature=0.5, top_k=9, top_p=0.8)
+    assert vars(sampling_settings(config)) == {
+        "max_new_tokens": 7,
+        "min_new_tokens": 3,
+        "temperature": 0.5,
+        "top_k": 9,
+        "top_p": 0.8,
+    }
