@@ -538,6 +538,14 @@ def _contradictions(config: Config) -> list[str]:
             f"ppo.micro_batch_tokens={ppo.micro_batch_tokens} is below one sample's rollout.max_prompt_tokens + "
             f"rollout.max_new_tokens={rollout.max_prompt_tokens + rollout.max_new_tokens}; raise it"
         )
+    if ppo.kl_target is not None and ppo.kl_coef == 0:
+        problems.append("ppo.kl_target is set and ppo.kl_coef=0, which could never rise; set ppo.kl_coef above 0")
+    # The controller changes its coefficient by at most 0.2 x batch / horizon of it, which has to stay below all of it.
+    if ppo.kl_target is not None and ppo.kl_horizon <= 0.2 * rollout.batch_size:
+        problems.append(
+            f"ppo.kl_horizon={ppo.kl_horizon:g} could turn the coefficient to 0 in a step of rollout.batch_size="
+            f"{rollout.batch_size}; raise it above {0.2 * rollout.batch_size:g}"
+        )
     if run.resume == "latest" and run.output_dir is None:
         problems.append("run.resume=latest needs run.output_dir, the folder of the run to go on with")
     return problems

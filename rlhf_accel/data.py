@@ -26,7 +26,7 @@ from rlhf_accel.types import PromptBatch
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 # Streams of random numbers, told apart by their first entropy word.
-_ORDER, _LENGTH, _EVAL_LENGTH = 1, 2, 3
+_ORDER, _LENGTH, _FIXED_LENGTH, _FIXED_ORDER = 1, 2, 3, 5
 
 
 def load_rows(
@@ -155,9 +155,13 @@ class Prompts:
         rows = order[start - first * len(self) : end - first * len(self)].tolist()
         return self._prompts(rows, np.random.default_rng((_LENGTH, self.seed, step)))
 
-    def first(self, count: int) -> PromptBatch:
-        """The first `count` rows, at lengths that do not depend on the run's seed: runs are compared on them."""
-        return self._prompts(range(min(count, len(self))), np.random.default_rng(_EVAL_LENGTH))
+    def fixed(self, count: int) -> PromptBatch:
+        """Always the same `count` rows at the same lengths, whatever the run's seed: runs are compared on them.
+
+        Drawn from all over, since many data sets list one label after the other; more of them hold the fewer.
+        """
+        order = np.random.default_rng(_FIXED_ORDER).permutation(len(self))[:count]
+        return self._prompts(order.tolist(), np.random.default_rng(_FIXED_LENGTH))
 
     def _pass(self, number: int) -> np.ndarray:
         return np.random.default_rng((_ORDER, self.seed, number)).permutation(len(self))

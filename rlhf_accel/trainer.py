@@ -263,7 +263,7 @@ class PPOTrainer:
 
     def _try_reward(self) -> None:
         """Score a few prompts as they are, so that a reward that cannot work fails before training."""
-        few = self.prompts.first(2)
+        few = self.prompts.fixed(2)
         try:
             self.reward(few.texts, few.texts, few.columns)
         except RewardError as error:
@@ -295,7 +295,7 @@ class PPOTrainer:
     def _evaluate(self) -> Evaluation | None:
         if self.held_out is None or self.config.run.eval_samples == 0:
             return None
-        prompts = self.held_out.first(self.config.run.eval_samples)
+        prompts = self.held_out.fixed(self.config.run.eval_samples)
         self.line.say(f"evaluating on {len(prompts)} held-out prompts")
         return evaluate(self.sampler, self.reward, prompts)
 

@@ -232,6 +232,11 @@ CONTRADICTIONS: list[tuple[dict, list[str]]] = [
     ),
     ({"model": {"dtype": "bf16"}}, ["model.dtype=bf16", "lora.r=0", "model.dtype=fp32"]),
     ({"ppo": {"micro_batch_tokens": 95}}, ["ppo.micro_batch_tokens=95", "=96", "raise"]),
+    ({"ppo": {"kl_target": 6.0, "kl_coef": 0}}, ["ppo.kl_target", "ppo.kl_coef=0", "above 0"]),
+    (
+        {"ppo": {"kl_target": 6.0, "kl_horizon": 12.8}, "rollout": {"batch_size": 64}},
+        ["ppo.kl_horizon=12.8", "rollout.batch_size=64", "above 12.8"],
+    ),
     ({"run": {"resume": "latest"}}, ["run.resume=latest", "run.output_dir"]),
 ]
 

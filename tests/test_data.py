@@ -375,7 +375,7 @@ def test_a_batch_is_a_function_of_seed_and_step(tokens: Tokens) -> None:
     one, two = prompts_of(tokens, prompt_tokens=(2, 5)), prompts_of(tokens, prompt_tokens=(2, 5))
     for step in (1, 2, 3):
         two.batch(step, 7)  # what was asked before does not matter, at whatever size
-    two.first(3)
+    two.fixed(3)
     assert same(one.batch(9, 16), two.batch(9, 16))
     assert not same(one.batch(9, 16), one.batch(10, 16))
     other = prompts_of(tokens, prompt_tokens=(2, 5), seed=1)
@@ -402,12 +402,17 @@ def test_the_series_does_not_depend_on_the_batch_size(tokens: Tokens) -> None:
     assert numbers(prompts, range(1, 13), 10) == numbers(prompts, range(1, 4), 40)
 
 
-def test_the_first_prompts_do_not_depend_on_the_seed(tokens: Tokens) -> None:
+def test_the_fixed_prompts_do_not_depend_on_the_seed(tokens: Tokens) -> None:
     one, other = (prompts_of(tokens, prompt_tokens=(2, 5), seed=seed) for seed in (0, 1))
-    assert same(one.first(10), other.first(10))
-    assert one.first(10).columns["number"] == tuple(range(10))
-    assert one.first(20).texts[:10] == one.first(10).texts
-    assert len(one.first(1000)) == len(ROWS)
+    assert same(one.fixed(10), other.fixed(10))
+    assert one.fixed(20).texts[:10] == one.fixed(10).texts
+    assert sorted(one.fixed(1000).columns["number"]) == list(range(len(ROWS)))
+
+
+def test_the_fixed_prompts_come_from_all_over(tokens: Tokens) -> None:
+    """A data set that lists one label after the other must not be judged on one label alone."""
+    halves = [number < len(ROWS) // 2 for number in prompts_of(tokens).fixed(len(ROWS) // 2).columns["number"]]
+    assert 0.25 < sum(halves) / len(halves) < 0.75
 
 
 def test_prompts_of_ones_own(tokens: Tokens) -> None:

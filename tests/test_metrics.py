@@ -22,6 +22,11 @@ perf/response_tokens_per_second perf/peak_memory_mib eval/score eval/kl
 """
 
 
+def test_the_readme_shows_the_metrics_as_they_are_declared() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert markdown_table() in readme, "README.md: put in what rlhf_accel.metrics.markdown_table() returns"
+
+
 class Clock:
     """Stands in for `time`, and stands still between ticks."""
 
