@@ -46,7 +46,7 @@ class Runtime:
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
                 kwargs_handlers=[group] if launched else [],
                 log_with=list(run.trackers) or None,
-                project_dir=run.output_dir,
+                project_dir=".",  # asked for already here; the run's folder is known when start_trackers() says it
             )
         except (ValueError, ImportError) as error:
             reason = str(error).splitlines()[0]
@@ -200,7 +200,7 @@ class Runtime:
         self._accelerator.wait_for_everyone()
 
     def start_trackers(self, name: str, config: dict[str, Any], folder: Path) -> None:
-        self._accelerator.project_configuration.set_directories(str(folder / "trackers"))
+        self._accelerator.project_configuration.logging_dir = str(folder / "trackers")
         self._accelerator.init_trackers(name, config=config)
 
     def track(self, metrics: dict[str, float], step: int) -> None:

@@ -4,4 +4,4 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh quickstart
-exec "${VENV:-.venv}/bin/accelerate" launch --config_file accelerate_configs/single_gpu.yaml scripts/train.py "$@"
+exec "${VENV:-.venv}/bin/python" scripts/train.py "$@"

@@ -592,3 +592,11 @@ def test_the_policy_that_is_trained_is_the_one_exported(fit, gpt2_folder):
     assert any(not torch.equal(final[name], start[name]) for name in start)
     for name, value in final.items():
         assert torch.equal(value, weights(trainer)[f"policy.{name}"])
+
+
+def test_a_run_that_names_no_folder_gets_one_with_tracked_metrics(tiny, tmp_path, monkeypatch):
+    """The default recipe's case: no run.output_dir, and TensorBoard on."""
+    monkeypatch.chdir(tmp_path)
+    PPOTrainer(tiny(run={"output_dir": None, "trackers": ["tensorboard"], "name": "mine"})).fit()
+    assert list((tmp_path / "saved_models" / "mine" / "trackers").rglob("events.out.tfevents.*"))
+    assert {path.name for path in tmp_path.iterdir()} == {"saved_models"}
