@@ -53,11 +53,15 @@ def choose_folder(config: Config) -> Path:
     return folder
 
 
-def make_folder(folder: Path, config: str) -> None:
-    """Make the run's folder with its config.yaml; raises `ConfigError` if the system refuses."""
+def make_folder(folder: Path, config: str, *, resumes: bool = False) -> None:
+    """Make the run's folder with its config.yaml; raises `ConfigError` if the system refuses, or if another run took
+    the folder since it was chosen."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(config, encoding="utf-8")
+        with (folder / "config.yaml").open("w" if resumes else "x", encoding="utf-8") as file:
+            file.write(config)
+    except FileExistsError:
+        raise ConfigError(f"run.output_dir={folder} was taken by another run meanwhile; name another folder") from None
     except OSError as error:
         raise ConfigError(f"run.output_dir={folder} cannot be written ({error.strerror}); choose another") from error
 
@@ -66,9 +70,13 @@ def holds_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
 
 
-def resume_folder(config: Config, folder: Path) -> Path:
-    """The checkpoint that run.resume names; raises `ConfigError` if there is none."""
-    assert config.run.resume is not None
+def resume_folder(config: Config, folder: Path) -> Path | None:
+    """The checkpoint that run.resume names, None for a new run.
+
+    Raises `ConfigError` if there is none, or none that this config can go on from.
+    """
+    if config.run.resume is None:
+        return None
     chosen = Path(config.run.resume)
     if config.run.resume == "latest":
         pointer = folder / "checkpoints" / "latest"
@@ -77,6 +85,15 @@ def resume_folder(config: Config, folder: Path) -> Path:
         chosen = pointer.parent / pointer.read_text(encoding="utf-8").strip()
     if not (chosen / "progress.json").is_file():
         raise ConfigError(f"run.resume={config.run.resume}: {chosen} is not a whole checkpoint")
+    progress = load_progress(chosen)
+    if progress.step >= config.run.total_steps:
+        raise ConfigError(
+            f"run.total_steps={config.run.total_steps}: {chosen} has done {progress.step} steps already; raise it"
+        )
+    calibrated = (progress.reward_mean, progress.reward_std) != (0.0, 1.0)
+    if calibrated != config.reward.calibrate:
+        asked = str(config.reward.calibrate).lower()
+        raise ConfigError(f"reward.calibrate={asked} is not what {chosen} was trained with; set it back")
     return chosen
 
 

@@ -308,7 +308,7 @@ class RewardOptimConfig:
     """Texts of one optimizer step, on one process."""
     weight_decay: NonNegative = 0.01
     """Decoupled weight decay of AdamW."""
-    warmup_ratio: Fraction = 0.1
+    warmup_ratio: BelowOne = 0.1
     """Share of the steps over which the learning rate rises from 0."""
 
 
@@ -338,6 +338,10 @@ class RewardTrainingConfig:
     model: RewardModelConfig = RewardModelConfig()
     data: RewardDataConfig = RewardDataConfig()
     optim: RewardOptimConfig = RewardOptimConfig()
+
+    def __post_init__(self) -> None:
+        if self.data.eval_split in (self.data.split, self.data.source):
+            raise ValueError(f"data.eval_split={self.data.eval_split} is what training reads; name another")
 
 
 C = TypeVar("C")

@@ -112,7 +112,7 @@ def _eval_rows(config: DataConfig, eval_split: str) -> datasets.Dataset:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """Prompts of a run: `batch(step)` for training, `first(n)` for evaluation."""
+    """Prompts of a run: `batch(step)` for training, `fixed(n)` for evaluation."""
 
     rows: datasets.Dataset
     tokens: Tokens

@@ -211,23 +211,30 @@ class Runtime:
 
 
 def cut_micro_batches(
-    lengths: Int[Tensor, " B"], rows: Int[Tensor, " n"], budget: int, world_size: int
+    query_lengths: Int[Tensor, " B"],
+    response_lengths: Int[Tensor, " B"],
+    rows: Int[Tensor, " n"],
+    budget: int,
+    world_size: int,
 ) -> list[list[Int[Tensor, " m"]]]:
     """Cut a minibatch into micro-batches: for each rank a list of row tensors, equally many on every rank.
 
     Rows are sorted by length and dealt to the ranks in turn, so that ranks carry like loads and a micro-batch pads
-    little. `budget` bounds rows x longest row in tokens, but one row always fits. A rank with fewer rows than others
-    ends with empty micro-batches, whose passes keep it in step.
+    little. `budget` bounds the tokens of a pass, padding included: rows x (longest query + longest response), but one
+    row always fits. A rank with fewer rows than others ends with empty micro-batches, whose passes keep it in step.
 
-    >>> cut_micro_batches(torch.tensor([9, 1, 5, 5, 2]), torch.arange(5), budget=10, world_size=1)
+    >>> cut_micro_batches(torch.tensor([2, 1, 2, 1, 1]), torch.tensor([7, 0, 3, 4, 1]), torch.arange(5), 12, 1)
     [[tensor([0]), tensor([2, 3]), tensor([4, 1])]]
     """
+    lengths = query_lengths + response_lengths
     ordered = rows[torch.argsort(lengths[rows], descending=True, stable=True)]
     ranks: list[list[Tensor]] = []
     for rank in range(world_size):
         mine, batches = ordered[rank::world_size], []
         while len(mine):
-            fit = max(int(budget // max(int(lengths[mine[0]]), 1)), 1)
+            widths = query_lengths[mine].cummax(0).values + response_lengths[mine].cummax(0).values
+            # Each row more makes the pass larger: those that fit come first.
+            fit = max(int((widths * torch.arange(1, len(mine) + 1) <= budget).sum()), 1)
             batches.append(mine[:fit])
             mine = mine[fit:]
         ranks.append(batches)

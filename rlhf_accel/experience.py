@@ -16,9 +16,8 @@ def make_experience(rollout: Rollout, config: PPOConfig, reward: RewardConfig, k
     scores = ppo.penalize_missing_eos(rollout.scores, rollout.finished, reward.missing_eos_penalty)
     kl = ppo.kl_estimate(rollout.logprobs, rollout.ref_logprobs, config.kl_estimator)
     rewards = ppo.token_rewards(scores, kl, mask, kl_coef)
-    if config.whiten_rewards:
-        rewards = ppo.rescale(rewards, mask)
-    advantages, returns = ppo.gae(rewards, rollout.values, mask, config.gamma, config.lam)
+    learned = ppo.rescale(rewards, mask) if config.whiten_rewards else rewards
+    advantages, returns = ppo.gae(learned, rollout.values, mask, config.gamma, config.lam)
     if config.whiten_advantages:
         advantages = ppo.standardize(advantages, mask)
     return Experience(

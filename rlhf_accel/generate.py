@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_accel import assets, decoding
 from rlhf_accel.config import Config, ConfigError, RolloutConfig, load, parse
+from rlhf_accel.metrics import plain
 from rlhf_accel.models import end_of_text_ids
-from rlhf_accel.reward import Reward, load_reward
+from rlhf_accel.reward import Reward, RewardError, load_reward
 from rlhf_accel.rollout import sampling_settings
 from rlhf_accel.runtime import quiet_libraries, tune_process
 from rlhf_accel.tokens import Tokens
@@ -72,7 +73,10 @@ def main(arguments: list[str]) -> None:
     config, writers = _writers(options)
     reward = _reward(config, Path(options.model)) if options.score else None
     for number, prompts in enumerate(_prompts(options)):
-        _show(prompts, writers, reward, options.seed + number)
+        try:
+            _show(prompts, writers, reward, options.seed + number)
+        except RewardError as error:
+            raise ConfigError(f"--score: {error}") from error
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -101,7 +105,10 @@ def _writers(options: argparse.Namespace) -> tuple[Config | None, list[Writer]]:
             raise ConfigError(f"{options.model} holds no {options.which}/; the run has not finished")
     if options.score and config is None:
         raise ConfigError("--score needs a run's folder, whose config.yaml names the reward")
+    if options.prompts and options.file is not None:
+        raise ConfigError("prompts are given beside --file; keep one of them")
     path = str(folder) if config is not None or folder.exists() else assets.resolve_model(options.model)
+    trust = config is not None and config.model.trust_remote_code
     rollout = (config or Config()).rollout
     changes = {key: getattr(options, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p")}
     rollout = parse(
@@ -109,25 +116,23 @@ def _writers(options: argparse.Namespace) -> tuple[Config | None, list[Writer]]:
     )
 
     adapter = (folder / "adapter_config.json").is_file()
-    tokens = Tokens.load(path)
-    trained = Writer(
-        name="trained", model=_load(AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM, path), tokens=tokens,
-        rollout=rollout,
-    )  # fmt: skip
+    kind = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
+    tokens = Tokens.load(path, trust_remote_code=trust)
+    trained = Writer(name="trained", model=_load(kind, path, trust), tokens=tokens, rollout=rollout)
     if not options.compare:
         return config, [trained]
     if adapter:
         return config, [replace(trained, name="base", adapter_off=True), trained]
     if config is None:
         raise ConfigError("--compare needs a run's folder or an adapter, which name their base")
-    base = _load(AutoModelForCausalLM, assets.resolve_model(config.model.name_or_path))
+    base = _load(AutoModelForCausalLM, assets.resolve_model(config.model.name_or_path), trust)
     return config, [replace(trained, name="base", model=base), trained]
 
 
-def _load(kind: Any, path: str) -> Any:
+def _load(kind: Any, path: str, trust_remote_code: bool) -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return kind.from_pretrained(path).eval().to(device)
+        return kind.from_pretrained(path, trust_remote_code=trust_remote_code).eval().to(device)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: no such model could be loaded ({str(error).splitlines()[0]})") from error
 
@@ -137,13 +142,12 @@ def _reward(config: Config | None, run: Path) -> Reward:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path = assets.resolve_model(config.reward.model) if config.reward.model else None
     reward = load_reward(config.reward, path, device)
-    summary = run / "summary.json"
-    # Scores on the run's own scale, where it calibrated one.
-    return (
-        replace(reward, **json.loads(summary.read_text("utf-8")).get("calibration", {}))
-        if summary.is_file()
-        else reward
-    )
+    if not config.reward.calibrate:
+        return reward
+    try:
+        return replace(reward, **json.loads((run / "summary.json").read_text(encoding="utf-8"))["calibration"])
+    except OSError as error:
+        raise ConfigError(f"--score: {run} has no summary.json with the scale of its scores; it did not end") from error
 
 
 def _prompts(options: argparse.Namespace) -> Iterator[list[str]]:
@@ -189,6 +193,6 @@ def _show(prompts: list[str], writers: list[Writer], reward: Reward | None, seed
     for i, prompt in enumerate(prompts):
         cells = [prompt]
         for name, texts in written.items():
-            cells += [texts[i].replace("\n", "⏎"), *([f"{scores[name][i]:+.2f}"] if reward else [])]
-        table.add_row(*(cell.replace("[", "\\[") for cell in cells))
+            cells += [texts[i], *([f"{scores[name][i]:+.2f}"] if reward else [])]
+        table.add_row(*map(plain, cells))
     Console().print(table)

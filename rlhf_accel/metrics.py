@@ -174,7 +174,7 @@ class Progressline:
         for key in rows[0]:
             table.add_column(str(key), justify="right" if isinstance(rows[0][key], float) else "left", overflow="fold")
         for row in rows:
-            table.add_row(*(f"{v:+.2f}" if isinstance(v, float) else _plain(str(v)) for v in row.values()))
+            table.add_row(*(f"{v:+.2f}" if isinstance(v, float) else plain(str(v)) for v in row.values()))
         self.console.print(table)
 
 
@@ -213,6 +213,7 @@ class Journal:
         self.line.say(f"{summary['steps']} steps in {summary['seconds']:.0f} s; the model: {self.folder / 'final'}")
 
 
-def _plain(text: str) -> Text:
+def plain(text: str) -> Text:
+    """A policy's text as a cell of a table."""
     # As Text, square brackets are no markup. Line breaks would tear the row, and a policy may sample control codes.
     return Text("".join(c if c.isprintable() else "⏎" if c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text))

@@ -155,8 +155,7 @@ def load_policy(config: Config, path: str, device: torch.device) -> LanguageMode
     for architecture in model.config.architectures or ():
         if "Classification" in architecture:  # with tied embeddings nothing is missing: it would load and write noise
             raise ConfigError(f"model.name_or_path={path}: holds a classifier ({architecture}), not a language model")
-    if config.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _checkpointed(model, config.model)
     if config.lora.r == 0:
         return model
     if config.model.gradient_checkpointing:
@@ -179,6 +178,19 @@ def load_policy(config: Config, path: str, device: torch.device) -> LanguageMode
         raise ConfigError(f"lora.target_modules={targets}: {str(error).splitlines()[0]}") from error
 
 
+def check_window(config: Config, policy: LanguageModel, prefix: int) -> None:
+    """Raises `ConfigError` if the longest sample, after `prefix` tokens such as BOS, has more positions than the policy
+    knows."""
+    window = getattr(policy.config, "max_position_embeddings", None)
+    rollout = config.rollout
+    needed = prefix + rollout.max_prompt_tokens + rollout.max_new_tokens
+    if window is not None and needed > window:
+        raise ConfigError(
+            f"rollout.max_prompt_tokens={rollout.max_prompt_tokens} and rollout.max_new_tokens="
+            f"{rollout.max_new_tokens} make up to {needed} tokens, and the policy has {window} positions; lower one"
+        )
+
+
 def load_reference(config: Config, policy: LanguageModel) -> Reference | None:
     """A frozen copy of the freshly loaded policy; None with LoRA, where the base is the reference."""
     return None if config.lora.r else Reference(copy.deepcopy(policy), config.rollout.temperature)
@@ -192,7 +204,7 @@ def build(config: Config, policy: LanguageModel, policy_path: str, reward_path: 
     if config.model.critic == "head":
         return PolicyWithValue(policy, None, config.rollout.temperature)
     if config.model.critic_init == "policy":
-        critic = _load(AutoModel, config.model, policy_path, torch.float32)
+        critic = _checkpointed(_load(AutoModel, config.model, policy_path, torch.float32), config.model)
         return PolicyWithValue(policy, critic, config.rollout.temperature)
     assert reward_path is not None, "checked by the config"
     classifier = _load(AutoModelForSequenceClassification, config.model, reward_path, torch.float32, "reward.model")
@@ -202,7 +214,7 @@ def build(config: Config, policy: LanguageModel, policy_path: str, reward_path: 
             f"model.critic_init=reward: the reward model ({theirs.model_type}, vocabulary {theirs.vocab_size}) does "
             f"not read what the policy writes ({ours.model_type}, {ours.vocab_size}); use model.critic_init=policy"
         )
-    return PolicyWithValue(policy, classifier.base_model, config.rollout.temperature)
+    return PolicyWithValue(policy, _checkpointed(classifier.base_model, config.model), config.rollout.temperature)
 
 
 def load_pretrained(kind: Any, path: str, said: str, **settings: Any) -> Any:
@@ -265,6 +277,12 @@ def _trunk_inputs(
         "attention_mask": mask,
         **accepted(model, position_ids=position_ids(mask)),
     }
+
+
+def _checkpointed(model: Any, config: ModelConfig) -> Any:
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
 
 
 def _load(kind: Any, config: ModelConfig, path: str, dtype: torch.dtype, key: str = "model.name_or_path") -> Any:

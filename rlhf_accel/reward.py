@@ -74,8 +74,7 @@ class Classifier:
         if self.tokenizer.pad_token_id is None:
             # Decoder classifiers find a text's last token by the model's own pad id.
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        if self.model.config.pad_token_id is None:
-            self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id
         positions = getattr(self.model.config, "max_position_embeddings", 10**9)
         if "roberta" in self.model.config.model_type:
             # RoBERTa counts positions from its padding id on; those up to it are not for tokens.
@@ -91,7 +90,7 @@ class Classifier:
         for start in range(0, len(order), self.config.batch_size):
             chosen = order[start : start + self.config.batch_size]
             inputs = self.tokenizer(
-                [texts[i] for i in chosen],
+                [texts[i] or " " for i in chosen],  # of an empty text some tokenizers make no token at all
                 padding=True,
                 truncation=True,
                 max_length=self.max_tokens,
@@ -189,6 +188,8 @@ def _call(
     responses: Sequence[str],
     columns: Mapping[str, Sequence[Any]],
 ) -> Float[Tensor, " B"]:
+    if not prompts:  # a rank without a share: a user's function need not know what to make of nothing
+        return torch.zeros(0, dtype=torch.float64)
     try:
         values = function(list(prompts), list(responses), **{key: list(value) for key, value in columns.items()})
     except Exception as error:

@@ -120,10 +120,12 @@ def _ratings(config: RewardTrainingConfig) -> tuple[Ratings, Ratings]:
     data.eval_split names another file."""
     source, eval_split, limit = config.data.source, config.data.eval_split, config.data.max_samples
     all_ratings = _checked(data.load_rows(source, config.data.split, limit), source, config)
-    if Path(eval_split).suffix in data.LOADERS:
-        return all_ratings, _checked(data.load_rows(eval_split, eval_split, limit), eval_split, config)
-    if Path(source).suffix not in data.LOADERS:
-        return all_ratings, _checked(data.load_rows(source, eval_split, limit), source, config)
+    if data.is_file_name(eval_split):
+        held_rows = data.load_rows(eval_split, "train", limit, source_key="data.eval_split")
+        return all_ratings, _checked(held_rows, eval_split, config)
+    if not data.is_file_name(source):
+        held_rows = data.load_rows(source, eval_split, limit, split_key="data.eval_split")
+        return all_ratings, _checked(held_rows, source, config)
     held = [rating for rating in all_ratings if data.held_out(rating[0])]
     learned = [rating for rating in all_ratings if not data.held_out(rating[0])]
     if not held or not learned:

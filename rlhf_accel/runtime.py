@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import warnings
 
 import datasets
 import torch
@@ -36,7 +37,9 @@ def tune_process() -> None:
 
 
 def quiet_libraries() -> None:
-    """Turn off the bars that transformers and datasets draw for each file they read or write; downloads keep theirs."""
+    """Turn off the bars that transformers and datasets draw for each file they read or write, while downloads keep
+    theirs, and what the libraries say to each other about deprecated names."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from rlhf_accel.experience import make_experience
 from rlhf_accel.metrics import Journal, Progressline, Stopwatch
 from rlhf_accel.reward import Reward, RewardError, RewardFunction, load_reward
 from rlhf_accel.rollout import Sampler
+from rlhf_accel.runtime import computes_in_bf16
 from rlhf_accel.tokens import Tokens
 from rlhf_accel.types import Experience, LossStats, PromptBatch, Rollout
 
@@ -40,6 +42,7 @@ class PPOTrainer:
         self.sizes = BatchSizes.of(config)
         self.runtime = Runtime(config.run, max_grad_norm=config.optim.max_grad_norm)
         self.folder = self.runtime.from_main(lambda: checkpoint.choose_folder(config))
+        self.resume_from = self.runtime.from_main(lambda: checkpoint.resume_folder(config, self.folder))
         self.progress = Progress(kl_coef=config.ppo.kl_coef)
         self.rollout: Rollout | None = None  # of the last step
         self.line = Progressline(config.run.total_steps, enabled=self.runtime.is_main)
@@ -52,8 +55,11 @@ class PPOTrainer:
         limit, seed = config.rollout.max_prompt_tokens, config.run.seed
         self.prompts = data.Prompts.of(train_rows, self.tokens, config.data, limit, seed)
         self.held_out = data.Prompts.of(held_rows, self.tokens, config.data, limit, seed) if len(held_rows) else None
+        if self.held_out is None and config.run.eval_samples:
+            self.line.say("no evaluation: no text of data.source falls into the tenth held out; set data.eval_split")
 
         policy = models.load_policy(config, policy_path, self.runtime.device)
+        models.check_window(config, policy, len(self.tokens.prefix))
         reference = models.load_reference(config, policy)
         reward_path = self._reward_path()
         self.reward = self._load_reward(reward, reward_path)
@@ -70,11 +76,13 @@ class PPOTrainer:
             reference=None if reference is None else reference.to(self.runtime.device),
         )
         self.kl_controller = self._kl_controller()
+        self._prepared = False
 
     def fit(self) -> dict[str, Any]:
         """Calibrate, evaluate, train, evaluate, export. Returns what `summary.json` holds."""
         started = time.perf_counter()
-        self._begin()
+        self._prepare()
+        self._open_folder()
         first = self._evaluate() if self.progress.base is None else None
         if first is not None:
             self.progress = replace(self.progress, base=first.figures())
@@ -94,8 +102,14 @@ class PPOTrainer:
 
     def step(self, prompts: PromptBatch | Sequence[str]) -> dict[str, float]:
         """One PPO step: sample, score, learn. Returns the step's metrics, the same on every rank."""
+        self._prepare()
         if not isinstance(prompts, PromptBatch):
             prompts = data.prompt_batch(self.tokens.encode(list(prompts)), self.tokens)
+        minibatches = self.config.ppo.num_minibatches
+        if len(prompts) < minibatches:
+            raise ConfigError(
+                f"ppo.num_minibatches={minibatches} is above this step's {len(prompts)} prompts; lower it"
+            )
         step, watch = self.progress.step + 1, Stopwatch()
         self.runtime.set_lr_factor(lr_factor(self.config.optim, step, self.config.run.total_steps))
         with watch("rollout"):
@@ -140,15 +154,21 @@ class PPOTrainer:
     def _update_minibatch(self, experience: Experience, rows: Int[Tensor, " n"], totals: _UpdateTotals) -> bool:
         """One optimizer step; False if the policy had moved too far to take it."""
         config = self.config.ppo
-        lengths = experience.sequences.lengths
-        micro_batches = cut_micro_batches(lengths, rows, config.micro_batch_tokens, self.runtime.world_size)
+        sequences = experience.sequences
+        micro_batches = cut_micro_batches(
+            sequences.query_mask.sum(1),
+            sequences.response_mask.sum(1),
+            rows,
+            config.micro_batch_tokens,
+            self.runtime.world_size,
+        )
         # Over all ranks and micro-batches, and known before the first backward pass.
-        tokens = int(experience.sequences.response_mask[rows].sum())
+        tokens = int(sequences.response_mask[rows].sum())
         sums: list[Tensor] = []
         maxima: list[Tensor] = []
         losses = [self._loss(experience, part, tokens, sums, maxima) for part in micro_batches[self.runtime.rank]]
         self.runtime.backward(losses)
-        means = self.runtime.sum(torch.stack(sums).sum(0)) / max(tokens, 1)
+        means = self.runtime.sum(torch.stack(sums).sum(0)) / tokens
         largest = self.runtime.max(torch.stack(maxima).amax(0))
         totals.add_losses(means, largest)
         if config.target_kl_stop is not None and means[3] > config.target_kl_stop:
@@ -238,9 +258,12 @@ class PPOTrainer:
                 f"objective/kl_k3 is {metrics['objective/kl_k3']:.4g} at step 1, where policy and reference are the "
                 "same model: the reference differs in weights, dropout or adapter"
             )
-        # bf16 keeps 8 bits: a logit of 16 is off by up to 0.06, and a ratio with it.
+        # bf16 keeps 8 bits: a logit of 16 is off by up to 0.06, and a ratio with it. Where the device has bf16 or TF32
+        # units, fp32 matrix products may go through them too (runtime.tune_process).
         exact = (
-            self.runtime.precision == "fp32" and models.resolve_dtype(self.config, self.runtime.device) == torch.float32
+            self.runtime.precision == "fp32"
+            and models.resolve_dtype(self.config, self.runtime.device) == torch.float32
+            and not computes_in_bf16(self.runtime.device)
         )
         limit = 1e-3 if exact else 0.5
         if self.config.lora.dropout == 0 and metrics["policy/first_ratio_error"] > limit:
@@ -272,18 +295,26 @@ class PPOTrainer:
     def _kl_controller(self) -> ppo.FixedKLController | ppo.AdaptiveKLController:
         config = self.config.ppo
         if config.kl_target is None:
-            return ppo.FixedKLController(coef=self.progress.kl_coef)
+            return ppo.FixedKLController(coef=config.kl_coef)
         return ppo.AdaptiveKLController(coef=self.progress.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
 
-    def _begin(self) -> None:
-        """Open the run's folder and trackers; go on from a checkpoint, or calibrate the reward for a new run."""
-        if self.config.run.resume is not None:
-            self._resume()
+    def _prepare(self) -> None:
+        """Once, before the first step: go on from a checkpoint, or calibrate the reward for a new run."""
+        if self._prepared:
+            return
+        self._prepared = True
+        if self.resume_from is not None:
+            self._resume(self.resume_from)
         elif self.config.reward.calibrate:
             self.line.say(f"calibrating the reward on {self.config.reward.calibrate_samples} samples of the reference")
             self.reward = self.reward.calibrated(self._reference_scores(self.config.reward.calibrate_samples))
             self.progress = replace(self.progress, reward_mean=self.reward.mean, reward_std=self.reward.std)
-        self.runtime.from_main(lambda: checkpoint.make_folder(self.folder, to_yaml(self.config)))
+
+    def _open_folder(self) -> None:
+        resumes = self.resume_from is not None
+        self.runtime.from_main(lambda: checkpoint.make_folder(self.folder, to_yaml(self.config), resumes=resumes))
+        if resumes and self.runtime.is_main:
+            self.journal.rewind(self.progress.step)
         self.runtime.start_trackers(self.config.run.name, _flat(asdict(self.config)), self.folder)
 
     def _reference_scores(self, count: int) -> Tensor:
@@ -322,15 +353,14 @@ class PPOTrainer:
             barrier=self.runtime.barrier,
         )
 
-    def _resume(self) -> None:
-        place = self.runtime.from_main(lambda: checkpoint.resume_folder(self.config, self.folder))
+    def _resume(self, place: Path) -> None:
         self.runtime.load_state(place)
         self.progress = checkpoint.load_progress(place)
+        if not self.runtime.from_main((self.folder / "best").is_dir):  # another run's best, in another folder
+            self.progress = replace(self.progress, best_score=None)
         self.kl_controller = self._kl_controller()
         self.reward = replace(self.reward, mean=self.progress.reward_mean, std=self.progress.reward_std)
         self.line.say(f"going on after step {self.progress.step} from {place}")
-        if self.runtime.is_main:
-            self.journal.rewind(self.progress.step)
 
     def _export(self, name: str, results: dict[str, Any]) -> None:
         weights = self.runtime.state_dict()

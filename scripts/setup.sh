@@ -7,10 +7,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extra=${1:?usage: scripts/setup.sh quickstart|test}
 venv=${VENV:-.venv}
 
-if [ ! -x "$venv/bin/python" ]; then
+# Without pip it is what a first try left behind where python3-venv was missing.
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
   "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
     { echo "error: Python 3.10 or later is needed; name one with PYTHON=…" >&2; exit 1; }
-  "${PYTHON:-python3}" -m venv "$venv" ||
+  "${PYTHON:-python3}" -m venv --clear "$venv" ||
     { echo "error: no virtual environment could be made (on Debian: apt-get install python3-venv)" >&2; exit 1; }
 fi
 # Made anew when the pins or the package's needs change, otherwise a matter of milliseconds.

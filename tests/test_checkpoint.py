@@ -29,7 +29,7 @@ def run_config(**run):
 
 def opened(config):
     folder = checkpoint.choose_folder(config)
-    checkpoint.make_folder(folder, "run: {}\n")
+    checkpoint.make_folder(folder, "run: {}\n", resumes=config.run.resume is not None)
     return folder
 
 
@@ -57,6 +57,16 @@ def test_a_folder_that_holds_a_run_is_refused_but_for_resuming(tmp_path, held):
         opened(run_config(output_dir=str(tmp_path)))
     assert (tmp_path / held).read_text() == "old"
     assert opened(run_config(output_dir=str(tmp_path), resume="latest")) == tmp_path
+
+
+def test_a_folder_that_another_run_took_meanwhile_is_refused(tmp_path):
+    """It is chosen at the start and made much later, when the reward model is there and calibrated."""
+    one, other = (checkpoint.choose_folder(run_config(output_dir=str(tmp_path / "run"))) for _ in range(2))
+    checkpoint.make_folder(one, "run: {seed: 0}\n")
+    with pytest.raises(ConfigError, match=r"^run\.output_dir=.*taken by another run"):
+        checkpoint.make_folder(other, "run: {seed: 1}\n")
+    assert (tmp_path / "run" / "config.yaml").read_text() == "run: {seed: 0}\n"
+    checkpoint.make_folder(other, "run: {seed: 1}\n", resumes=True)
 
 
 @pytest.mark.parametrize("below", ["", "run", "a/b"])
@@ -316,3 +326,40 @@ def test_a_run_that_crashes_can_go_on(tiny, tmp_path):
     assert [row["step"] for row in rows_of(tmp_path / "a")] == [1, 2, 3, 4]
     PPOTrainer(tiny(run={**run, "output_dir": str(tmp_path / "b")}, reward={"function": []}), reward=fails_once).fit()
     assert rows_of(tmp_path / "a") == rows_of(tmp_path / "b")
+
+
+def test_a_finished_run_is_not_gone_on_with(tiny, tmp_path):
+    """It would write its summary anew, without what came before."""
+    run = {"total_steps": 2, "save_every": 2, "output_dir": str(tmp_path / "a")}
+    PPOTrainer(tiny(run=run)).fit()
+    summary = (tmp_path / "a" / "summary.json").read_text()
+    with pytest.raises(ConfigError, match=r"^run\.total_steps=2: .*has done 2 steps already"):
+        PPOTrainer(tiny(run={**run, "resume": "latest"}))
+    assert (tmp_path / "a" / "summary.json").read_text() == summary
+    PPOTrainer(tiny(run={**run, "total_steps": 3, "resume": "latest"})).fit()
+    assert len(rows_of(tmp_path / "a")) == 3
+
+
+def test_scores_keep_their_scale_when_a_run_goes_on(tiny, tmp_path):
+    run = {"total_steps": 2, "save_every": 1, "eval_samples": 0, "output_dir": str(tmp_path / "a")}
+    PPOTrainer(tiny(run=run)).fit()
+    with pytest.raises(ConfigError, match=r"^reward\.calibrate=true is not what .* was trained with"):
+        PPOTrainer(tiny(run={**run, "total_steps": 3, "resume": "latest"}, reward={"calibrate": True}))
+
+
+def test_best_of_another_folder_is_not_ours(tiny, tmp_path):
+    """A run that goes on in a new folder would otherwise have no best/ until it beats one that it does not hold."""
+    run = {"total_steps": 1, "save_every": 1, "output_dir": str(tmp_path / "a")}
+    PPOTrainer(tiny(run=run)).fit()
+    place = tmp_path / "a" / "checkpoints" / "step-000001"
+    progress = json.loads((place / "progress.json").read_text())
+    (place / "progress.json").write_text(json.dumps(progress | {"best_score": 1e9}))
+    PPOTrainer(tiny(run={**run, "total_steps": 2, "output_dir": str(tmp_path / "b"), "resume": str(place)})).fit()
+    assert (tmp_path / "b" / "best").is_dir()
+
+
+def test_a_fixed_coefficient_is_the_one_of_the_config(tiny, tmp_path):
+    run = {"total_steps": 1, "save_every": 1, "eval_samples": 0, "output_dir": str(tmp_path / "a")}
+    PPOTrainer(tiny(run=run, ppo={"kl_coef": 0.1})).fit()
+    PPOTrainer(tiny(run={**run, "total_steps": 2, "resume": "latest"}, ppo={"kl_coef": 0.3})).fit()
+    assert [row["kl/coef"] for row in rows_of(tmp_path / "a")] == [0.1, 0.3]

@@ -171,6 +171,7 @@ def test_a_response_does_not_depend_on_how_its_prompt_is_padded(gpt2_folder):
         (["MODEL", "A", "--compare"], "--compare needs a run's folder or an adapter"),
         (["MODEL", "--file", "no_such_file.txt"], "--file no_such_file.txt: cannot be read"),
         (["no/such_model", "A"], "no/such_model"),
+        (["MODEL", "A", "--file", "a.txt"], "prompts are given beside --file"),
         (["MODEL", " "], "no prompts"),
         (["MODEL", "A", "--temperature", "0"], "temperature"),
         (["MODEL", "A", "--max_new_tokens", "0"], "max_new_tokens"),
@@ -194,3 +195,20 @@ def test_a_folder_without_a_model_ends_in_one_line(tmp_path, capfd):
         command_line.main(["generate", str(tmp_path), "A"])
     assert stopped.value.code == 2
     assert len(capfd.readouterr().err.splitlines()) == 1
+
+
+def test_texts_are_shown_as_they_are(wide, capsys):
+    """Square brackets and backslashes would be markup to the library that draws the table."""
+    rollout = RolloutConfig()
+    writer = generate.Writer(name="trained", model=None, tokens=None, rollout=rollout)  # type: ignore[arg-type]
+    object.__setattr__(writer, "write", lambda prompts, seed: tuple(r"\[/x] a \[b] [red]" for _ in prompts))
+    generate._show([r"\[/p] [bold]"], [writer], None, 0)
+    assert cells(capsys)[1] == [r"\[/p] [bold]", r"\[/x] a \[b] [red]"]
+
+
+def test_scores_of_a_run_that_did_not_end_have_no_scale(run_folder):
+    trainer = run_folder(reward={"calibrate": True})
+    (trainer.folder / "summary.json").unlink()
+    config, _ = generate._writers(generate._parse([str(trainer.folder), "--score"]))
+    with pytest.raises(ConfigError, match=r"^--score: .* has no summary\.json"):
+        generate._reward(config, trainer.folder)

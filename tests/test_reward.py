@@ -338,3 +338,18 @@ def test_roberta_positions_are_counted_from_the_padding_id(tmp_path):
     judge = classifier(tmp_path, label=None)
     assert judge.max_tokens == 32
     assert len(judge([""], [" ".join(TEXTS)])) == 1
+
+
+def test_no_responses_are_no_call():
+    """A rank may have no share of a batch, and a user's function need not know what to make of nothing."""
+
+    def highest(prompts, responses, **columns):
+        return [max(len(response) for response in responses)] * len(responses)
+
+    scored = Reward(terms=(("highest", 1.0, highest),), clip=None)
+    assert scored([], [], {}).shape == (0,)
+
+
+def test_an_empty_response_is_scored(classifier_folder):
+    (score,) = classifier(classifier_folder, text="response")(["A film"], [""])
+    assert np.isfinite(score)

@@ -91,6 +91,19 @@ def config(bert_folder: Path, tmp_path: Path):
     return make
 
 
+@pytest.mark.parametrize("name", ["ratings.jsonl", "RATINGS.JSONL"])
+def test_a_file_keeps_a_tenth_back_however_its_name_is_spelt(config, tmp_path, name):
+    path = write(tmp_path / name, ratings(400))
+    learned, held = reward_trainer._ratings(config(data={"source": str(path)}))
+    assert len(learned) + len(held) == 400 and len(held) > 20
+    assert not {text for text, _ in learned} & {text for text, _ in held}
+
+
+def test_what_is_learned_from_is_not_what_is_reported_on(config):
+    with pytest.raises(ConfigError, match=r"data\.eval_split=train is what training reads"):
+        config(data={"eval_split": "train"})
+
+
 def test_learns_which_words_are_liked_and_writes_what_reward_model_takes(config, tmp_path, capsys):
     metrics = train_reward(config())
     assert metrics["reward/pearson"] > 0.95

@@ -600,3 +600,29 @@ def test_a_run_that_names_no_folder_gets_one_with_tracked_metrics(tiny, tmp_path
     PPOTrainer(tiny(run={"output_dir": None, "trackers": ["tensorboard"], "name": "mine"})).fit()
     assert list((tmp_path / "saved_models" / "mine" / "trackers").rglob("events.out.tfevents.*"))
     assert {path.name for path in tmp_path.iterdir()} == {"saved_models"}
+
+
+def test_a_step_on_fewer_prompts_than_minibatches_is_refused(tiny):
+    trainer = PPOTrainer(tiny(ppo={"num_minibatches": 4}))
+    before = {name: value.clone() for name, value in weights(trainer).items()}
+    with pytest.raises(ConfigError, match=r"^ppo\.num_minibatches=4 is above .* 3 prompts"):
+        trainer.step(["One", "Two", "Three"])
+    assert all(torch.equal(weights(trainer)[name], value) for name, value in before.items())
+
+
+def test_a_step_without_a_whole_run_calibrates_too(tiny):
+    trainer = PPOTrainer(tiny(reward={"calibrate": True, "calibrate_samples": 64}))
+    trainer.step(["The film", "A dull"] * 4)
+    assert trainer.reward.std != 1
+
+
+def test_a_sample_longer_than_the_policy_reads_is_refused(tiny):
+    with pytest.raises(ConfigError, match=r"^rollout\.max_prompt_tokens=6 and rollout\.max_new_tokens=\d+ make up to"):
+        PPOTrainer(tiny(rollout={"max_new_tokens": 100_000}, ppo={"micro_batch_tokens": 200_000}))
+
+
+def test_no_evaluation_is_said_aloud(tiny, tmp_path, capsys):
+    """One text cannot be cut into a part to learn from and a tenth to judge by."""
+    (tmp_path / "one.jsonl").write_text('{"text": "The film was good enough"}\n')
+    PPOTrainer(tiny(data={"source": str(tmp_path / "one.jsonl")}))
+    assert "no evaluation" in capsys.readouterr().out

@@ -1,0 +1,47 @@
+"""Micro-batches: a matter of memory and of ranks, not of what is learned."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf_accel.distributed import cut_micro_batches
+
+LENGTHS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=20)
+
+
+@given(LENGTHS, st.integers(18, 100), st.integers(1, 4))
+def test_every_row_once_and_every_rank_as_often(lengths: list[tuple[int, int]], budget: int, ranks: int) -> None:
+    queries, responses = torch.tensor(lengths).T
+    rows = torch.arange(len(lengths)).flip(0)[::2]  # a minibatch: some rows, in an order of its own
+    parts = cut_micro_batches(queries, responses, rows, budget, ranks)
+    assert len(parts) == ranks
+    assert len({len(batches) for batches in parts}) == 1
+    assert sorted(int(row) for batches in parts for batch in batches for row in batch) == sorted(rows.tolist())
+
+
+@given(LENGTHS, st.integers(18, 100), st.integers(1, 4))
+def test_the_budget_bounds_the_tokens_of_a_pass_with_its_padding(
+    lengths: list[tuple[int, int]], budget: int, ranks: int
+) -> None:
+    queries, responses = torch.tensor(lengths).T
+    for batches in cut_micro_batches(queries, responses, torch.arange(len(lengths)), budget, ranks):
+        for batch in batches:
+            width = int(queries[batch].max() + responses[batch].max()) if len(batch) else 0
+            assert len(batch) * width <= budget
+
+
+def test_a_row_above_the_budget_is_a_micro_batch_of_its_own() -> None:
+    parts = cut_micro_batches(torch.tensor([60, 4]), torch.tensor([4, 60]), torch.arange(2), 10, 1)
+    assert [batch.tolist() for batch in parts[0]] == [[0], [1]]
+
+
+def test_a_long_query_and_a_long_response_do_not_share_a_pass() -> None:
+    """Each row alone is 64 tokens, but together they are padded to 2 x 120."""
+    parts = cut_micro_batches(torch.tensor([60, 4]), torch.tensor([4, 60]), torch.arange(2), 128, 1)
+    assert len(parts[0]) == 2
+
+
+def test_ranks_carry_like_loads() -> None:
+    responses = torch.tensor([9, 1, 8, 2, 7, 3, 6, 4])
+    one, other = cut_micro_batches(torch.ones(8, dtype=torch.int64), responses, torch.arange(8), 1000, 2)
+    assert abs(int(responses[one[0]].sum()) - int(responses[other[0]].sum())) <= 4
