@@ -38,7 +38,7 @@ from rlhf_accel.config import (
 )
 
 ROOT = Path(__file__).parent.parent
-LAUNCH_FILES = sorted(path for folder in ("accelerate_configs", "ds_configs") for path in (ROOT / folder).iterdir())
+LAUNCH_FILES = sorted([*ROOT.glob("accelerate_configs/*"), *ROOT.glob("ds_configs/*")])
 
 
 def sections(cls: Any) -> list[Any]:
