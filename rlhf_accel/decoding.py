@@ -60,11 +60,13 @@ def sample(
     pad_id: int,
     stop_ids: Sequence[int] = (),
     ended: Callable[[Int[Tensor, "B t"]], Bool[Tensor, " B"]],
+    everywhere: Callable[[bool], bool] = bool,
 ) -> Sampled:
     """Sample a response to each query by the inverse CDF of its own uniform numbers.
 
     `model` is a causal language model of transformers. `stop_ids` are not sampled before min_new_tokens; `ended` says
-    of the tokens so far which responses the newest one ended. Stops once all have ended.
+    of the tokens so far which responses the newest one ended. Stops once all have ended, which `everywhere` may widen
+    to the batches of other processes.
     """
     rows, length = uniform.shape
     responses = torch.full((rows, length), pad_id, dtype=torch.int64, device=queries.device)
@@ -77,7 +79,7 @@ def sample(
     tokens, past = queries, None
     newest = torch.tensor([-1], device=queries.device)
     for t in range(length):
-        if bool(finished.all()):
+        if everywhere(bool(finished.all())):
             break
         seen = width + t
         output = model(

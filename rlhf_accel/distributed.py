@@ -1,4 +1,4 @@
-"""The only room that knows Accelerate: processes, preparation, backward, reduction, gathering, trackers.
+"""The only room that knows Accelerate and DeepSpeed: processes, preparation, backward, reduction, gathering, trackers.
 
 Everyone else sees an `nn.Module` and a `Runtime`. All that communicates is called by every rank alike.
 """
@@ -6,32 +6,49 @@ Everyone else sees an `nn.Module` and a `Runtime`. All that communicates is call
 from __future__ import annotations
 
 import contextlib
+import copy
+import json
+import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import psutil
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object
+from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object, is_deepspeed_available
 from jaxtyping import Int
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rlhf_accel.config import ConfigError, RunConfig
 from rlhf_accel.runtime import computes_in_bf16, quiet_libraries, tune_process
 
 B = TypeVar("B")
 
+_GATHER_BYTES = 2**28  # parameters that a collective of ZeRO-3 brings together at once
+
 
 class Runtime:
-    """This process's place among the others, and the module and optimizer that Accelerate prepared for it."""
+    """This process's place among the others, and the module and optimizer that Accelerate prepared for it.
 
-    def __init__(self, run: RunConfig, *, max_grad_norm: float | None = None) -> None:
+    `minibatch` is the number of samples of an optimizer step over all ranks; `gather_parameters` is the config's key.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        *,
+        max_grad_norm: float | None = None,
+        minibatch: int = 1,
+        gather_parameters: str = "auto",
+    ) -> None:
         tune_process()
         quiet_libraries()
-        no_gpu = not torch.cuda.is_available()
+        no_gpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
         # Named for a launch only: Accelerate takes a named backend to mean that there are other processes. With
         # DeepSpeed it finds none on a CPU unless gloo is named.
         launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -39,9 +56,13 @@ class Runtime:
         precision = run.precision
         if precision == "auto":
             precision = "fp32" if no_gpu or not computes_in_bf16(torch.device("cuda")) else "bf16"
+        deepspeed = _deepspeed_plugin(precision, max_grad_norm, minibatch)
         try:
             self._accelerator = Accelerator(
-                mixed_precision="bf16" if precision == "bf16" else "no",
+                mixed_precision="no",  # see autocast()
+                # Without this, Accelerate takes processes without a GPU for single ones, but not those of DeepSpeed.
+                cpu=no_gpu and deepspeed is None,
+                deepspeed_plugin=deepspeed,
                 # Boundaries of accumulation are ours: Accelerate's would also end one with the prompt loader.
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
                 kwargs_handlers=[group] if launched else [],
@@ -53,11 +74,19 @@ class Runtime:
             raise ConfigError(
                 f"run.trackers={list(run.trackers)} or run.precision={run.precision}: {reason}"
             ) from error
+        if deepspeed is not None:
+            # Accelerate told transformers of ZeRO-3, which would cut every model that it loads, the reward model too.
+            unset_hf_deepspeed_config()
         self.precision = precision
+        self.zero_stage: int = 0 if deepspeed is None else deepspeed.zero_stage
+        self._deepspeed = deepspeed
         self._max_grad_norm = max_grad_norm
-        self._module: nn.Module | None = None
+        self._gather_parameters = gather_parameters
+        self._module: Any = None
         self._optimizer: Any = None
         self._base_lrs: list[float] = []
+        self._skeleton: Any = None  # of the module, on the meta device; with ZeRO-3
+        self._whole: Any = None  # a skeleton filled with the whole weights, while a rollout lasts
 
     @property
     def rank(self) -> int:
@@ -84,11 +113,25 @@ class Runtime:
     @property
     def plain_module(self) -> Any:
         """The same module without the wrapper: for forwards that keep no gradient, and for its own methods."""
-        return self._accelerator.unwrap_model(self.module)
+        return self._whole if self._whole is not None else self._accelerator.unwrap_model(self.module)
 
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Put the module on the device and under data parallelism or ZeRO; it may still lie in the CPU's memory."""
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
+        if self.zero_stage == 3:
+            self._skeleton = _skeleton(module)
+            self._shard(module)
         self._module, self._optimizer = self._accelerator.prepare(module, optimizer)
+
+    def prepare_frozen(self, module: nn.Module) -> nn.Module:
+        """A module that does not learn: sharded with ZeRO-3 (and offloaded where parameters are), else whole."""
+        if self.zero_stage != 3:
+            return module.to(self.device)
+        import deepspeed
+
+        self._shard(module)
+        engine, *_ = deepspeed.initialize(model=module, config=self._frozen_config())
+        return engine
 
     def set_lr_factor(self, factor: float) -> None:
         """Scale every learning rate from its configured value."""
@@ -96,25 +139,43 @@ class Runtime:
             group["lr"] = lr * factor
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return self._accelerator.autocast()
+        """bf16 arithmetic over the weights as they are, if `run.precision` asks for it. torch's own, since the bf16 of
+        DeepSpeed would round heads and adapters too, and Accelerate's reaches only the wrapped module."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
 
-    def backward(self, losses: Sequence[Callable[[], Tensor]]) -> None:
+    def backward(self, losses: Sequence[Callable[[], Tensor]], unless: Callable[[], bool] | None = None) -> bool:
         """Add up the gradients of these micro-batch losses, over all ranks.
 
         Each is a sum over its tokens, already divided by the token count of all micro-batches on all ranks, so the
         gradients have to be summed; data parallelism takes their mean over ranks, which the factor undoes. All ranks
         bring equally many losses: each forward and backward pass is a collective.
+
+        `unless` is asked once, by all ranks, when the last loss is known. If it says yes the gradients are dropped,
+        and False is returned.
         """
+        dropped = False
         for number, loss in enumerate(losses, start=1):
             last = number == len(losses)
-            with contextlib.nullcontext() if last else self._accelerator.no_sync(self.module):
+            with self._accumulating(last):
                 with self.autocast():
-                    value = loss()
-                self._accelerator.backward(value * self.world_size)
+                    value = loss() * self.world_size
+                if last and unless is not None and unless():
+                    # Neither DDP nor ZeRO can forget a gradient half-way, but both drop one that is not finite.
+                    dropped, value = True, value * float("nan")
+                if self._deepspeed is None:
+                    self._accelerator.backward(value)
+                else:
+                    self._module.backward(value)  # Accelerate's would step too, before the norm is known
+        if dropped:
+            self.optimizer_step()
+        return not dropped
 
     def optimizer_step(self) -> tuple[float, bool]:
         """Clip the gradient and step. Returns its norm before clipping, and whether the step was taken: a gradient that
         is not finite on any rank is not finite here, and is dropped."""
+        if self._deepspeed is not None:
+            self._module.step()
+            return float(self._module.get_global_grad_norm()), self._module.was_step_applied()
         limit = self._max_grad_norm if self._max_grad_norm is not None else float("inf")
         norm = float(self._accelerator.clip_grad_norm_(self.module.parameters(), limit))
         taken = bool(np.isfinite(norm))
@@ -123,8 +184,39 @@ class Runtime:
         self._optimizer.zero_grad()
         return norm, taken
 
-    def drop_gradient(self) -> None:
-        self._optimizer.zero_grad()
+    @contextlib.contextmanager
+    def _accumulating(self, last: bool) -> Iterator[None]:
+        """Forward and backward of one micro-batch, the last of which ends the accumulation."""
+        if self._deepspeed is not None:
+            self._module.set_gradient_accumulation_boundary(last)
+            yield
+        else:
+            with contextlib.nullcontext() if last else self._accelerator.no_sync(self.module):
+                yield
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """For forwards without gradients: with ZeRO-3 the whole weights are gathered once, into `plain_module`, if they
+        fit (`rollout.gather_parameters`), so that ranks need not wait for each other at every layer."""
+        if self.zero_stage != 3 or not self._gathers():
+            yield
+            return
+        self._whole = copy.deepcopy(self._skeleton)
+        self._whole.load_state_dict(self._whole_weights(Tensor.clone), strict=False, assign=True)
+        self._whole.to(self.device).eval()
+        try:
+            yield
+        finally:
+            self._whole = None
+
+    def everywhere(self, fact: bool) -> bool:
+        """`fact` itself where ranks are free of each other; where they share each forward, whether it holds on all.
+
+        Loops whose length depends on the samples ask this, so that no rank leaves the others waiting.
+        """
+        if self.zero_stage != 3 or self._whole is not None:
+            return fact
+        return bool(self.sum(torch.tensor(int(fact))) == self.world_size)
 
     def share(self, count: int) -> Int[Tensor, " n"]:
         """This rank's rows of `count`: contiguous, the first ranks one longer where it does not divide."""
@@ -165,9 +257,10 @@ class Runtime:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
         return float(self.max(torch.tensor(peak)))
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Full weights of the module, on the main process; called by every rank."""
-        return self._accelerator.get_state_dict(self.module)
+    def learned_weights(self) -> dict[str, Tensor]:
+        """Whole weights of all that learns, on the CPU of the main process, nothing on the others; called by every
+        rank."""
+        return self._whole_weights(lambda weight: weight.cpu().clone() if self.is_main else None, learned=True)
 
     def save_state(self, folder: Path) -> None:
         """Module and optimizer, for `load_state`; called by every rank."""
@@ -209,6 +302,63 @@ class Runtime:
     def close(self) -> None:
         self._accelerator.end_training()
 
+    def _whole_weights(self, copy_of: Callable[[Tensor], Tensor | None], learned: bool = False) -> dict[str, Tensor]:
+        """A copy of each parameter by its names, of those that learn only if `learned`; parameters that are shared have
+        one copy. `copy_of` is called with whole parameters on every rank, and may return None for none."""
+        module = self._accelerator.unwrap_model(self.module)
+        names: dict[nn.Parameter, list[str]] = {}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            if parameter.requires_grad or not learned:
+                names.setdefault(parameter, []).append(name)
+        copies: dict[str, Tensor] = {}
+        for part in self._together(list(names)):
+            for parameter in part:
+                made = copy_of(parameter.detach())
+                if made is not None:
+                    copies |= dict.fromkeys(names[parameter], made)
+        return copies
+
+    def _together(self, parameters: Sequence[Any]) -> Iterator[Sequence[Any]]:
+        """The parameters part by part, each part whole on this rank while it is looked at."""
+        if self.zero_stage != 3:
+            yield parameters
+            return
+        import deepspeed
+
+        while parameters:
+            sizes = np.cumsum([parameter.ds_numel * parameter.element_size() for parameter in parameters])
+            count = max(int(np.searchsorted(sizes, _GATHER_BYTES, side="right")), 1)
+            part, parameters = parameters[:count], parameters[count:]
+            with deepspeed.zero.GatheredParameters(part):
+                yield part
+
+    def _gathers(self) -> bool:
+        """Whether a rollout gathers the parameters; `auto` does if they take at most half of the memory that is free on
+        every rank, and leaves the rest to the KV cache."""
+        if self._gather_parameters == "auto":
+            size = sum(p.numel() * p.element_size() for p in self._skeleton.parameters())
+            if self.device.type == "cuda":
+                free = torch.cuda.mem_get_info(self.device)[0]
+            else:
+                free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            fits = self.sum(torch.tensor(int(2 * size <= free))) == self.world_size
+            self._gather_parameters = "always" if fits else "never"
+        return self._gather_parameters == "always"
+
+    def _shard(self, module: nn.Module) -> None:
+        """Cut the parameters over the ranks one by one: the engine alone would first put them whole on the device."""
+        import deepspeed
+
+        assert self._deepspeed is not None
+        deepspeed.zero.Init(module=module, config_dict_or_path=self._frozen_config())
+
+    def _frozen_config(self) -> dict[str, Any]:
+        """DeepSpeed's config for a module without an optimizer."""
+        assert self._deepspeed is not None
+        config = copy.deepcopy(self._deepspeed.deepspeed_config)
+        config["zero_optimization"].pop("offload_optimizer", None)
+        return config
+
 
 def cut_micro_batches(
     query_lengths: Int[Tensor, " B"],
@@ -240,6 +390,82 @@ def cut_micro_batches(
         ranks.append(batches)
     most = max(len(batches) for batches in ranks)
     return [batches + [rows[:0]] * (most - len(batches)) for batches in ranks]
+
+
+def first_of_all(what: str) -> bool:
+    """Whether no process of the launch has asked this before; True too when those that could tell are gone."""
+    try:
+        return torch.distributed.distributed_c10d._get_default_store().add(f"rlhf_accel/{what}", 1) == 1
+    except RuntimeError:
+        return True
+
+
+def _deepspeed_plugin(precision: str, max_grad_norm: float | None, minibatch: int) -> DeepSpeedPlugin | None:
+    """DeepSpeed's config as `accelerate launch` names it, with what the run's config decides filled in; None when this
+    is no DeepSpeed launch. Raises `ConfigError` where the two disagree."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        return None
+    if not is_deepspeed_available():
+        raise ConfigError("this launch asks for DeepSpeed, which is not installed; pip install 'rlhf_accel[deepspeed]'")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    micro = -(-minibatch // world_size)
+    batch = f"rollout.batch_size / ppo.num_minibatches = {minibatch}"
+    owned: dict[str, tuple[Any, str]] = {
+        # Micro-batches are cut by tokens and differ in size; DeepSpeed only asks that its three sizes fit together.
+        "train_batch_size": (minibatch, batch),
+        "train_micro_batch_size_per_gpu": (micro, f"{batch} over {world_size} processes"),
+        "gradient_accumulation_steps": (1, "ppo.micro_batch_tokens, which cuts micro-batches by tokens"),
+        "gradient_clipping": (max_grad_norm or 0.0, f"optim.max_grad_norm={max_grad_norm}"),
+        "fp16.enabled": (False, "run.precision, which knows fp32 and bf16"),
+        "bf16.enabled": (False, f"run.precision={precision}, which is autocast over fp32 weights"),
+        "torch_autocast.enabled": (precision == "bf16", f"run.precision={precision}"),
+    }
+    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    # Without a file, the sizes in the plugin are Accelerate's own defaults, with which nobody has to agree.
+    try:
+        plugin = DeepSpeedPlugin(hf_ds_config=None if path == "none" else _deepspeed_file(path, owned))
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"the launch's DeepSpeed settings: {error}") from error
+    config = plugin.deepspeed_config
+    config |= {key: value for key, (value, _) in owned.items() if "." not in key}
+    config["train_batch_size"] = micro * world_size
+    config["torch_autocast"] = {"dtype": "bfloat16", **config.get("torch_autocast", {}), "enabled": precision == "bf16"}
+    return plugin
+
+
+def _deepspeed_file(path: str, owned: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:
+    """The DeepSpeed config in a file; raises `ConfigError` if it says of an owned key something else than the run."""
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"deepspeed_config_file: {path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ConfigError(f"deepspeed_config_file: {path} is no JSON ({error})") from error
+    for section in ("optimizer", "scheduler"):
+        if section in config:
+            raise ConfigError(f"{section} in {path} and optim.* of the run's config both set it; remove the former")
+    for key, (value, ours) in owned.items():
+        section, _, name = key.rpartition(".")
+        said = (config.get(section, {}) if section else config).get(name, "auto")
+        if said not in ("auto", value):
+            raise ConfigError(f'{key}={said} in {path} disagrees with {ours}; set the former to "auto"')
+        if section and said == "auto" and section in config:
+            config[section][name] = value
+    # What Accelerate would derive from one model's width is left to DeepSpeed's defaults.
+    zero = config.get("zero_optimization", {})
+    return config | {"zero_optimization": {key: value for key, value in zero.items() if value != "auto"}}
+
+
+def _skeleton(module: nn.Module) -> nn.Module:
+    """The module with parameters on the meta device, which take no memory, and buffers of its own."""
+    hollow = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+        for p in module.parameters()
+    }
+    return copy.deepcopy(module, hollow)
 
 
 def _sendable(dtype: torch.dtype) -> torch.dtype:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_accel import ppo
+from rlhf_accel.metrics import Stopwatch
 from rlhf_accel.reward import Reward
 from rlhf_accel.rollout import Sampler
 from rlhf_accel.types import PromptBatch, Rollout
@@ -31,8 +32,7 @@ class Evaluation:
 
 def evaluate(sampler: Sampler, reward: Reward, prompts: PromptBatch) -> Evaluation:
     """Sample a response to every prompt and score it; on every rank alike."""
-    responses = sampler.sample(prompts, seed=EVALUATION_SEED, step=EVALUATION_STEP)
-    rollout = sampler.assess(responses, sampler.score(responses, reward), len(prompts))
+    rollout = sampler.rollout(prompts, reward, seed=EVALUATION_SEED, step=EVALUATION_STEP, watch=Stopwatch())
     kl = ppo.masked_row_sum(rollout.logprobs - rollout.ref_logprobs, rollout.sequences.response_mask)
     return Evaluation(
         score=float(rollout.scores.mean()),

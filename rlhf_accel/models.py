@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from peft import LoraConfig as PeftLoraConfig
-from peft import TaskType, get_peft_model
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
@@ -25,15 +25,34 @@ from rlhf_accel.types import Sequences, TokenOutputs
 # A model of transformers, or one that peft wrapped: an nn.Module with more methods than types can tell.
 LanguageModel = Any
 
+# Names of adapters: the policy's is the one that peft loads and saves by default.
+POLICY, CRITIC, REFERENCE = "default", "critic", "reference"
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class ValueHead(nn.Module):
+    """A scalar for each hidden state, in fp32 whatever the trunk computes in: it is small and its targets are fine.
+
+    Starts at zero (Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO"): values say nothing until they
+    have learnt something, and every world size starts from the same ones.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, width))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, hidden: Float[Tensor, "B R H"]) -> Float[Tensor, "B R"]:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nn.functional.linear(hidden.float(), self.weight, self.bias)[..., 0]
 
 
 class PolicyWithValue(nn.Module):
     """A causal language model with a critic, prepared and optimised as one.
 
-    `critic` is None when the value head reads the policy's own trunk; otherwise it is a transformer without a head.
-    The value head starts at zero (Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO"): values say
-    nothing until they have learnt something, and every world size starts from the same ones.
+    The value head reads `critic`, a transformer without a head; where that is None, the policy's own trunk: with the
+    policy's adapter, or with an adapter of its own if the policy has one by the name `CRITIC`.
     """
 
     def __init__(self, policy: LanguageModel, critic: LanguageModel | None, temperature: float) -> None:
@@ -42,9 +61,7 @@ class PolicyWithValue(nn.Module):
         self.critic: LanguageModel | None = critic
         self.temperature = temperature
         width = policy.get_output_embeddings().in_features if critic is None else critic.config.hidden_size
-        self.value_head = nn.Linear(width, 1, dtype=torch.float32)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
+        self.value_head = ValueHead(width)
 
     def forward(
         self,
@@ -65,13 +82,10 @@ class PolicyWithValue(nn.Module):
         entropy = ppo.token_entropy(logits, self.temperature) if with_entropy else None
         if self.critic is not None:
             hidden = response_hidden(self.critic, *inputs)
-        # fp32 whatever the trunk computes in: the head is small and its targets are fine-grained.
-        with torch.autocast(hidden.device.type, enabled=False):
-            values = self.value_head(hidden.float())[..., 0]
-        return TokenOutputs(logprobs=logprobs, values=values, entropy=entropy)
-
-    def is_lora(self) -> bool:
-        return hasattr(self.policy, "disable_adapter")
+        elif CRITIC in getattr(self.policy, "peft_config", ()):
+            with adapter(self.policy, CRITIC):
+                hidden = response_hidden(self.policy.get_base_model().base_model, *inputs)
+        return TokenOutputs(logprobs=logprobs, values=self.value_head(hidden), entropy=entropy)
 
 
 class Reference(nn.Module):
@@ -94,20 +108,45 @@ class Reference(nn.Module):
 def reference_policy(
     module: PolicyWithValue, reference: nn.Module | None
 ) -> Iterator[Callable[[Sequences], Float[Tensor, "B R"]]]:
-    """The reference as a function of sequences: the frozen copy if there is one, else the policy without its adapter.
+    """The reference as a function of sequences: the frozen copy if there is one, else the policy without its adapter,
+    or with the one that the run started from.
 
-    The adapter is back on when the context ends, also by an exception.
+    The policy's adapter is back on when the context ends, also by an exception.
     """
     if reference is not None:
         yield lambda sequences: reference(*model_inputs(sequences))
         return
-    with module.policy.disable_adapter():
+    with adapter(module.policy, REFERENCE if REFERENCE in module.policy.peft_config else None):
 
         def logprobs(sequences: Sequences) -> Float[Tensor, "B R"]:
             logits, _ = response_logits(module.policy, *model_inputs(sequences))
             return ppo.token_logprobs(logits, sequences.responses, module.temperature)
 
         yield logprobs
+
+
+@contextlib.contextmanager
+def adapter(model: LanguageModel, name: str | None) -> Iterator[None]:
+    """The adapter `name` at work instead of the active one, or none at all.
+
+    What was active is so again when the context ends, also by an exception. peft freezes the adapters that it
+    switches off; here each parameter goes on learning or not as it did before.
+    """
+    before, learns = model.active_adapter, [(p, p.requires_grad) for p in model.parameters()]
+    with contextlib.ExitStack() as stack:
+        stack.callback(_set_learning, learns)
+        if name is None:
+            stack.enter_context(model.disable_adapter())
+        else:
+            stack.callback(model.set_adapter, before)
+            model.set_adapter(name)
+        _set_learning(learns)
+        yield
+
+
+def _set_learning(learns: Sequence[tuple[nn.Parameter, bool]]) -> None:
+    for parameter, learn in learns:
+        parameter.requires_grad_(learn)
 
 
 def model_inputs(sequences: Sequences) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -155,27 +194,75 @@ def load_policy(config: Config, path: str, device: torch.device) -> LanguageMode
     for architecture in model.config.architectures or ():
         if "Classification" in architecture:  # with tied embeddings nothing is missing: it would load and write noise
             raise ConfigError(f"model.name_or_path={path}: holds a classifier ({architecture}), not a language model")
-    _checkpointed(model, config.model)
+    model = _checkpointed(model, config)
     if config.lora.r == 0:
         return model
-    if config.model.gradient_checkpointing:
-        model.enable_input_require_grads()
-    targets = config.lora.target_modules
-    settings = PeftLoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=config.lora.r,
-        lora_alpha=config.lora.alpha,
-        lora_dropout=config.lora.dropout,
-        target_modules=targets[0] if targets == ("all-linear",) else (list(targets) if targets else None),
-        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in model.modules()),  # GPT-2 keeps its matrices so
-    )
+    if config.lora.adapter is None:
+        model = _with_adapter(model, config, TaskType.CAUSAL_LM)
+    else:
+        model = _continued(model, config, config.lora.adapter)
+    if config.model.critic == "adapter":
+        settings = _lora_settings(model.get_base_model(), config, TaskType.CAUSAL_LM, modules_to_save=())
+        with _seeded(config.run.seed):
+            model.add_adapter(CRITIC, settings)
+        model.base_model.set_requires_grad([POLICY, CRITIC], True)
+        # By the time of the backward pass, which computes activations again, another adapter may be at work.
+        _checkpointed(
+            model, config, context_fn=lambda: (contextlib.nullcontext(), adapter(model, model.active_adapter))
+        )
+    return model
+
+
+def _continued(model: LanguageModel, config: Config, path: str) -> LanguageModel:
+    """The model with the adapter at `path` twice: once to learn, once as the reference."""
     try:
-        # The adapters' first matrices are random: they follow the run's seed, and nobody else's numbers do.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.run.seed)
+        rank = PeftConfig.from_pretrained(path).r
+        if rank != config.lora.r:
+            raise ConfigError(f"lora.r={config.lora.r}, but the adapter at lora.adapter={path} has rank {rank}")
+        model = PeftModel.from_pretrained(model, path, adapter_name=POLICY, is_trainable=True)
+        model.load_adapter(path, adapter_name=REFERENCE)
+    except (ValueError, OSError, AttributeError, RuntimeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"lora.adapter={path}: no LoRA adapter for this model ({reason})") from error
+    return _without_dropout(model) if config.lora.dropout == 0 else model
+
+
+def _with_adapter(model: LanguageModel, config: Config, task: TaskType) -> LanguageModel:
+    settings = _lora_settings(model, config, task, config.lora.modules_to_save if task == TaskType.CAUSAL_LM else ())
+    try:
+        with _seeded(config.run.seed):
             return get_peft_model(model, settings)  # fp32 over a bf16 base: peft's autocast_adapter_dtype
     except ValueError as error:
+        targets = config.lora.target_modules
         raise ConfigError(f"lora.target_modules={targets}: {str(error).splitlines()[0]}") from error
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """The adapters' first matrices are random: they follow the run's seed, and nobody else's numbers do."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def _lora_settings(
+    model: LanguageModel, config: Config, task: TaskType, modules_to_save: Sequence[str]
+) -> PeftLoraConfig:
+    lora = config.lora
+    targets = lora.target_modules
+    return PeftLoraConfig(
+        task_type=task,
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets[0] if targets == ("all-linear",) else (list(targets) if targets else None),
+        modules_to_save=list(modules_to_save) or None,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in model.modules()),  # GPT-2 keeps its matrices so
+    )
 
 
 def check_window(config: Config, policy: LanguageModel, prefix: int) -> None:
@@ -201,20 +288,27 @@ def build(config: Config, policy: LanguageModel, policy_path: str, reward_path: 
 
     Raises `ConfigError` if the critic cannot start from the reward model: other architecture or other vocabulary.
     """
-    if config.model.critic == "head":
-        return PolicyWithValue(policy, None, config.rollout.temperature)
+    temperature = config.rollout.temperature
+    if config.model.critic in ("head", "adapter"):
+        return PolicyWithValue(policy, None, temperature)
+    dtype = policy.get_base_model().dtype if config.lora.r else torch.float32
     if config.model.critic_init == "policy":
-        critic = _checkpointed(_load(AutoModel, config.model, policy_path, torch.float32), config.model)
-        return PolicyWithValue(policy, critic, config.rollout.temperature)
-    assert reward_path is not None, "checked by the config"
-    classifier = _load(AutoModelForSequenceClassification, config.model, reward_path, torch.float32, "reward.model")
-    ours, theirs = policy.config, classifier.config
-    if (ours.model_type, ours.vocab_size) != (theirs.model_type, theirs.vocab_size):
-        raise ConfigError(
-            f"model.critic_init=reward: the reward model ({theirs.model_type}, vocabulary {theirs.vocab_size}) does "
-            f"not read what the policy writes ({ours.model_type}, {ours.vocab_size}); use model.critic_init=policy"
-        )
-    return PolicyWithValue(policy, _checkpointed(classifier.base_model, config.model), config.rollout.temperature)
+        critic = _load(AutoModel, config.model, policy_path, dtype)
+    else:
+        assert reward_path is not None, "checked by the config"
+        classifier = _load(AutoModelForSequenceClassification, config.model, reward_path, dtype, "reward.model")
+        ours, theirs = policy.config, classifier.config
+        if (ours.model_type, ours.vocab_size) != (theirs.model_type, theirs.vocab_size):
+            raise ConfigError(
+                f"model.critic_init=reward: the reward model ({theirs.model_type}, vocabulary {theirs.vocab_size}) "
+                f"does not read what the policy writes ({ours.model_type}, {ours.vocab_size}); use "
+                "model.critic_init=policy"
+            )
+        critic = classifier.base_model
+    critic = _checkpointed(critic, config)
+    if config.lora.r:
+        critic = _with_adapter(critic, config, TaskType.FEATURE_EXTRACTION)
+    return PolicyWithValue(policy, critic, temperature)
 
 
 def load_pretrained(kind: Any, path: str, said: str, **settings: Any) -> Any:
@@ -244,7 +338,8 @@ def parameter_groups(module: PolicyWithValue, optim: OptimConfig) -> list[dict[s
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((name.startswith("policy."), parameter.ndim >= 2), []).append(parameter)
+            of_policy = name.startswith("policy.") and f".{CRITIC}." not in name
+            groups.setdefault((of_policy, parameter.ndim >= 2), []).append(parameter)
     return [
         {
             "params": parameters,
@@ -259,7 +354,8 @@ def resolve_dtype(config: Config, device: torch.device) -> torch.dtype:
     """The dtype that model.dtype asks for; auto is bf16 for a frozen LoRA base where the device computes in it."""
     if config.model.dtype != "auto":
         return DTYPES[config.model.dtype]
-    return torch.bfloat16 if config.lora.r and computes_in_bf16(device) else torch.float32
+    frozen = config.lora.r > 0 and not config.lora.modules_to_save
+    return torch.bfloat16 if frozen and computes_in_bf16(device) else torch.float32
 
 
 def end_of_text_ids(model: LanguageModel) -> list[int]:
@@ -279,9 +375,11 @@ def _trunk_inputs(
     }
 
 
-def _checkpointed(model: Any, config: ModelConfig) -> Any:
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+def _checkpointed(model: LanguageModel, config: Config, **settings: Any) -> LanguageModel:
+    if config.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **settings})
+        if config.lora.r:
+            model.enable_input_require_grads()
     return model
 
 

@@ -93,7 +93,8 @@ def token_entropy(logits: Float[Tensor, "B R V"], temperature: float = 1.0) -> F
     """
     # exp(-inf) is 0, but 0 * -inf is NaN: the lowest finite number stands in for it.
     logprobs = _tempered(logits, temperature).log_softmax(dim=-1).clamp(min=torch.finfo(torch.float32).min)
-    return -torch.linalg.vecdot(logprobs.exp(), logprobs)
+    with torch.autocast(logits.device.type, enabled=False):  # it would take the dot product in half precision
+        return -torch.linalg.vecdot(logprobs.exp(), logprobs)
 
 
 def _tempered(logits: Tensor, temperature: float) -> Tensor:

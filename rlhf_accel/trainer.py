@@ -40,7 +40,12 @@ class PPOTrainer:
     def __init__(self, config: Config, reward: RewardFunction | None = None) -> None:
         self.config = config
         self.sizes = BatchSizes.of(config)
-        self.runtime = Runtime(config.run, max_grad_norm=config.optim.max_grad_norm)
+        self.runtime = Runtime(
+            config.run,
+            max_grad_norm=config.optim.max_grad_norm,
+            minibatch=self.sizes.minibatch,
+            gather_parameters=config.rollout.gather_parameters,
+        )
         self.folder = self.runtime.from_main(lambda: checkpoint.choose_folder(config))
         self.resume_from = self.runtime.from_main(lambda: checkpoint.resume_folder(config, self.folder))
         self.progress = Progress(kl_coef=config.ppo.kl_coef)
@@ -64,7 +69,7 @@ class PPOTrainer:
         reward_path = self._reward_path()
         self.reward = self._load_reward(reward, reward_path)
         self._try_reward()
-        module = models.build(config, policy, policy_path, reward_path).to(self.runtime.device)
+        module = models.build(config, policy, policy_path, reward_path)
         self._say_what_runs(module)
         optim = config.optim
         groups = models.parameter_groups(module, optim)
@@ -73,7 +78,7 @@ class PPOTrainer:
             config=config.rollout,
             runtime=self.runtime,
             tokens=self.tokens,
-            reference=None if reference is None else reference.to(self.runtime.device),
+            reference=None if reference is None else self.runtime.prepare_frozen(reference),
         )
         self.kl_controller = self._kl_controller()
         self._prepared = False
@@ -112,12 +117,7 @@ class PPOTrainer:
             )
         step, watch = self.progress.step + 1, Stopwatch()
         self.runtime.set_lr_factor(lr_factor(self.config.optim, step, self.config.run.total_steps))
-        with watch("rollout"):
-            responses = self.sampler.sample(prompts, seed=self.config.run.seed, step=step)
-        with watch("score"):
-            scores = self.sampler.score(responses, self.reward)
-        with watch("rollout"):
-            rollout = self.sampler.assess(responses, scores, len(prompts))
+        rollout = self.sampler.rollout(prompts, self.reward, seed=self.config.run.seed, step=step, watch=watch)
         experience = make_experience(rollout, self.config.ppo, self.config.reward, self.kl_controller.coef)
         with watch("update"):
             losses = self.update(experience, step)
@@ -167,12 +167,13 @@ class PPOTrainer:
         sums: list[Tensor] = []
         maxima: list[Tensor] = []
         losses = [self._loss(experience, part, tokens, sums, maxima) for part in micro_batches[self.runtime.rank]]
-        self.runtime.backward(losses)
-        means = self.runtime.sum(torch.stack(sums).sum(0)) / tokens
-        largest = self.runtime.max(torch.stack(maxima).amax(0))
-        totals.add_losses(means, largest)
-        if config.target_kl_stop is not None and means[3] > config.target_kl_stop:
-            self.runtime.drop_gradient()
+
+        def moved_too_far() -> bool:
+            means = self.runtime.sum(torch.stack(sums).sum(0)) / tokens
+            totals.add_losses(means, self.runtime.max(torch.stack(maxima).amax(0)))
+            return config.target_kl_stop is not None and bool(means[3] > config.target_kl_stop)
+
+        if not self.runtime.backward(losses, unless=moved_too_far):
             return False
         totals.add_step(*self.runtime.optimizer_step())
         return True
@@ -320,7 +321,8 @@ class PPOTrainer:
     def _reference_scores(self, count: int) -> Tensor:
         """Raw scores of the policy before training, on training prompts."""
         prompts = self.prompts.batch(1, count)
-        responses = self.sampler.sample(prompts, seed=self.config.run.seed, step=_CALIBRATION_STEP)
+        with self.runtime.gathered():
+            responses = self.sampler.sample(prompts, seed=self.config.run.seed, step=_CALIBRATION_STEP)
         return self.runtime.gather_rows(self.sampler.score(responses, replace(self.reward, clip=None)), count)
 
     def _evaluate(self) -> Evaluation | None:
@@ -363,7 +365,7 @@ class PPOTrainer:
         self.line.say(f"going on after step {self.progress.step} from {place}")
 
     def _export(self, name: str, results: dict[str, Any]) -> None:
-        weights = self.runtime.state_dict()
+        weights = self.runtime.learned_weights()
         if self.runtime.is_main:
             card = checkpoint.model_card(self.config, results)
             checkpoint.export(self.folder / name, self.runtime.plain_module, weights, self.tokens, card)

@@ -240,7 +240,7 @@ def test_an_unknown_command(capsys):
         command_line.main(["tarin"])
     output = capsys.readouterr()
     assert stopped.value.code == 2
-    assert output.err.startswith("error: unknown command 'tarin'; commands are train, generate, train-reward")
+    assert output.err.startswith("error: unknown command 'tarin'; commands are train, generate, merge, train-reward")
     assert len(output.err.splitlines()) == 1
 
 

@@ -729,3 +729,11 @@ def test_controllers_refuse_what_makes_no_sense():
     # 1 - 0.2 * 500 / 100 = 0: from here on the coefficient would reward a KL.
     with pytest.raises(ValueError, match="choose a horizon above 100"):
         unchecked.AdaptiveKLController(0.1, 6.0, horizon=100).updated(6.0, num_samples=500)
+
+
+def test_logprobs_and_entropy_are_fp32_under_autocast() -> None:
+    logits, tokens = torch.randn(2, 3, 50), torch.randint(0, 50, (2, 3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logprobs, entropy = ppo.token_logprobs(logits, tokens), ppo.token_entropy(logits)
+    assert torch.equal(logprobs, ppo.token_logprobs(logits, tokens))
+    assert torch.equal(entropy, ppo.token_entropy(logits))

@@ -309,10 +309,11 @@ def test_the_update_stops_early_at_target_kl_stop(tiny):
     for target in (None, 1e-6):
         trainer = PPOTrainer(tiny(ppo={"target_kl_stop": target, "ppo_epochs": 3, "num_minibatches": 2}))
         step = trainer.runtime.optimizer_step
-        count = []
-        trainer.runtime.optimizer_step = lambda step=step, count=count: count.append(1) or step()
-        trainer.step(["The film", "A dull"] * 4)
-        taken.append(len(count))
+        outcomes = []
+        trainer.runtime.optimizer_step = lambda step=step, outcomes=outcomes: outcomes.append(step()) or outcomes[-1]
+        metrics = trainer.step(["The film", "A dull"] * 4)
+        taken.append(sum(was_taken for _, was_taken in outcomes))
+        assert metrics["optim/skipped_steps"] == 0, "stopping is no accident"
         assert all(p.grad is None or not p.grad.any() for p in trainer.runtime.module.parameters())
     # The first minibatch has not moved yet; the second has.
     assert taken == [6, 1]

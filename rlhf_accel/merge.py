@@ -1,0 +1,62 @@
+"""A trained adapter and its base as one full model, which plain transformers loads."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+from peft import PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM
+
+from rlhf_accel import assets
+from rlhf_accel.checkpoint import VALUE_HEAD
+from rlhf_accel.config import Config, ConfigError, load
+from rlhf_accel.models import CRITIC, DTYPES, load_pretrained
+from rlhf_accel.runtime import quiet_libraries
+from rlhf_accel.tokens import Tokens
+
+
+def main(arguments: list[str]) -> None:
+    """The command; raises `ConfigError` for a folder that holds no adapter, or one that is taken."""
+    parser = argparse.ArgumentParser(prog="rlhf_accel merge", description=__doc__)
+    parser.add_argument("model", type=Path, help="a run's folder, or an adapter's")
+    parser.add_argument("output", type=Path, help="folder of the merged model, not there yet")
+    parser.add_argument("--which", choices=("final", "best"), default="final", help="which adapter of a run's folder")
+    parser.add_argument("--base", help="the base instead of the one that the run or the adapter names")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the merged weights (default fp32)")
+    options = parser.parse_args(arguments)
+    quiet_libraries()
+    folder, base = options.model, options.base
+    if (folder / "config.yaml").is_file():
+        base = base or load(Config, folder / "config.yaml").model.name_or_path
+        folder = folder / options.which
+    merge(folder, options.output, base=base, dtype=options.dtype)
+    print(f"merged into {options.output}")
+
+
+def merge(adapter: Path, output: Path, *, base: str | None = None, dtype: str = "fp32") -> None:
+    """Write base and adapter as one model to `output`, with the tokenizer and the value head that lie beside it.
+
+    The sum is taken in fp32 and rounded once. Raises `ConfigError` if there is no adapter or `output` is taken.
+    """
+    if not (adapter / "adapter_config.json").is_file():
+        raise ConfigError(f"{adapter} holds no adapter; only runs with lora.r above 0 have something to merge")
+    if output.exists():
+        raise ConfigError(f"{output} is there already; name another folder")
+    name = base or PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    path = assets.resolve_model(name, "--base")
+    model = load_pretrained(AutoModelForCausalLM, path, f"--base {name}", dtype=DTYPES["fp32"])
+    try:
+        merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"{adapter} does not fit the base {name} ({str(error).splitlines()[0]})") from error
+    beside = output.with_name(f".{output.name}")
+    shutil.rmtree(beside, ignore_errors=True)
+    merged.to(DTYPES[dtype]).save_pretrained(beside)
+    Tokens.load(str(adapter)).save(beside)
+    if (adapter / VALUE_HEAD).is_file():
+        shutil.copy(adapter / VALUE_HEAD, beside)
+    if (adapter / CRITIC).is_dir():  # an adapter of the critic's own, on the base as it was
+        shutil.copytree(adapter / CRITIC, beside / CRITIC)
+    beside.rename(output)

@@ -1,0 +1,98 @@
+"""One launch for each way of spreading a run, shared by the tests that look at its results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.launch import run_all
+
+LORA = {"lora": {"r": 4, "target_modules": ["c_attn", "c_fc"]}, "model": {"critic": "adapter"}}
+RUNS: dict[str, dict[str, dict[str, Any]]] = {
+    "full": {},
+    "uneven": {"rollout": {"batch_size": 7}, "ppo": {"num_minibatches": 1}},
+    "in_step": {"rollout": {"gather_parameters": "never"}},
+    "separate": {"model": {"critic": "separate"}, "run": {"total_steps": 2}},
+    "lora": LORA,
+    "saved": {**LORA, "run": {"total_steps": 3, "save_every": 2}},
+}
+BUDGETS = (36, 90, 100_000)  # of micro-batches; the smallest holds one sample
+# Seven responses of 1 to 30 tokens: micro-batches of every size, and a rank with one row less.
+GRADIENT: dict[str, dict[str, Any]] = {
+    "run": {"eval_samples": 0},
+    "rollout": {"batch_size": 7, "max_new_tokens": 30, "stop": ["e"]},
+    "reward": {"weights": [300.0]},
+    "ppo": {"num_minibatches": 1, "entropy_coef": 0.01, "whiten_advantages": False},
+    "optim": {"max_grad_norm": None},
+}
+# What each launch runs; None is one process.
+LAUNCHES: dict[tuple[str | None, int], list[str]] = {
+    (None, 1): ["full", "uneven", "separate", "lora", "gradient"],
+    ("ddp", 2): ["full", "uneven", "lora", "gradient"],
+    ("cpu", 3): ["uneven"],
+    ("zero1", 2): ["full"],
+    ("zero2", 2): ["full", "uneven", "lora", "saved", "gradient"],
+    ("zero3", 2): ["full", "uneven", "in_step", "separate", "lora", "gradient"],
+    ("zero3_offload", 2): ["full"],
+}
+
+
+def tree(gpt2: Path, prompts: Path, *changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The config of a tiny run whose responses end early at very different lengths, with all samples logged."""
+    config: dict[str, dict[str, Any]] = {
+        "run": {"total_steps": 6, "eval_samples": 5, "trackers": [], "sample_every": 1, "sample_count": 8},
+        "model": {"name_or_path": str(gpt2), "critic": "head"},
+        "data": {"source": str(prompts), "prompt_tokens": [2, 6]},
+        "rollout": {"batch_size": 8, "max_prompt_tokens": 6, "max_new_tokens": 12, "stop": ["e", "a"]},
+        "reward": {"function": "tests.conftest:share_of_o"},
+        "ppo": {"ppo_epochs": 2, "num_minibatches": 2, "micro_batch_tokens": 48},
+        # With the usual eps AdamW walks at full speed on gradients that are 0 but for rounding, as those of key biases.
+        "optim": {"lr": 1e-3, "eps": 1e-5},
+    }
+    for sections in changes:
+        for section, values in sections.items():
+            config[section] = {**config.get(section, {}), **values}
+    return config
+
+
+@pytest.fixture(scope="session")
+def launched_runs(
+    gpt2_folder: Path, prompts_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str | None, int], Path]:
+    """A function that gives the folder of a launch's results, launching at the first call."""
+    folders: dict[tuple[str | None, int], Path] = {}
+
+    def runs_of(name: str, folder: Path) -> list[dict[str, Any]]:
+        if name != "gradient":
+            out = {"run": {"output_dir": str(folder / name)}}
+            runs = [{"config": tree(gpt2_folder, prompts_file, RUNS[name], out)}]
+            if name == "saved":  # and on from its checkpoint, in a folder of its own
+                resume = str(folder / "saved" / "checkpoints" / "step-000002")
+                out = {"run": {"output_dir": str(folder / "resumed"), "resume": resume}}
+                runs.append({"config": tree(gpt2_folder, prompts_file, RUNS[name], out)})
+            return runs
+        changes = [
+            {"ppo": {"micro_batch_tokens": budget}, "run": {"output_dir": str(folder / f"{budget}")}}
+            for budget in BUDGETS
+        ]
+        return [
+            {
+                "config": tree(gpt2_folder, prompts_file, GRADIENT, change),
+                "gradient": str(folder / f"{change['ppo']['micro_batch_tokens']}.pt"),
+            }
+            for change in changes
+        ]
+
+    def launched(config: str | None, processes: int) -> Path:
+        key = (config, processes)
+        if key not in folders:
+            folder = tmp_path_factory.mktemp(f"{config}{processes}")
+            runs = [run for name in LAUNCHES[key] for run in runs_of(name, folder)]
+            run_all(runs, folder, config, processes)
+            folders[key] = folder
+        return folders[key]
+
+    return launched

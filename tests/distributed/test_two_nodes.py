@@ -1,0 +1,40 @@
+"""Two nodes, one process on each, by the script that people can run."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.conftest import RUNS, tree
+from tests.distributed.launch import ROOT, WORKER, run
+from tests.distributed.test_world_size import assert_same_run, assert_same_weights
+
+
+@pytest.mark.two_nodes
+@pytest.mark.parametrize("config", ["multi_node_zero2", "multi_node_zero3"])
+def test_two_nodes_do_what_one_process_does(
+    config: str, launched_runs, gpt2_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    names = ["full", "lora"]
+    outputs = [{"run": {"output_dir": str(tmp_path / name)}} for name in names]
+    runs = [
+        {"config": tree(gpt2_folder, prompts_file, RUNS[name], output)}
+        for name, output in zip(names, outputs, strict=True)
+    ]
+    (tmp_path / "runs.json").write_text(json.dumps(runs), encoding="utf-8")
+    done = run(
+        ["bash", str(ROOT / "scripts" / "two_nodes.sh"), config, str(tmp_path / "runs.json")],
+        PYTHON=sys.executable,
+        SCRIPT=str(WORKER),
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    if os.geteuid() == 0:
+        assert "network namespaces rlhf" in done.stderr, "as root, with iproute2, there are real addresses"
+    alone = launched_runs(None, 1)
+    for name in names:
+        assert_same_run(alone / name, tmp_path / name)
+        assert_same_weights(alone / name / "final", tmp_path / name / "final")

@@ -1,0 +1,109 @@
+"""The same run as one process and as several: under data parallelism and every stage of ZeRO it learns the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlhf_accel.config import Config, parse
+from rlhf_accel.trainer import PPOTrainer
+from tests.distributed.conftest import BUDGETS, LAUNCHES, tree
+from tests.distributed.launch import rows
+
+MANY = [pytest.param(*key, id=f"{key[0]}-{key[1]}") for key in LAUNCHES if key[0] is not None]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """The same responses, and the same metrics within 1e-4 relative, time and memory apart."""
+    samples, others = rows(one / "samples.jsonl"), rows(other / "samples.jsonl")
+    assert len({len(row["response"]) for row in samples}) > 3, "responses of one length would test little"
+    assert [(row["step"], row["prompt"], row["response"]) for row in samples] == [
+        (row["step"], row["prompt"], row["response"]) for row in others
+    ]
+    metrics, other_metrics = rows(one / "metrics.jsonl"), rows(other / "metrics.jsonl")
+    assert len(metrics) == len(other_metrics) > 0
+    for row, other_row in zip(metrics, other_metrics, strict=True):
+        assert row.keys() == other_row.keys()
+        for key in row.keys() - {key for key in row if key.startswith(("time/", "perf/"))}:
+            # Sums that cancel out, such as the policy's loss at ratio 1, keep the rounding of their terms.
+            assert row[key] == pytest.approx(other_row[key], rel=1e-4, abs=2e-6), f"{key} at step {row['step']}"
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    """Every file of weights: the policy or its adapter, the critic's adapter, the value head."""
+    files = sorted(path.relative_to(one) for path in one.rglob("*.safetensors"))
+    assert files == sorted(path.relative_to(other) for path in other.rglob("*.safetensors"))
+    for file in files:
+        weights, others = load_file(one / file), load_file(other / file)
+        assert weights.keys() == others.keys()
+        for name, weight in weights.items():
+            torch.testing.assert_close(others[name], weight, rtol=0, atol=1e-5, msg=f"{file}: {name}")
+
+
+@pytest.mark.parametrize(("config", "processes"), MANY)
+def test_a_run_is_the_same_on_any_number_of_processes(config: str, processes: int, launched_runs) -> None:
+    alone, folder = launched_runs(None, 1), launched_runs(config, processes)
+    for name in LAUNCHES[config, processes]:
+        if name not in ("gradient", "saved"):
+            base = alone / ("full" if name == "in_step" else name)
+            assert_same_run(base, folder / name)
+            assert_same_weights(base / "final", folder / name / "final")
+
+
+def test_the_runs_learn_something(launched_runs) -> None:
+    """Otherwise all of them would agree."""
+    for name in ("full", "lora"):
+        metrics = rows(launched_runs(None, 1) / name / "metrics.jsonl")
+        assert metrics[0]["objective/kl_k3"] == pytest.approx(0, abs=1e-6) and metrics[-1]["objective/kl_k3"] > 1e-3
+
+
+def test_a_run_goes_on_from_a_checkpoint_of_zero2(launched_runs) -> None:
+    folder = launched_runs("zero2", 2)
+    saved, resumed = rows(folder / "saved" / "metrics.jsonl"), rows(folder / "resumed" / "metrics.jsonl")
+    assert [row["step"] for row in resumed] == [3]
+    for key in ("objective/score", "objective/kl", "loss/value", "optim/grad_norm"):
+        assert resumed[0][key] == pytest.approx(saved[2][key], rel=1e-5, abs=1e-7), key
+
+
+def test_what_zero3_writes_is_a_whole_model_that_trains_on(
+    launched_runs, gpt2_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    final = launched_runs("zero3", 2) / "full" / "final"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(final), AutoTokenizer.from_pretrained(final)
+    base = AutoModelForCausalLM.from_pretrained(gpt2_folder)
+    assert all(p.shape == q.shape for p, q in zip(model.parameters(), base.parameters(), strict=True))
+    assert model.generate(**tokenizer("A dull", return_tensors="pt"), max_new_tokens=4).shape[1] > 4
+    change = {"run": {"output_dir": str(tmp_path / "on"), "total_steps": 1}}
+    trainer = PPOTrainer(parse(Config, tree(final, prompts_file, change)))
+    trainer.fit()
+    metrics = rows(tmp_path / "on" / "metrics.jsonl")
+    assert metrics[0]["objective/kl"] == 0 and metrics[0]["optim/grad_norm"] > 0
+
+
+def gradients(folder: Path) -> list[dict[str, torch.Tensor]]:
+    return [torch.load(folder / f"{budget}.pt", weights_only=True) for budget in BUDGETS]
+
+
+def assert_same_gradient(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    largest = max(float(gradient.abs().max()) for gradient in one.values())
+    assert largest > 0.5
+    for name, gradient in one.items():
+        torch.testing.assert_close(other[name], gradient, rtol=0, atol=1e-6 * largest, msg=name)
+
+
+def test_micro_batches_do_not_change_the_gradient(launched_runs) -> None:
+    first, *others = gradients(launched_runs(None, 1))
+    for other in others:
+        assert_same_gradient(first, other)
+
+
+@pytest.mark.parametrize("config", ["ddp", "zero2", "zero3"])
+def test_ranks_do_not_change_the_gradient(config: str, launched_runs) -> None:
+    expected = gradients(launched_runs(None, 1))[0]
+    for gradient in gradients(launched_runs(config, 2)):
+        assert_same_gradient(expected, gradient)

@@ -1,0 +1,64 @@
+"""An adapter and its base as one model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlhf_accel import merge
+from rlhf_accel.config import ConfigError
+from rlhf_accel.trainer import PPOTrainer
+
+
+@pytest.fixture
+def trained(tiny, tmp_path: Path) -> Path:
+    """The folder of a run with an adapter that moved."""
+    lora = {"r": 4, "target_modules": ["c_attn", "c_fc"]}
+    PPOTrainer(tiny(lora=lora, model={"critic": "adapter"}, optim={"lr": 0.05}, run={"eval_samples": 0})).fit()
+    return tmp_path / "run"
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([[40, 41, 42, 43]])).logits
+
+
+def test_the_merged_model_is_the_base_with_the_adapter(
+    trained: Path, gpt2_folder: Path, tmp_path: Path, capsys
+) -> None:
+    merge.main([str(trained), str(tmp_path / "merged")])
+    assert f"merged into {tmp_path / 'merged'}" in capsys.readouterr().out
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    adapted = AutoPeftModelForCausalLM.from_pretrained(trained / "final")
+    torch.testing.assert_close(logits(merged), logits(adapted), atol=1e-5, rtol=1e-5)
+    assert (logits(merged) - logits(AutoModelForCausalLM.from_pretrained(gpt2_folder))).abs().max() > 0.01
+    text = "A dull, tired"
+    ids = [AutoTokenizer.from_pretrained(place)(text).input_ids for place in (tmp_path / "merged", gpt2_folder)]
+    assert ids[0] == ids[1]
+
+
+def test_the_critic_goes_with_it(trained: Path, tmp_path: Path) -> None:
+    merge.merge(trained / "final", tmp_path / "merged", dtype="bf16")
+    for name in ("value_head.safetensors", "critic/adapter_model.safetensors"):
+        one, other = load_file(trained / "final" / name), load_file(tmp_path / "merged" / name)
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").dtype == torch.bfloat16
+
+
+def test_what_cannot_be_merged_is_refused(trained: Path, gpt2_folder: Path, llama_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no adapter"):
+        merge.merge(gpt2_folder, tmp_path / "merged")
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(ConfigError, match="is there already"):
+        merge.merge(trained / "final", tmp_path / "taken")
+    with pytest.raises(ConfigError, match="does not fit the base"):
+        merge.merge(trained / "final", tmp_path / "merged", base=str(llama_folder))
+    with pytest.raises(ConfigError, match=r"^--base .*no such model"):
+        merge.merge(trained / "final", tmp_path / "merged", base=str(tmp_path / "nowhere"))
+    assert not (tmp_path / "merged").exists()
