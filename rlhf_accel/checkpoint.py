@@ -32,6 +32,8 @@ class Progress:
     reward_std: float = 1.0
     best_score: float | None = None
     base: dict[str, float] | None = None  # the evaluation before the first step
+    zero_stage: int = 0  # 0 is no DeepSpeed
+    world_size: int = 1
 
 
 def choose_folder(config: Config) -> Path:
@@ -70,10 +72,10 @@ def holds_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
 
 
-def resume_folder(config: Config, folder: Path) -> Path | None:
+def resume_folder(config: Config, folder: Path, *, zero_stage: int = 0, world_size: int = 1) -> Path | None:
     """The checkpoint that run.resume names, None for a new run.
 
-    Raises `ConfigError` if there is none, or none that this config can go on from.
+    Raises `ConfigError` if there is none, or none that this config and this launch can go on from.
     """
     if config.run.resume is None:
         return None
@@ -90,6 +92,12 @@ def resume_folder(config: Config, folder: Path) -> Path | None:
         raise ConfigError(
             f"run.total_steps={config.run.total_steps}: {chosen} has done {progress.step} steps already; raise it"
         )
+    if progress.zero_stage != zero_stage or (zero_stage and progress.world_size != world_size):
+        written, now = (
+            f"ZeRO-{stage} on {size} processes" if stage else "no DeepSpeed"
+            for stage, size in ((progress.zero_stage, progress.world_size), (zero_stage, world_size))
+        )
+        raise ConfigError(f"run.resume={config.run.resume}: {chosen} was written with {written}, and this is {now}")
     calibrated = (progress.reward_mean, progress.reward_std) != (0.0, 1.0)
     if calibrated != config.reward.calibrate:
         asked = str(config.reward.calibrate).lower()

@@ -98,6 +98,9 @@ class ModelConfig:
     dtype: Dtype = "auto"
     """Dtype of the loaded weights; auto is fp32 for full fine-tuning, and for LoRA the frozen base is bf16 where the
     device computes in it, else fp32."""
+    load_in_4bit: bool = False
+    """With lora.r above 0: the frozen base in 4 bits, NF4 with double quantisation (QLoRA, Dettmers et al. 2023); needs
+    a CUDA GPU and bitsandbytes, `pip install 'rlhf_accel[qlora]'`."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     trust_remote_code: bool = False
@@ -111,7 +114,8 @@ class LoraConfig:
     alpha: Positive = 16.0
     """Adapters are scaled by alpha / r."""
     dropout: Fraction = 0.0
-    """Dropout of the adapters' inputs while learning; above 0 the first ratio is no longer 1."""
+    """Dropout of the adapters' inputs while learning; above 0 the first ratio is no longer 1, and the masks, which are
+    torch's, depend on the number of processes."""
     target_modules: Strings | None = None
     """Names of the layers that get adapters, or `all-linear`; by default what peft knows for the architecture."""
     modules_to_save: Strings = ()
@@ -492,8 +496,8 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
 def key_names(cls: Any, prefix: str = "") -> list[str]:
     """All dotted keys of a config class.
 
-    >>> key_names(LoraConfig)
-    ['r', 'alpha', 'dropout', 'target_modules']
+    >>> key_names(Config)[:2]
+    ['run.seed', 'run.output_dir']
     """
     names = []
     hints = get_type_hints(cls)
@@ -549,6 +553,13 @@ def _contradictions(config: Config) -> list[str]:
         )
     if config.model.critic == "adapter" and config.lora.r == 0:
         problems.append("model.critic=adapter is a second LoRA adapter; set lora.r above 0, or use head or separate")
+    if config.model.load_in_4bit and config.lora.r == 0:
+        problems.append("model.load_in_4bit=true freezes the weights; set lora.r above 0 to train adapters on them")
+    if config.model.load_in_4bit and config.model.critic == "separate":
+        problems.append("model.load_in_4bit=true holds one base; use model.critic=adapter or head")
+    unused = [key for key in ("modules_to_save", "use_rslora", "use_dora") if getattr(config.lora, key)]
+    if config.lora.r == 0 and unused:
+        problems.append(f"lora.{unused[0]} is set and lora.r=0 is full fine-tuning; set lora.r above 0")
     if config.lora.adapter is not None and config.lora.r == 0:
         problems.append("lora.adapter is set and lora.r=0 is full fine-tuning; set lora.r to the adapter's rank")
     if config.lora.adapter is not None and config.lora.modules_to_save:

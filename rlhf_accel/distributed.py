@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -18,9 +17,10 @@ from typing import Any, TypeVar
 import numpy as np
 import psutil
 import torch
-from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+from accelerate import Accelerator, DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs
 from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object, is_deepspeed_available
 from jaxtyping import Int
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -29,6 +29,7 @@ from rlhf_accel.runtime import computes_in_bf16, quiet_libraries, tune_process
 
 B = TypeVar("B")
 
+_ENGINE = "engine"  # DeepSpeed's folder in a checkpoint
 _GATHER_BYTES = 2**28  # parameters that a collective of ZeRO-3 brings together at once
 
 
@@ -49,14 +50,14 @@ class Runtime:
         tune_process()
         quiet_libraries()
         no_gpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
-        # Named for a launch only: Accelerate takes a named backend to mean that there are other processes. With
-        # DeepSpeed it finds none on a CPU unless gloo is named.
-        launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        group = InitProcessGroupKwargs(backend="gloo" if no_gpu and launched else None, timeout=timedelta(hours=1))
         precision = run.precision
         if precision == "auto":
             precision = "fp32" if no_gpu or not computes_in_bf16(torch.device("cuda")) else "bf16"
         deepspeed = _deepspeed_plugin(precision, max_grad_norm, minibatch)
+        # Named for a launch only: Accelerate takes a named backend to mean that there are other processes. With
+        # DeepSpeed it finds none on a CPU unless gloo is named.
+        launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 or deepspeed is not None
+        group = InitProcessGroupKwargs(backend="gloo" if no_gpu and launched else None, timeout=timedelta(hours=1))
         try:
             self._accelerator = Accelerator(
                 mixed_precision="no",  # see autocast()
@@ -70,10 +71,13 @@ class Runtime:
                 project_dir=".",  # asked for already here; the run's folder is known when start_trackers() says it
             )
         except (ValueError, ImportError) as error:
-            reason = str(error).splitlines()[0]
+            keys = f"run.trackers={list(run.trackers)}" + (" or the launch's DeepSpeed settings" if deepspeed else "")
+            raise ConfigError(f"{keys}: {str(error).splitlines()[0]}") from error
+        if self._accelerator.distributed_type in (DistributedType.FSDP, DistributedType.MEGATRON_LM):
             raise ConfigError(
-                f"run.trackers={list(run.trackers)} or run.precision={run.precision}: {reason}"
-            ) from error
+                f"distributed_type={self._accelerator.distributed_type.value} of the launch is not known here; use one "
+                "of accelerate_configs/: ddp or zero1 to zero3"
+            )
         if deepspeed is not None:
             # Accelerate told transformers of ZeRO-3, which would cut every model that it loads, the reward model too.
             unset_hf_deepspeed_config()
@@ -118,6 +122,12 @@ class Runtime:
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Put the module on the device and under data parallelism or ZeRO; it may still lie in the CPU's memory."""
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
+        module.eval()
+        if self._deepspeed is not None:
+            # DeepSpeed takes memory for so many gradients at once, 500 million unless told otherwise.
+            learned = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+            zero = self._deepspeed.deepspeed_config["zero_optimization"]
+            zero.setdefault("reduce_bucket_size", min(learned, 500_000_000))
         if self.zero_stage == 3:
             self._skeleton = _skeleton(module)
             self._shard(module)
@@ -159,15 +169,17 @@ class Runtime:
             with self._accumulating(last):
                 with self.autocast():
                     value = loss() * self.world_size
-                if last and unless is not None and unless():
-                    # Neither DDP nor ZeRO can forget a gradient half-way, but both drop one that is not finite.
-                    dropped, value = True, value * float("nan")
+                dropped = last and unless is not None and unless()
                 if self._deepspeed is None:
                     self._accelerator.backward(value)
                 else:
-                    self._module.backward(value)  # Accelerate's would step too, before the norm is known
-        if dropped:
-            self.optimizer_step()
+                    with self._poisoned() if dropped else contextlib.nullcontext():
+                        self._module.backward(value)  # Accelerate's would step too, before the norm is known
+        if dropped and self._deepspeed is None:
+            self._optimizer.zero_grad()
+        elif dropped:
+            _, taken = self.optimizer_step()
+            assert not taken, "a gradient of NaN was applied"
         return not dropped
 
     def optimizer_step(self) -> tuple[float, bool]:
@@ -195,15 +207,26 @@ class Runtime:
                 yield
 
     @contextlib.contextmanager
+    def _poisoned(self) -> Iterator[None]:
+        """Gradients of NaN: ZeRO cannot forget what it has reduced and cut already, but drops what is not finite."""
+        learned = [p for p in self.module.parameters() if p.requires_grad]
+        handles = [p.register_hook(lambda gradient: torch.full_like(gradient, torch.nan)) for p in learned]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
         """For forwards without gradients: with ZeRO-3 the whole weights are gathered once, into `plain_module`, if they
         fit (`rollout.gather_parameters`), so that ranks need not wait for each other at every layer."""
         if self.zero_stage != 3 or not self._gathers():
             yield
             return
-        self._whole = copy.deepcopy(self._skeleton)
-        self._whole.load_state_dict(self._whole_weights(Tensor.clone), strict=False, assign=True)
-        self._whole.to(self.device).eval()
+        whole = copy.deepcopy(self._skeleton)
+        whole.load_state_dict(self._whole_weights(Tensor.clone), strict=False, assign=True)
+        self._whole = whole.to(self.device).eval()
         try:
             yield
         finally:
@@ -260,14 +283,31 @@ class Runtime:
     def learned_weights(self) -> dict[str, Tensor]:
         """Whole weights of all that learns, on the CPU of the main process, nothing on the others; called by every
         rank."""
-        return self._whole_weights(lambda weight: weight.cpu().clone() if self.is_main else None, learned=True)
+        return self._whole_weights(lambda weight: weight.to("cpu", copy=True) if self.is_main else None, learned=True)
 
     def save_state(self, folder: Path) -> None:
-        """Module and optimizer, for `load_state`; called by every rank."""
-        self._accelerator.save_state(str(folder))
+        """What learns and the optimizer's state, for `load_state`; called by every rank.
+
+        DeepSpeed writes a part for each rank; otherwise any number of processes can go on from it.
+        """
+        if self._deepspeed is not None:
+            self._module.save_checkpoint(str(folder), tag=_ENGINE, exclude_frozen_parameters=True)
+            return
+        weights = self.learned_weights()
+        if self.is_main:
+            once = {id(weight): (name, weight.contiguous()) for name, weight in weights.items()}
+            save_file(dict(once.values()), folder / "learned.safetensors")
+            torch.save(self._optimizer.state_dict(), folder / "optimizer.pt")
 
     def load_state(self, folder: Path) -> None:
-        self._accelerator.load_state(str(folder))
+        """Go on from what `save_state` wrote, by the same kind of launch; called by every rank."""
+        if self._deepspeed is not None:
+            self._module.load_checkpoint(str(folder), tag=_ENGINE, load_module_strict=False)
+            return
+        unknown = self.plain_module.load_state_dict(load_file(folder / "learned.safetensors"), strict=False)
+        if unknown.unexpected_keys:
+            raise ConfigError(f"run.resume={folder}: holds weights of another model ({unknown.unexpected_keys[0]}, …)")
+        self._optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
 
     def from_main(self, make: Callable[[], B]) -> B:
         """What `make` returns on the main process, on every rank; its `ConfigError` too."""
@@ -346,11 +386,16 @@ class Runtime:
         return self._gather_parameters == "always"
 
     def _shard(self, module: nn.Module) -> None:
-        """Cut the parameters over the ranks one by one: the engine alone would first put them whole on the device."""
+        """Cut the parameters over the ranks one by one: the engine alone would first put them whole on the device.
+
+        From here on `torch.nn.functional.linear` is one of DeepSpeed's, for the whole process: torch's would keep the
+        whole weights alive until the backward pass. It agrees with torch's up to rounding.
+        """
         import deepspeed
 
-        assert self._deepspeed is not None
         deepspeed.zero.Init(module=module, config_dict_or_path=self._frozen_config())
+        for buffer in module.buffers():  # which neither this nor the engine moves then
+            buffer.data = buffer.data.to(self.device)
 
     def _frozen_config(self) -> dict[str, Any]:
         """DeepSpeed's config for a module without an optimizer."""
@@ -407,7 +452,6 @@ def _deepspeed_plugin(precision: str, max_grad_norm: float | None, minibatch: in
         return None
     if not is_deepspeed_available():
         raise ConfigError("this launch asks for DeepSpeed, which is not installed; pip install 'rlhf_accel[deepspeed]'")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     micro = -(-minibatch // world_size)
     batch = f"rollout.batch_size / ppo.num_minibatches = {minibatch}"
@@ -432,7 +476,13 @@ def _deepspeed_plugin(precision: str, max_grad_norm: float | None, minibatch: in
     config = plugin.deepspeed_config
     config |= {key: value for key, (value, _) in owned.items() if "." not in key}
     config["train_batch_size"] = micro * world_size
-    config["torch_autocast"] = {"dtype": "bfloat16", **config.get("torch_autocast", {}), "enabled": precision == "bf16"}
+    # No module by name: DeepSpeed would gather its weights and reduce its gradients in bf16, which DDP does in fp32.
+    config["torch_autocast"] = {
+        "dtype": "bfloat16",
+        "lower_precision_safe_modules": [],
+        **config.get("torch_autocast", {}),
+        "enabled": precision == "bf16",
+    }
     return plugin
 
 
@@ -454,6 +504,8 @@ def _deepspeed_file(path: str, owned: Mapping[str, tuple[Any, str]]) -> dict[str
             raise ConfigError(f'{key}={said} in {path} disagrees with {ours}; set the former to "auto"')
         if section and said == "auto" and section in config:
             config[section][name] = value
+    if config.get("zero_optimization", {}).get("stage", 0) == 0:
+        raise ConfigError(f"zero_optimization.stage in {path} is 0 or absent; set 1, 2 or 3, or launch with ddp.yaml")
     # What Accelerate would derive from one model's width is left to DeepSpeed's defaults.
     zero = config.get("zero_optimization", {})
     return config | {"zero_optimization": {key: value for key, value in zero.items() if value != "auto"}}

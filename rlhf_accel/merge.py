@@ -27,15 +27,18 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the merged weights (default fp32)")
     options = parser.parse_args(arguments)
     quiet_libraries()
-    folder, base = options.model, options.base
+    folder, base, trust = options.model, options.base, False
     if (folder / "config.yaml").is_file():
-        base = base or load(Config, folder / "config.yaml").model.name_or_path
+        model = load(Config, folder / "config.yaml").model
+        base, trust = base or model.name_or_path, model.trust_remote_code
         folder = folder / options.which
-    merge(folder, options.output, base=base, dtype=options.dtype)
+    merge(folder, options.output, base=base, dtype=options.dtype, trust_remote_code=trust)
     print(f"merged into {options.output}")
 
 
-def merge(adapter: Path, output: Path, *, base: str | None = None, dtype: str = "fp32") -> None:
+def merge(
+    adapter: Path, output: Path, *, base: str | None = None, dtype: str = "fp32", trust_remote_code: bool = False
+) -> None:
     """Write base and adapter as one model to `output`, with the tokenizer and the value head that lie beside it.
 
     The sum is taken in fp32 and rounded once. Raises `ConfigError` if there is no adapter or `output` is taken.
@@ -46,7 +49,8 @@ def merge(adapter: Path, output: Path, *, base: str | None = None, dtype: str = 
         raise ConfigError(f"{output} is there already; name another folder")
     name = base or PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
     path = assets.resolve_model(name, "--base")
-    model = load_pretrained(AutoModelForCausalLM, path, f"--base {name}", dtype=DTYPES["fp32"])
+    settings = {"dtype": DTYPES["fp32"], "trust_remote_code": trust_remote_code}
+    model = load_pretrained(AutoModelForCausalLM, path, f"--base {name}", **settings)
     try:
         merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
     except (ValueError, RuntimeError) as error:
@@ -54,7 +58,7 @@ def merge(adapter: Path, output: Path, *, base: str | None = None, dtype: str = 
     beside = output.with_name(f".{output.name}")
     shutil.rmtree(beside, ignore_errors=True)
     merged.to(DTYPES[dtype]).save_pretrained(beside)
-    Tokens.load(str(adapter)).save(beside)
+    Tokens.load(str(adapter), trust_remote_code=trust_remote_code).save(beside)
     if (adapter / VALUE_HEAD).is_file():
         shutil.copy(adapter / VALUE_HEAD, beside)
     if (adapter / CRITIC).is_dir():  # an adapter of the critic's own, on the base as it was

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from jaxtyping import Float
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -132,6 +133,9 @@ def adapter(model: LanguageModel, name: str | None) -> Iterator[None]:
     What was active is so again when the context ends, also by an exception. peft freezes the adapters that it
     switches off; here each parameter goes on learning or not as it did before.
     """
+    if name is not None and name == model.active_adapter:
+        yield
+        return
     before, learns = model.active_adapter, [(p, p.requires_grad) for p in model.parameters()]
     with contextlib.ExitStack() as stack:
         stack.callback(_set_learning, learns)
@@ -190,7 +194,9 @@ def load_policy(config: Config, path: str, device: torch.device) -> LanguageMode
 
     Raises `ConfigError` when there is no such model or lora.target_modules do not fit it.
     """
-    model = _load(AutoModelForCausalLM, config.model, path, resolve_dtype(config, device))
+    dtype = resolve_dtype(config, device)
+    settings = _four_bits(device, dtype) if config.model.load_in_4bit else {}
+    model = _load(AutoModelForCausalLM, config.model, path, dtype, **settings)
     for architecture in model.config.architectures or ():
         if "Classification" in architecture:  # with tied embeddings nothing is missing: it would load and write noise
             raise ConfigError(f"model.name_or_path={path}: holds a classifier ({architecture}), not a language model")
@@ -216,9 +222,14 @@ def load_policy(config: Config, path: str, device: torch.device) -> LanguageMode
 def _continued(model: LanguageModel, config: Config, path: str) -> LanguageModel:
     """The model with the adapter at `path` twice: once to learn, once as the reference."""
     try:
-        rank = PeftConfig.from_pretrained(path).r
-        if rank != config.lora.r:
-            raise ConfigError(f"lora.r={config.lora.r}, but the adapter at lora.adapter={path} has rank {rank}")
+        settings = PeftConfig.from_pretrained(path)
+        if settings.r != config.lora.r:
+            raise ConfigError(f"lora.r={config.lora.r}, but the adapter at lora.adapter={path} has rank {settings.r}")
+        if settings.modules_to_save and model.dtype != torch.float32:
+            raise ConfigError(
+                f"lora.adapter={path} has layers that learn in full ({', '.join(settings.modules_to_save)}), and in "
+                f"{model.dtype} they would lose small updates to rounding; use model.dtype=fp32"
+            )
         model = PeftModel.from_pretrained(model, path, adapter_name=POLICY, is_trainable=True)
         model.load_adapter(path, adapter_name=REFERENCE)
     except (ValueError, OSError, AttributeError, RuntimeError) as error:
@@ -338,7 +349,7 @@ def parameter_groups(module: PolicyWithValue, optim: OptimConfig) -> list[dict[s
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            of_policy = name.startswith("policy.") and f".{CRITIC}." not in name
+            of_policy = name.startswith("policy.") and CRITIC not in name.split(".")
             groups.setdefault((of_policy, parameter.ndim >= 2), []).append(parameter)
     return [
         {
@@ -383,8 +394,23 @@ def _checkpointed(model: LanguageModel, config: Config, **settings: Any) -> Lang
     return model
 
 
-def _load(kind: Any, config: ModelConfig, path: str, dtype: torch.dtype, key: str = "model.name_or_path") -> Any:
-    model = load_pretrained(kind, path, f"{key}={path}", dtype=dtype, trust_remote_code=config.trust_remote_code)
+def _four_bits(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What `from_pretrained` takes for a base in 4 bits on `device` that computes in `dtype`."""
+    if device.type != "cuda":
+        raise ConfigError("model.load_in_4bit=true needs a CUDA GPU; leave it out here")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("model.load_in_4bit=true needs bitsandbytes; pip install 'rlhf_accel[qlora]'")
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    return {"quantization_config": quantization, "device_map": {"": device}}
+
+
+def _load(
+    kind: Any, config: ModelConfig, path: str, dtype: torch.dtype, key: str = "model.name_or_path", **settings: Any
+) -> Any:
+    settings |= {"dtype": dtype, "trust_remote_code": config.trust_remote_code}
+    model = load_pretrained(kind, path, f"{key}={path}", **settings)
     return _without_dropout(model).eval()
 
 

@@ -46,9 +46,17 @@ class PPOTrainer:
             minibatch=self.sizes.minibatch,
             gather_parameters=config.rollout.gather_parameters,
         )
+        if self.runtime.zero_stage == 3 and (config.lora.use_dora or config.model.load_in_4bit):
+            key = "lora.use_dora" if config.lora.use_dora else "model.load_in_4bit"
+            raise ConfigError(
+                f"{key}=true does not work where ZeRO-3 cuts the base's weights; launch with ZeRO-2 or ddp"
+            )
         self.folder = self.runtime.from_main(lambda: checkpoint.choose_folder(config))
-        self.resume_from = self.runtime.from_main(lambda: checkpoint.resume_folder(config, self.folder))
-        self.progress = Progress(kl_coef=config.ppo.kl_coef)
+        stage, size = self.runtime.zero_stage, self.runtime.world_size
+        self.progress = Progress(kl_coef=config.ppo.kl_coef, zero_stage=stage, world_size=size)
+        self.resume_from = self.runtime.from_main(
+            lambda: checkpoint.resume_folder(config, self.folder, zero_stage=stage, world_size=size)
+        )
         self.rollout: Rollout | None = None  # of the last step
         self.line = Progressline(config.run.total_steps, enabled=self.runtime.is_main)
         self.journal = Journal(self.folder, self.line)
@@ -357,7 +365,7 @@ class PPOTrainer:
 
     def _resume(self, place: Path) -> None:
         self.runtime.load_state(place)
-        self.progress = checkpoint.load_progress(place)
+        self.progress = replace(checkpoint.load_progress(place), world_size=self.runtime.world_size)
         if not self.runtime.from_main((self.folder / "best").is_dir):  # another run's best, in another folder
             self.progress = replace(self.progress, best_score=None)
         self.kl_controller = self._kl_controller()

@@ -10,24 +10,26 @@ config=${1:?usage: scripts/two_nodes.sh ACCELERATE_CONFIG [options of scripts/tr
 shift
 name=rlhf$$ # of this run, so that two of them do not meet
 
-namespaces() {
-  [ "$(id -u)" = 0 ] && command -v ip >/dev/null && ip netns add "${name}-0" 2>/dev/null
+namespaces() { # makes them, or fails where it may not
+  [ "$(id -u)" = 0 ] && command -v ip >/dev/null || return 1
+  {
+    ip netns add "$name-0" && ip netns add "$name-1" &&
+      ip link add "${name}v0" netns "$name-0" type veth peer name "${name}v1" netns "$name-1" || return 1
+    for rank in 0 1; do
+      ip -n "$name-$rank" address add "10.77.0.$((rank + 1))/24" dev "${name}v$rank" &&
+        ip -n "$name-$rank" link set "${name}v$rank" up && ip -n "$name-$rank" link set lo up || return 1
+    done
+  } 2>/dev/null
 }
 clean_up() {
   # shellcheck disable=SC2046
   kill $(jobs -p) 2>/dev/null || true
+  wait
   for rank in 0 1; do ip netns del "$name-$rank" 2>/dev/null || true; done
 }
 trap clean_up EXIT
 
 if namespaces; then
-  ip netns add "$name-1"
-  ip link add "${name}v0" netns "$name-0" type veth peer name "${name}v1" netns "$name-1"
-  for rank in 0 1; do
-    ip -n "$name-$rank" address add "10.77.0.$((rank + 1))/24" dev "${name}v$rank"
-    ip -n "$name-$rank" link set "${name}v$rank" up
-    ip -n "$name-$rank" link set lo up
-  done
   first=10.77.0.1 port=29500
   echo "two nodes: network namespaces $name-0 (10.77.0.1) and $name-1 (10.77.0.2)" >&2
 else
@@ -35,18 +37,18 @@ else
   echo "two nodes: no network namespaces here (they need root and iproute2), so two launches on loopback" >&2
 fi
 
-node() { # RANK COMMAND...: the command on a node
+node() { # RANK COMMAND...: become the command, on a node
   local rank=$1
   shift
   if [ "$first" = 127.0.0.1 ]; then
-    GLOO_SOCKET_IFNAME=lo "$@"
+    exec env GLOO_SOCKET_IFNAME=lo "$@"
   else
-    ip netns exec "$name-$rank" env GLOO_SOCKET_IFNAME="${name}v$rank" "$@"
+    exec ip netns exec "$name-$rank" env GLOO_SOCKET_IFNAME="${name}v$rank" "$@"
   fi
 }
 
 for rank in 0 1; do
-  CUDA_VISIBLE_DEVICES='' node "$rank" "${PYTHON:-python}" -m accelerate.commands.launch \
+  CUDA_VISIBLE_DEVICES= node "$rank" "${PYTHON:-python}" -m accelerate.commands.launch \
     --config_file "accelerate_configs/$config.yaml" --num_machines 2 --num_processes 2 --machine_rank "$rank" \
     --main_process_ip "$first" --main_process_port "$port" "${SCRIPT:-scripts/train.py}" "$@" &
 done

@@ -240,6 +240,19 @@ CONTRADICTIONS: list[tuple[dict, list[str]]] = [
         ["ppo.kl_horizon=12.8", "rollout.batch_size=64", "above 12.8"],
     ),
     ({"run": {"resume": "latest"}}, ["run.resume=latest", "run.output_dir"]),
+    ({"model": {"critic": "adapter"}}, ["model.critic=adapter", "lora.r above 0"]),
+    ({"model": {"load_in_4bit": True}}, ["model.load_in_4bit=true", "lora.r above 0"]),
+    ({"model": {"load_in_4bit": True, "critic": "separate"}, "lora": {"r": 4}}, ["model.load_in_4bit", "model.critic"]),
+    ({"lora": {"use_dora": True}}, ["lora.use_dora", "lora.r=0"]),
+    ({"lora": {"adapter": "folder"}}, ["lora.adapter", "lora.r=0", "adapter's rank"]),
+    (
+        {"lora": {"r": 4, "adapter": "folder", "modules_to_save": ["lm_head"]}},
+        ["lora.modules_to_save", "lora.adapter", "remove"],
+    ),
+    (
+        {"lora": {"r": 4, "modules_to_save": ["lm_head"]}, "model": {"dtype": "bf16"}},
+        ["lora.modules_to_save", "model.dtype=bf16", "run.precision=bf16"],
+    ),
 ]
 
 

@@ -1,10 +1,17 @@
-"""Micro-batches: a matter of memory and of ranks, not of what is learned."""
+"""Micro-batches: a matter of memory and of ranks, not of what is learned. And what a launch's DeepSpeed file may say.
 
+What several processes do together is in tests/distributed/.
+"""
+
+import json
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_accel.distributed import cut_micro_batches
+from rlhf_accel.config import Config, ConfigError, parse
+from rlhf_accel.distributed import Runtime, _deepspeed_plugin, cut_micro_batches
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=20)
 
@@ -45,3 +52,87 @@ def test_ranks_carry_like_loads() -> None:
     responses = torch.tensor([9, 1, 8, 2, 7, 3, 6, 4])
     one, other = cut_micro_batches(torch.ones(8, dtype=torch.int64), responses, torch.arange(8), 1000, 2)
     assert abs(int(responses[one[0]].sum()) - int(responses[other[0]].sum())) <= 4
+
+
+# DeepSpeed's file
+
+
+@pytest.fixture
+def deepspeed_file(tmp_path, monkeypatch):
+    """A function that writes a file and gives what a launch of two processes with it makes of it."""
+
+    def filled(changes, *, precision="fp32", max_grad_norm=1.0, minibatch=7):
+        tree = {"zero_optimization": {"stage": 2}, **changes}
+        (tmp_path / "ds.json").write_text(json.dumps(tree))
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "ds.json"))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        return _deepspeed_plugin(precision, max_grad_norm, minibatch).deepspeed_config
+
+    return filled
+
+
+AUTO = dict.fromkeys(
+    ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
+)
+
+
+@pytest.mark.parametrize("said", [AUTO, {}], ids=["auto", "absent"])
+def test_deepspeed_sizes_come_from_the_run(deepspeed_file, said):
+    config = deepspeed_file(said)
+    # Seven samples on two ranks are four at most; DeepSpeed wants the product.
+    sizes = [config[key] for key in AUTO]
+    assert sizes == [8, 4, 1, 1.0]
+    assert not config["torch_autocast"]["enabled"]
+    assert deepspeed_file(said, max_grad_norm=None)["gradient_clipping"] == 0.0
+    autocast = {"dtype": "bfloat16", "enabled": True, "lower_precision_safe_modules": []}
+    assert deepspeed_file(said, precision="bf16")["torch_autocast"] == autocast
+
+
+def test_a_deepspeed_file_that_agrees_is_taken(deepspeed_file):
+    config = deepspeed_file({"train_batch_size": 7, "gradient_clipping": 1.0, "bf16": {"enabled": False}})
+    assert (config["train_batch_size"], config["gradient_clipping"]) == (8, 1.0)
+
+
+def test_sizes_of_buckets_that_are_auto_are_deepspeeds_own(deepspeed_file):
+    zero = {"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": 1000}
+    config = deepspeed_file({"zero_optimization": zero})["zero_optimization"]
+    assert "reduce_bucket_size" not in config and config["stage3_prefetch_bucket_size"] == 1000
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train_batch_size": 8}, ["train_batch_size=8", "rollout.batch_size / ppo.num_minibatches = 7"]),
+        ({"train_micro_batch_size_per_gpu": 2}, ["train_micro_batch_size_per_gpu=2", "over 2 processes"]),
+        ({"gradient_accumulation_steps": 4}, ["gradient_accumulation_steps=4", "ppo.micro_batch_tokens"]),
+        ({"gradient_clipping": 0.5}, ["gradient_clipping=0.5", "optim.max_grad_norm=1.0"]),
+        ({"bf16": {"enabled": True}}, ["bf16.enabled=True", "run.precision=fp32"]),
+        ({"fp16": {"enabled": True}}, ["fp16.enabled=True", "run.precision"]),
+        ({"torch_autocast": {"enabled": True}}, ["torch_autocast.enabled=True", "run.precision=fp32"]),
+        ({"zero_optimization": {"stage": 0}}, ["zero_optimization.stage", "ddp.yaml"]),
+        ({"optimizer": {"type": "AdamW"}}, ["optimizer in ", "optim.*"]),
+        ({"scheduler": {"type": "WarmupLR"}}, ["scheduler in ", "optim.*"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_deepspeed_file_that_disagrees_is_refused(deepspeed_file, changes, words):
+    with pytest.raises(ConfigError) as caught:
+        deepspeed_file(changes)
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert "ds.json" in str(caught.value)
+
+
+def test_a_deepspeed_file_that_is_none_is_refused(deepspeed_file, tmp_path, monkeypatch):
+    deepspeed_file({})
+    (tmp_path / "ds.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"^deepspeed_config_file: .*ds\.json is no JSON"):
+        _deepspeed_plugin("fp32", 1.0, 8)
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "other.json"))
+    with pytest.raises(ConfigError, match=r"^deepspeed_config_file: .*other\.json cannot be read"):
+        _deepspeed_plugin("fp32", 1.0, 8)
+
+
+def test_no_launch_by_deepspeed_is_none():
+    assert _deepspeed_plugin("fp32", 1.0, 8) is None
+    assert Runtime(parse(Config, {}).run).zero_stage == 0

@@ -408,6 +408,20 @@ def test_the_critics_adapter_learns_at_the_critics_rate(gpt2_folder):
             assert group["lr"] == (1e-3 if of_critic else 1e-4), names[id(parameter)]
 
 
+def test_a_critics_adapter_on_embeddings_learns_at_the_critics_rate_too(gpt2_folder):
+    sections = {"lora": {"r": 4, "target_modules": ["wte"]}, "model": {"critic": "adapter"}}
+    config = config_of(gpt2_folder, **sections, optim={"lr": 1e-4, "critic_lr": 1e-3})
+    module = built(gpt2_folder, **sections)
+    of_critic = {id(p) for name, p in module.named_parameters() if name.endswith(f".{models.CRITIC}")}
+    assert of_critic
+    for group in models.parameter_groups(module, config.optim):
+        assert all((group["lr"] == 1e-3) or id(parameter) not in of_critic for parameter in group["params"])
+
+
+def test_four_bits_need_a_gpu(gpt2_folder):
+    refused(gpt2_folder, r"^model\.load_in_4bit=true needs a CUDA GPU", lora={"r": 4}, model={"load_in_4bit": True})
+
+
 def test_peft_options_pass_through(gpt2_folder):
     lora = {"r": 4, "alpha": 8, "use_rslora": True, "use_dora": True, "modules_to_save": ["ln_f"]}
     module = built(gpt2_folder, lora=lora)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,32 @@ import pytest
 from tests.distributed.launch import run_all
 
 LORA = {"lora": {"r": 4, "target_modules": ["c_attn", "c_fc"]}, "model": {"critic": "adapter"}}
+CHECKPOINTED = {**LORA, "model": {"critic": "adapter", "gradient_checkpointing": True}, "run": {"total_steps": 2}}
+SAVED = {"total_steps": 3, "save_every": 2}
 RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "full": {},
     "uneven": {"rollout": {"batch_size": 7}, "ppo": {"num_minibatches": 1}},
+    # Fewer samples than ranks, in training and in evaluation.
+    "few": {"rollout": {"batch_size": 2}, "ppo": {"num_minibatches": 1}, "run": {"total_steps": 2, "eval_samples": 1}},
     "in_step": {"rollout": {"gather_parameters": "never"}},
     "separate": {"model": {"critic": "separate"}, "run": {"total_steps": 2}},
+    "classifier": {"reward": {"function": [], "model": "{classifier}", "label": "1"}, "run": {"total_steps": 2}},
     "lora": LORA,
-    "saved": {**LORA, "run": {"total_steps": 3, "save_every": 2}},
+    "checkpointed": CHECKPOINTED,
+    "stopped": {"ppo": {"target_kl_stop": 2e-5}, "run": {"total_steps": 3}},
+    "poisoned": {"run": {"total_steps": 2}},  # the worker sees to it
+    "saved": {"run": SAVED},
+    "saved_lora": {**LORA, "run": SAVED},
 }
+# These round to 8 bits, differently in each batch: they only have to run and to stay close. Llama's layers are
+# nn.Linear, which DeepSpeed treats in a way of its own under autocast.
+BF16_BASE = {**LORA, "model": {"critic": "adapter", "dtype": "bf16"}, "run": {"total_steps": 2}}
+ROUNDED: dict[str, dict[str, dict[str, Any]]] = {
+    "bf16_base": BF16_BASE,
+    "bf16_base_in_step": {**BF16_BASE, "rollout": {"gather_parameters": "never"}},
+    "autocast": {"model": {"name_or_path": "{llama}"}, "run": {"total_steps": 2, "precision": "bf16"}},
+}
+RUNS |= ROUNDED
 BUDGETS = (36, 90, 100_000)  # of micro-batches; the smallest holds one sample
 # Seven responses of 1 to 30 tokens: micro-batches of every size, and a rank with one row less.
 GRADIENT: dict[str, dict[str, Any]] = {
@@ -29,13 +48,17 @@ GRADIENT: dict[str, dict[str, Any]] = {
     "optim": {"max_grad_norm": None},
 }
 # What each launch runs; None is one process.
+BOTH = ("full", "uneven", "lora", "checkpointed", "stopped", "poisoned", "gradient", "autocast")
 LAUNCHES: dict[tuple[str | None, int], list[str]] = {
-    (None, 1): ["full", "uneven", "separate", "lora", "gradient"],
-    ("ddp", 2): ["full", "uneven", "lora", "gradient"],
-    ("cpu", 3): ["uneven"],
-    ("zero1", 2): ["full"],
-    ("zero2", 2): ["full", "uneven", "lora", "saved", "gradient"],
-    ("zero3", 2): ["full", "uneven", "in_step", "separate", "lora", "gradient"],
+    (None, 1): [*BOTH, "few", "separate", "classifier", "bf16_base"],
+    ("ddp", 2): [*BOTH, "saved"],
+    ("cpu", 3): ["uneven", "few"],
+    ("zero1", 2): ["full", "poisoned"],
+    ("zero2", 2): [*BOTH, "saved_lora", "bf16_base"],
+    ("zero3", 2): [
+        *BOTH,
+        *("few", "in_step", "separate", "classifier", "saved", "saved_lora", "bf16_base", "bf16_base_in_step"),
+    ],
     ("zero3_offload", 2): ["full"],
 }
 
@@ -43,7 +66,10 @@ LAUNCHES: dict[tuple[str | None, int], list[str]] = {
 def tree(gpt2: Path, prompts: Path, *changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The config of a tiny run whose responses end early at very different lengths, with all samples logged."""
     config: dict[str, dict[str, Any]] = {
-        "run": {"total_steps": 6, "eval_samples": 5, "trackers": [], "sample_every": 1, "sample_count": 8},
+        "run": {
+            **{"total_steps": 6, "eval_samples": 5, "eval_every": 4, "trackers": []},
+            **{"sample_every": 1, "sample_count": 8},
+        },
         "model": {"name_or_path": str(gpt2), "critic": "head"},
         "data": {"source": str(prompts), "prompt_tokens": [2, 6]},
         "rollout": {"batch_size": 8, "max_prompt_tokens": 6, "max_new_tokens": 12, "stop": ["e", "a"]},
@@ -60,7 +86,11 @@ def tree(gpt2: Path, prompts: Path, *changes: dict[str, dict[str, Any]]) -> dict
 
 @pytest.fixture(scope="session")
 def launched_runs(
-    gpt2_folder: Path, prompts_file: Path, tmp_path_factory: pytest.TempPathFactory
+    gpt2_folder: Path,
+    llama_folder: Path,
+    classifier_folder: Path,
+    prompts_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[str | None, int], Path]:
     """A function that gives the folder of a launch's results, launching at the first call."""
     folders: dict[tuple[str | None, int], Path] = {}
@@ -68,10 +98,10 @@ def launched_runs(
     def runs_of(name: str, folder: Path) -> list[dict[str, Any]]:
         if name != "gradient":
             out = {"run": {"output_dir": str(folder / name)}}
-            runs = [{"config": tree(gpt2_folder, prompts_file, RUNS[name], out)}]
-            if name == "saved":  # and on from its checkpoint, in a folder of its own
-                resume = str(folder / "saved" / "checkpoints" / "step-000002")
-                out = {"run": {"output_dir": str(folder / "resumed"), "resume": resume}}
+            runs = [{"config": tree(gpt2_folder, prompts_file, RUNS[name], out), "poison": name == "poisoned"}]
+            if name.startswith("saved"):  # and on from its checkpoint, in a folder of its own
+                resume = str(folder / name / "checkpoints" / "step-000002")
+                out = {"run": {"output_dir": str(folder / f"{name}_resumed"), "resume": resume}}
                 runs.append({"config": tree(gpt2_folder, prompts_file, RUNS[name], out)})
             return runs
         changes = [
@@ -90,8 +120,9 @@ def launched_runs(
         key = (config, processes)
         if key not in folders:
             folder = tmp_path_factory.mktemp(f"{config}{processes}")
-            runs = [run for name in LAUNCHES[key] for run in runs_of(name, folder)]
-            run_all(runs, folder, config, processes)
+            text = json.dumps([run for name in LAUNCHES[key] for run in runs_of(name, folder)])
+            text = text.replace("{llama}", str(llama_folder)).replace("{classifier}", str(classifier_folder))
+            run_all(json.loads(text), folder, config, processes)
             folders[key] = folder
         return folders[key]
 

@@ -53,12 +53,8 @@ def test_one_rank_that_fails_ends_all_with_its_error(config_file: Path) -> None:
 def test_a_deepspeed_config_that_disagrees_names_both_keys(config_file: Path, tmp_path: Path) -> None:
     text = (ROOT / "ds_configs" / "zero2.json").read_text(encoding="utf-8")
     (tmp_path / "ds.json").write_text(text.replace('"gradient_clipping": "auto"', '"gradient_clipping": 0.5'))
-    command = launched("zero2", 2, TRAIN, "--config", str(config_file))
-    command[command.index("--num_processes") : command.index("--num_processes")] = [
-        "--deepspeed_config_file",
-        str(tmp_path / "ds.json"),
-    ]
-    done = run(command)
+    options = ["--deepspeed_config_file", str(tmp_path / "ds.json")]
+    done = run(launched("zero2", 2, TRAIN, "--config", str(config_file), options=options))
     assert done.returncode != 0
     said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error: ")]
     assert len(said) == 1 and "gradient_clipping=0.5" in said[0] and "optim.max_grad_norm=1.0" in said[0]

@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_accel.config import Config, parse
+from rlhf_accel.config import Config, ConfigError, parse
 from rlhf_accel.trainer import PPOTrainer
-from tests.distributed.conftest import BUDGETS, LAUNCHES, tree
+from tests.distributed.conftest import BUDGETS, LAUNCHES, ROUNDED, SAVED, tree
 from tests.distributed.launch import rows
+
+pytestmark = pytest.mark.usefixtures("exact_fp32")
 
 MANY = [pytest.param(*key, id=f"{key[0]}-{key[1]}") for key in LAUNCHES if key[0] is not None]
 
@@ -48,10 +50,11 @@ def assert_same_weights(one: Path, other: Path) -> None:
 def test_a_run_is_the_same_on_any_number_of_processes(config: str, processes: int, launched_runs) -> None:
     alone, folder = launched_runs(None, 1), launched_runs(config, processes)
     for name in LAUNCHES[config, processes]:
-        if name not in ("gradient", "saved"):
+        if name not in ("gradient", "saved", "saved_lora", *ROUNDED):
             base = alone / ("full" if name == "in_step" else name)
             assert_same_run(base, folder / name)
-            assert_same_weights(base / "final", folder / name / "final")
+            for which in ("final", "best"):
+                assert_same_weights(base / which, folder / name / which)
 
 
 def test_the_runs_learn_something(launched_runs) -> None:
@@ -61,12 +64,63 @@ def test_the_runs_learn_something(launched_runs) -> None:
         assert metrics[0]["objective/kl_k3"] == pytest.approx(0, abs=1e-6) and metrics[-1]["objective/kl_k3"] > 1e-3
 
 
-def test_a_run_goes_on_from_a_checkpoint_of_zero2(launched_runs) -> None:
-    folder = launched_runs("zero2", 2)
-    saved, resumed = rows(folder / "saved" / "metrics.jsonl"), rows(folder / "resumed" / "metrics.jsonl")
+@pytest.mark.parametrize("config", ["ddp", "zero2", "zero3"])
+def test_bf16_runs_stay_close(config: str, launched_runs) -> None:
+    """A bf16 base under fp32 adapters, and bf16 arithmetic over fp32 weights, which fp32 gradients move."""
+    alone, folder = launched_runs(None, 1), launched_runs(config, 2)
+    for name in (name for name in LAUNCHES[config, 2] if name in ROUNDED):
+        base = rows(alone / name.removesuffix("_in_step") / "metrics.jsonl")
+        metrics = rows(folder / name / "metrics.jsonl")
+        assert len(metrics) == 2
+        for key in ("objective/entropy", "loss/value", "optim/grad_norm"):
+            assert metrics[0][key] == pytest.approx(base[0][key], rel=0.05), f"{name}: {key}"
+        assert all(row["optim/skipped_steps"] == 0 and row["optim/grad_norm"] > 0 for row in metrics)
+        for weight in load_file(next((folder / name / "final").glob("*model.safetensors"))).values():
+            assert weight.dtype == torch.float32 and (weight != weight.bfloat16().float()).any()
+
+
+def test_stopping_early_stops(launched_runs) -> None:
+    """Otherwise the runs that agree on it would show nothing."""
+    metrics, full = (rows(launched_runs(None, 1) / name / "metrics.jsonl") for name in ("stopped", "full"))
+    assert metrics[0]["policy/approx_kl"] != pytest.approx(full[0]["policy/approx_kl"], rel=0.01)
+
+
+@pytest.mark.parametrize(("config", "processes"), [(None, 1), ("ddp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2)])
+def test_a_gradient_that_is_not_finite_on_one_rank_is_dropped_on_all(
+    config: str | None, processes: int, launched_runs
+) -> None:
+    metrics = rows(launched_runs(config, processes) / "poisoned" / "metrics.jsonl")
+    assert [row["optim/skipped_steps"] for row in metrics] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("config", "name"), [("ddp", "saved"), ("zero2", "saved_lora"), ("zero3", "saved"), ("zero3", "saved_lora")]
+)
+def test_a_run_goes_on_from_a_checkpoint(config: str, name: str, launched_runs) -> None:
+    folder = launched_runs(config, 2)
+    saved, resumed = (rows(folder / which / "metrics.jsonl") for which in (name, f"{name}_resumed"))
     assert [row["step"] for row in resumed] == [3]
     for key in ("objective/score", "objective/kl", "loss/value", "optim/grad_norm"):
         assert resumed[0][key] == pytest.approx(saved[2][key], rel=1e-5, abs=1e-7), key
+
+
+def test_one_process_goes_on_from_a_checkpoint_of_two(
+    launched_runs, gpt2_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    place = launched_runs("ddp", 2) / "saved"
+    change = {
+        "run": {**SAVED, "output_dir": str(tmp_path / "on"), "resume": str(place / "checkpoints" / "step-000002")}
+    }
+    PPOTrainer(parse(Config, tree(gpt2_folder, prompts_file, change))).fit()
+    resumed, saved = rows(tmp_path / "on" / "metrics.jsonl")[0], rows(place / "metrics.jsonl")[2]
+    assert resumed["objective/kl"] == pytest.approx(saved["objective/kl"], rel=1e-4)
+    assert resumed["optim/grad_norm"] == pytest.approx(saved["optim/grad_norm"], rel=1e-4)
+
+
+def test_another_launch_is_refused_before_anything_loads(launched_runs, gpt2_folder: Path, prompts_file: Path) -> None:
+    place = launched_runs("zero3", 2) / "saved" / "checkpoints" / "step-000002"
+    with pytest.raises(ConfigError, match=r"^run\.resume=.*ZeRO-3 on 2 processes, and this is no DeepSpeed$"):
+        PPOTrainer(parse(Config, tree(gpt2_folder, prompts_file, {"run": {**SAVED, "resume": str(place)}})))
 
 
 def test_what_zero3_writes_is_a_whole_model_that_trains_on(

@@ -26,6 +26,28 @@ torch.set_float32_matmul_precision = lambda _: None
 torch.set_num_threads(1)
 
 
+def check_that_weights_are_cut(trainer: PPOTrainer) -> None:
+    """With ZeRO-3 each of two ranks holds half of the policy and the critic, and of the reference if it is a copy."""
+    for module in filter(None, [trainer.runtime.plain_module, trainer.sampler.reference]):
+        held = sum(p.ds_tensor.numel() for p in module.parameters())
+        whole = sum(p.ds_numel for p in module.parameters())
+        assert held < 0.6 * whole, f"{held} of {whole}"
+        assert all(p.numel() == 0 for p in module.parameters())
+
+
+def poison(trainer: PPOTrainer) -> None:
+    """Makes the first gradient of the last rank NaN."""
+    runtime = trainer.runtime
+    if runtime.rank == runtime.world_size - 1:
+        bias = runtime.plain_module.value_head.bias
+
+        def once(gradient: torch.Tensor) -> torch.Tensor:
+            handle.remove()
+            return gradient * float("nan")
+
+        handle = bias.register_hook(once)
+
+
 class _Seen(Exception):
     pass
 
@@ -58,6 +80,10 @@ def main() -> None:
     for run in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         AcceleratorState._reset_state()
         trainer = PPOTrainer(parse(Config, run["config"]))
+        if trainer.runtime.zero_stage == 3:
+            check_that_weights_are_cut(trainer)
+        if run.get("poison"):
+            poison(trainer)
         if "gradient" in run:
             note_gradient(trainer, Path(run["gradient"]))
         else:
