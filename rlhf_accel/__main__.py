@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
+from typing import NoReturn
 
 from rlhf_accel.config import DEFAULT_RECIPE, Config, ConfigError, from_command_line, recipe_names
+
+_OTHERS_WAIT = 20.0  # seconds; other processes of the launch may still be importing torch
 
 USAGE = f"""usage: python -m rlhf_accel COMMAND [options]
 
@@ -57,22 +61,31 @@ def run(command: Callable[[list[str]], None], arguments: list[str]) -> None:
     try:
         command(arguments)
     except ConfigError as error:
-        if _speaks():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _leave(error)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
 
 
-def _speaks() -> bool:
-    """Whether this process is the one to say an error that others of its launch may have met too: the first to ask."""
+def _leave(error: ConfigError) -> NoReturn:
+    """Say an error that others of the launch may have met too, once, and end with status 2.
+
+    A process that is not the one to say it leaves some time later: the launcher ends all as soon as one has left, which
+    has to be the one that spoke. If that one met no error, there is nobody but this one to say it.
+    """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         from rlhf_accel.distributed import first_of_all
 
-        return first_of_all("error")
-    return os.environ.get("LOCAL_RANK", "0") == "0"  # not met yet: each node has one that speaks
+        speaks = first_of_all("error")
+        silent = not speaks  # somebody has said it
+    else:
+        speaks, silent = os.environ.get("LOCAL_RANK", "0") == "0", False
+    if not speaks:
+        time.sleep(_OTHERS_WAIT)
+    if not silent:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -8,9 +8,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 
 from rlhf_accel import __main__ as command_line
+from rlhf_accel import distributed
 from rlhf_accel.config import to_yaml
 
 pytestmark = pytest.mark.usefixtures("exact_fp32")
@@ -290,3 +292,39 @@ def test_ctrl_c(capsys):
         command_line.run(interrupt, [])
     assert stopped.value.code == 130
     assert capsys.readouterr().err == "stopped by Ctrl-C\n"
+
+
+# One launch, several processes
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The seconds that a process waited before it left."""
+    seconds = []
+    monkeypatch.setattr(command_line.time, "sleep", seconds.append)
+    return seconds
+
+
+def leave(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main(["train", "--no.such_key", "1"])
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.count("error: unknown key no.such_key")
+
+
+@pytest.mark.parametrize(("rank", "waited"), [("0", 0), ("1", 1)])
+def test_before_processes_met_the_first_of_a_node_speaks_and_others_wait_for_it(
+    waits, capsys, monkeypatch, rank, waited
+):
+    """Who waited in vain met an error that the first did not, and says it."""
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    assert leave(capsys) == 1
+    assert len(waits) == waited
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_after_processes_met_one_speaks(waits, capsys, monkeypatch, is_first):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "first_of_all", lambda what: is_first)
+    assert leave(capsys) == int(is_first)
+    assert len(waits) == int(not is_first)

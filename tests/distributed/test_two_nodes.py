@@ -27,16 +27,11 @@ def may_make_namespaces() -> bool:
 
 
 @pytest.mark.two_nodes
-@pytest.mark.parametrize("config", ["multi_node_zero2", "multi_node_zero3"])
+@pytest.mark.parametrize(("config", "name"), [("multi_node_zero2", "lora"), ("multi_node_zero3", "full")])
 def test_two_nodes_do_what_one_process_does(
-    config: str, launched_runs, gpt2_folder: Path, prompts_file: Path, tmp_path: Path
+    config: str, name: str, launched_runs, gpt2_folder: Path, prompts_file: Path, tmp_path: Path
 ) -> None:
-    names = ["full", "lora"]
-    outputs = [{"run": {"output_dir": str(tmp_path / name)}} for name in names]
-    runs = [
-        {"config": tree(gpt2_folder, prompts_file, RUNS[name], output)}
-        for name, output in zip(names, outputs, strict=True)
-    ]
+    runs = [{"config": tree(gpt2_folder, prompts_file, RUNS[name], {"run": {"output_dir": str(tmp_path / name)}})}]
     (tmp_path / "runs.json").write_text(json.dumps(runs), encoding="utf-8")
     done = run(
         ["bash", str(ROOT / "scripts" / "two_nodes.sh"), config, str(tmp_path / "runs.json")],
@@ -49,6 +44,5 @@ def test_two_nodes_do_what_one_process_does(
     else:
         warnings.warn("no network namespaces here (root and iproute2): the two nodes met on loopback", stacklevel=1)
     alone = launched_runs(None, 1)
-    for name in names:
-        assert_same_run(alone / name, tmp_path / name)
-        assert_same_weights(alone / name / "final", tmp_path / name / "final")
+    assert_same_run(alone / name, tmp_path / name)
+    assert_same_weights(alone / name / "final", tmp_path / name / "final")
