@@ -1,3 +1,3 @@
-"""PPO from human feedback on Accelerate and peft."""
+"""PPO from human feedback on Accelerate, DeepSpeed and peft."""
 
 __version__ = "0.1.0"

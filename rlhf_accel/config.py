@@ -544,31 +544,7 @@ def _contradictions(config: Config) -> list[str]:
         )
     if reward.model is None and reward.label is not None:
         problems.append("reward.label is set without reward.model; name the model or remove the label")
-    if config.model.critic_init == "reward" and (config.model.critic != "separate" or reward.model is None):
-        problems.append("model.critic_init=reward needs model.critic=separate and reward.model")
-    if config.lora.modules_to_save and config.model.dtype in ("bf16", "fp16"):
-        problems.append(
-            f"lora.modules_to_save learn in full, and in model.dtype={config.model.dtype} would lose small updates to "
-            "rounding; use model.dtype=fp32 with run.precision=bf16"
-        )
-    if config.model.critic == "adapter" and config.lora.r == 0:
-        problems.append("model.critic=adapter is a second LoRA adapter; set lora.r above 0, or use head or separate")
-    if config.model.load_in_4bit and config.lora.r == 0:
-        problems.append("model.load_in_4bit=true freezes the weights; set lora.r above 0 to train adapters on them")
-    if config.model.load_in_4bit and config.model.critic == "separate":
-        problems.append("model.load_in_4bit=true holds one base; use model.critic=adapter or head")
-    unused = [key for key in ("modules_to_save", "use_rslora", "use_dora") if getattr(config.lora, key)]
-    if config.lora.r == 0 and unused:
-        problems.append(f"lora.{unused[0]} is set and lora.r=0 is full fine-tuning; set lora.r above 0")
-    if config.lora.adapter is not None and config.lora.r == 0:
-        problems.append("lora.adapter is set and lora.r=0 is full fine-tuning; set lora.r to the adapter's rank")
-    if config.lora.adapter is not None and config.lora.modules_to_save:
-        problems.append("lora.modules_to_save is set beside lora.adapter, which brings its own; remove the former")
-    if config.lora.r == 0 and config.model.dtype in ("bf16", "fp16"):
-        problems.append(
-            f"model.dtype={config.model.dtype} with lora.r=0 would lose small updates to rounding; "
-            "use model.dtype=fp32 with run.precision=bf16, or lora.r above 0"
-        )
+    problems += _model_contradictions(config)
     if rollout.max_prompt_tokens + rollout.max_new_tokens > ppo.micro_batch_tokens:
         problems.append(
             f"ppo.micro_batch_tokens={ppo.micro_batch_tokens} is below one sample's rollout.max_prompt_tokens + "
@@ -584,6 +560,37 @@ def _contradictions(config: Config) -> list[str]:
         )
     if run.resume == "latest" and run.output_dir is None:
         problems.append("run.resume=latest needs run.output_dir, the folder of the run to go on with")
+    return problems
+
+
+def _model_contradictions(config: Config) -> list[str]:
+    model, lora = config.model, config.lora
+    problems = []
+    if model.critic_init == "reward" and (model.critic != "separate" or config.reward.model is None):
+        problems.append("model.critic_init=reward needs model.critic=separate and reward.model")
+    if lora.modules_to_save and model.dtype in ("bf16", "fp16"):
+        problems.append(
+            f"lora.modules_to_save learn in full, and in model.dtype={model.dtype} would lose small updates to "
+            "rounding; use model.dtype=fp32 with run.precision=bf16"
+        )
+    if model.critic == "adapter" and lora.r == 0:
+        problems.append("model.critic=adapter is a second LoRA adapter; set lora.r above 0, or use head or separate")
+    if model.load_in_4bit and lora.r == 0:
+        problems.append("model.load_in_4bit=true freezes the weights; set lora.r above 0 to train adapters on them")
+    if model.load_in_4bit and model.critic == "separate":
+        problems.append("model.load_in_4bit=true holds one base; use model.critic=adapter or head")
+    unused = [key for key in ("modules_to_save", "use_rslora", "use_dora") if getattr(lora, key)]
+    if lora.r == 0 and unused:
+        problems.append(f"lora.{unused[0]} is set and lora.r=0 is full fine-tuning; set lora.r above 0")
+    if lora.adapter is not None and lora.r == 0:
+        problems.append("lora.adapter is set and lora.r=0 is full fine-tuning; set lora.r to the adapter's rank")
+    if lora.adapter is not None and lora.modules_to_save:
+        problems.append("lora.modules_to_save is set beside lora.adapter, which brings its own; remove the former")
+    if lora.r == 0 and model.dtype in ("bf16", "fp16"):
+        problems.append(
+            f"model.dtype={model.dtype} with lora.r=0 would lose small updates to rounding; "
+            "use model.dtype=fp32 with run.precision=bf16, or lora.r above 0"
+        )
     return problems
 
 

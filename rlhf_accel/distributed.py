@@ -239,6 +239,9 @@ class Runtime:
         """
         if self.zero_stage != 3 or self._whole is not None:
             return fact
+        return self._on_all(fact)
+
+    def _on_all(self, fact: bool) -> bool:
         return bool(self.sum(torch.tensor(int(fact))) == self.world_size)
 
     def share(self, count: int) -> Int[Tensor, " n"]:
@@ -381,8 +384,7 @@ class Runtime:
                 free = torch.cuda.mem_get_info(self.device)[0]
             else:
                 free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            fits = self.sum(torch.tensor(int(2 * size <= free))) == self.world_size
-            self._gather_parameters = "always" if fits else "never"
+            self._gather_parameters = "always" if self._on_all(2 * size <= free) else "never"
         return self._gather_parameters == "always"
 
     def _shard(self, module: nn.Module) -> None:

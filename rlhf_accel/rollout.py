@@ -20,7 +20,7 @@ from rlhf_accel.distributed import Runtime
 from rlhf_accel.metrics import Stopwatch
 from rlhf_accel.models import LanguageModel, end_of_text_ids, model_inputs, reference_policy
 from rlhf_accel.reward import Reward
-from rlhf_accel.tokens import Tokens
+from rlhf_accel.tokens import StopCondition, Tokens
 from rlhf_accel.types import PromptBatch, Responses, Rollout, Sequences
 
 
@@ -50,11 +50,12 @@ class Sampler:
     def sample(self, prompts: PromptBatch, *, seed: int, step: int) -> Responses:
         """Responses to this rank's share of the prompts, of which there is at least one on all ranks."""
         policy = self.runtime.plain_module.policy
+        stop = self.tokens.stop_condition(self.config.stop, end_of_text_ids(policy))
         mine = prompts.select(self.runtime.share(len(prompts)))
         sampled = []
         for rows in self._chunks(len(prompts)):
             chunk = mine.select(rows) if len(rows) else prompts.select(torch.tensor([0]))
-            said = self._continue(policy, chunk.to(self.runtime.device), seed, step)
+            said = self._continue(policy, chunk.to(self.runtime.device), stop, seed, step)
             kept = slice(None) if len(rows) else slice(0)
             sampled.append((said.responses[kept].cpu(), said.response_mask[kept].cpu(), said.finished[kept].cpu()))
         responses, response_mask, finished = (torch.cat(parts) for parts in zip(*sampled, strict=True))
@@ -109,8 +110,9 @@ class Sampler:
             texts=tuple(self.runtime.gather_list(responses.texts)),
         )
 
-    def _continue(self, policy: LanguageModel, prompts: PromptBatch, seed: int, step: int) -> decoding.Sampled:
-        stop = self.tokens.stop_condition(self.config.stop, end_of_text_ids(policy))
+    def _continue(
+        self, policy: LanguageModel, prompts: PromptBatch, stop: StopCondition, seed: int, step: int
+    ) -> decoding.Sampled:
         uniform = decoding.uniforms(seed, step, prompts.index.tolist(), self.config.max_new_tokens)
         with self.runtime.autocast():
             return decoding.sample(
