@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from rlhf_accel.config import DEFAULT_RECIPE, Config, ConfigError, from_command_line, recipe_names
+from rlhf_accel.config import DEFAULT_RECIPE, Config, ConfigError, RunFailed, from_command_line, recipe_names
 
 _OTHERS_WAIT = 20.0  # seconds; other processes of the launch may still be importing torch
 
@@ -17,6 +17,7 @@ USAGE = f"""usage: python -m rlhf_accel COMMAND [options]
   train          PPO: [--config RECIPE_OR_FILE] [--section.key value ...] [--print_config]
   generate       continue prompts with a trained model, beside its base and with scores
   merge          an adapter and its base as one full model: RUN_OR_ADAPTER OUTPUT
+  replay         run again what stopped a run: DUMP
   train-reward   a reward model from human ratings: [--config RECIPE_OR_FILE] [--section.key value ...]
 
 COMMAND --help lists a command's options. Recipes: {", ".join(recipe_names())}.
@@ -42,6 +43,12 @@ def merge(arguments: list[str]) -> None:
     main(arguments)
 
 
+def replay(arguments: list[str]) -> None:
+    from rlhf_accel.replay import main
+
+    main(arguments)
+
+
 def train_reward(arguments: list[str]) -> None:
     from rlhf_accel.reward_trainer import main
 
@@ -52,23 +59,26 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "generate": generate,
     "merge": merge,
+    "replay": replay,
     "train-reward": train_reward,
 }
 
 
 def run(command: Callable[[list[str]], None], arguments: list[str]) -> None:
-    """Run a command and leave with its status: 0 done, 1 crash, 2 bad config or input, 130 Ctrl-C."""
+    """Run a command and leave with its status: 0 done, 1 crash, 2 bad config or input, 130 Ctrl-C, 143 stopped."""
     try:
         command(arguments)
     except ConfigError as error:
-        _leave(error)
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr)
+        _leave(error, 2)
+    except RunFailed as error:
+        _leave(error, 1)
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
 
 
-def _leave(error: ConfigError) -> NoReturn:
-    """Say an error that others of the launch may have met too, once, and end with status 2.
+def _leave(error: Exception, status: int) -> NoReturn:
+    """Say an error that others of the launch may have met too, once, and end with this status.
 
     A process that is not the one to say it leaves some time later: the launcher ends all as soon as one has left, which
     has to be the one that spoke. If that one met no error, there is nobody but this one to say it.
@@ -85,7 +95,7 @@ def _leave(error: ConfigError) -> NoReturn:
         time.sleep(_OTHERS_WAIT)
     if not silent:
         print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def main(arguments: list[str] | None = None) -> None:

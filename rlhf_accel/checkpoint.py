@@ -1,23 +1,46 @@
-"""What a run leaves on disk: its folder, checkpoints to go on from, and models that transformers and peft load."""
+"""What a run leaves on disk: its folder, checkpoints to go on from, and models that transformers and peft load.
+
+A checkpoint is whole or absent: it is written beside its place, listed in a manifest with every file's size and hash,
+flushed and renamed; `latest` names it after that, and older ones go last. Knows no step and no loss.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlhf_accel.config import Config, ConfigError
+from rlhf_accel import __version__
+from rlhf_accel.assets import sha256
+from rlhf_accel.config import Config, ConfigError, RunFailed, changed_keys, load, to_yaml
+from rlhf_accel.distributed import Runtime, failure
 from rlhf_accel.models import CRITIC, POLICY, PolicyWithValue
 from rlhf_accel.tokens import Tokens
 
 VALUE_HEAD = "value_head.safetensors"
+MANIFEST = "manifest.json"
+CHECKPOINTS = "checkpoints"
+_LATEST = "latest"
+
+
+class SaveError(RunFailed):
+    """A file of the run could not be written; the message says why, as the system put it."""
+
+
+class _Damaged(Exception):
+    """A checkpoint is not what was written; the message names the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +50,26 @@ class Progress:
     step: int = 0
     episodes: int = 0
     skipped: int = 0
+    skipped_in_a_row: int = 0
     kl_coef: float = 0.0
     reward_mean: float = 0.0
     reward_std: float = 1.0
     best_score: float | None = None
     base: dict[str, float] | None = None  # the evaluation before the first step
-    zero_stage: int = 0  # 0 is no DeepSpeed
-    world_size: int = 1
+    base_samples: list[dict[str, Any]] | None = None  # its first responses
+    unrecorded: dict[str, float] | None = None  # metrics of `step` whose evaluation is still due
+    seconds: float = 0.0  # of training so far
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a checkpoint holds, and what wrote it."""
+
+    files: dict[str, dict[str, Any]]  # by path: `bytes` and `sha256`
+    zero_stage: int  # 0 is no DeepSpeed
+    world_size: int
+    sharded: bool
+    versions: dict[str, str]
 
 
 def choose_folder(config: Config) -> Path:
@@ -60,8 +96,11 @@ def make_folder(folder: Path, config: str, *, resumes: bool = False) -> None:
     the folder since it was chosen."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "config.yaml").open("w" if resumes else "x", encoding="utf-8") as file:
-            file.write(config)
+        if resumes:
+            _replace(folder / "config.yaml", config)
+        else:
+            with (folder / "config.yaml").open("x", encoding="utf-8") as file:
+                file.write(config)
     except FileExistsError:
         raise ConfigError(f"run.output_dir={folder} was taken by another run meanwhile; name another folder") from None
     except OSError as error:
@@ -69,72 +108,251 @@ def make_folder(folder: Path, config: str, *, resumes: bool = False) -> None:
 
 
 def holds_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
+    return any((folder / name).exists() for name in ("config.yaml", "metrics.jsonl", CHECKPOINTS))
 
 
-def resume_folder(config: Config, folder: Path, *, zero_stage: int = 0, world_size: int = 1) -> Path | None:
-    """The checkpoint that run.resume names, None for a new run.
+def resume_folder(
+    config: Config, folder: Path, say: Callable[[str], None], *, zero_stage: int = 0, world_size: int = 1
+) -> Path | None:
+    """The checkpoint that run.resume names, None for a run that starts.
 
-    Raises `ConfigError` if there is none, or none that this config and this launch can go on from.
+    `latest` and `auto` take the newest whole one; those that are passed over are named to `say`. Raises `ConfigError`
+    if there is none, or none that this config and this launch can go on from.
     """
-    if config.run.resume is None:
+    resume = config.run.resume
+    if resume is None:
         return None
-    chosen = Path(config.run.resume)
-    if config.run.resume == "latest":
-        pointer = folder / "checkpoints" / "latest"
-        if not pointer.is_file():
-            raise ConfigError(f"run.resume=latest: {folder} holds no checkpoint; set run.save_every in a new run")
-        chosen = pointer.parent / pointer.read_text(encoding="utf-8").strip()
-    if not (chosen / "progress.json").is_file():
-        raise ConfigError(f"run.resume={config.run.resume}: {chosen} is not a whole checkpoint")
-    progress = load_progress(chosen)
-    if progress.step >= config.run.total_steps:
+    if resume in ("latest", "auto"):
+        found = _newest_whole(folder, say)
+        if found is None and resume == "latest":
+            raise ConfigError(_no_checkpoint(folder))
+        if found is None:
+            _check_unchanged(config, folder)
+            say(f"run.resume=auto: {folder} holds no checkpoint, so the run starts")
+            return None
+        place, manifest = found
+    else:
+        place = Path(resume)
+        try:
+            manifest = check(place)
+        except _Damaged as error:
+            raise ConfigError(f"run.resume={resume} is not a whole checkpoint: {error}") from None
+    progress = load_progress(place)
+    if manifest.sharded and (manifest.zero_stage, manifest.world_size) != (zero_stage, world_size):
+        now = f"ZeRO-{zero_stage} on {world_size} processes" if zero_stage else "no DeepSpeed"
         raise ConfigError(
-            f"run.total_steps={config.run.total_steps}: {chosen} has done {progress.step} steps already; raise it"
+            f"run.resume={resume}: {place} was written with ZeRO-{manifest.zero_stage} on {manifest.world_size} "
+            f"processes, and this is {now}; only run.checkpoint=portable serves another launch"
         )
-    if progress.zero_stage != zero_stage or (zero_stage and progress.world_size != world_size):
-        written, now = (
-            f"ZeRO-{stage} on {size} processes" if stage else "no DeepSpeed"
-            for stage, size in ((progress.zero_stage, progress.world_size), (zero_stage, world_size))
+    _check_unchanged(config, place)
+    if progress.step > config.run.total_steps or is_finished(folder, config.run.total_steps):
+        raise ConfigError(
+            f"run.total_steps={config.run.total_steps}: {place} has done {progress.step} steps already; raise it"
         )
-        raise ConfigError(f"run.resume={config.run.resume}: {chosen} was written with {written}, and this is {now}")
-    calibrated = (progress.reward_mean, progress.reward_std) != (0.0, 1.0)
-    if calibrated != config.reward.calibrate:
-        asked = str(config.reward.calibrate).lower()
-        raise ConfigError(f"reward.calibrate={asked} is not what {chosen} was trained with; set it back")
-    return chosen
+    other = [f"{name} {old}" for name, old in manifest.versions.items() if old != _versions().get(name)]
+    if other:
+        say(f"{place} was written with {', '.join(other)}: figures may differ from here on by rounding")
+    return place
 
 
-def save_checkpoint(
-    folder: Path, progress: Progress, save_state: Callable[[Path], None], *, is_main: bool, barrier: Callable[[], None]
-) -> None:
-    """Write checkpoints/step-NNNNNN beside its place, rename it there, and let `latest` name it last."""
-    place = folder / "checkpoints" / f"step-{progress.step:06d}"
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """The last that a run writes: after it the run is finished. Raises `OSError`."""
+    _replace(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False))
+
+
+def is_finished(folder: Path, steps: int) -> bool:
+    """Whether a run of so many steps ended here and left its model."""
+    with suppress(OSError, ValueError):
+        return json.loads((folder / "summary.json").read_bytes())["steps"] == steps and (folder / "final").is_dir()
+    return False
+
+
+def check(place: Path) -> Manifest:
+    """The checkpoint's manifest, if every file that it lists has its size and hash; raises `_Damaged` naming the first
+    that has not."""
+    try:
+        tree = json.loads((place / MANIFEST).read_bytes())
+        digest = tree.pop("sha256")
+        if digest != _digest(tree):
+            raise _Damaged(f"{MANIFEST} was changed")
+        manifest = Manifest(**tree)
+    except OSError as error:
+        raise _Damaged(f"{MANIFEST} cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise _Damaged(f"{MANIFEST} is not what was written") from None
+    for name, expected in manifest.files.items():
+        try:
+            size = (place / name).stat().st_size
+            if size != expected["bytes"]:
+                raise _Damaged(f"{name} has {size} bytes, expected {expected['bytes']}")
+            if sha256(place / name) != expected["sha256"]:
+                raise _Damaged(f"{name} was changed: its hash is not the one that was written")
+        except OSError as error:
+            raise _Damaged(f"{name} cannot be read ({error.strerror})") from None
+    return manifest
+
+
+def save_checkpoint(folder: Path, progress: Progress, config: Config, runtime: Runtime) -> Path:
+    """Write checkpoints/step-NNNNNN beside its place, rename it there, let `latest` name it, and remove what
+    run.keep_checkpoints leaves out; called by every rank.
+
+    Raises `SaveError`, on every rank, if any rank could not write its part; what was there before stays as it was.
+    """
+    place = folder / CHECKPOINTS / f"step-{progress.step:06d}"
     beside = place.with_name(f".{place.name}")
-    if is_main:
-        shutil.rmtree(beside, ignore_errors=True)
+
+    def begin() -> None:
+        for left in list(place.parent.glob(".*")):  # of a process that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         beside.mkdir(parents=True)
-    barrier()
-    save_state(beside)
-    barrier()
-    if is_main:
+
+    def finish() -> None:
         (beside / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
-        shutil.rmtree(place, ignore_errors=True)
+        (beside / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        _write_manifest(beside, runtime, sharded=runtime.writes_shards)
+        _flush(beside)
+        if place.exists():
+            shutil.rmtree(place)
         beside.rename(place)
-        pointer = place.parent / "latest"
-        pointer.with_suffix(".new").write_text(place.name, encoding="utf-8")
-        os.replace(pointer.with_suffix(".new"), pointer)
-    barrier()
+        _flush(place.parent, below=False)
+        _replace(place.parent / _LATEST, place.name)
+        if config.run.keep_checkpoints:
+            for old in _checkpoints(place.parent, below=progress.step)[config.run.keep_checkpoints - 1 :]:
+                shutil.rmtree(old)
+
+    def on_main(work: Callable[[], None]) -> str | None:
+        return failure(work) if runtime.is_main else None
+
+    try:
+        for part in (lambda: on_main(begin), lambda: runtime.save_state(beside), lambda: on_main(finish)):
+            problem = runtime.first_failure(part())
+            if problem is not None:
+                raise SaveError(problem)
+    except SaveError:
+        if runtime.is_main:
+            shutil.rmtree(beside, ignore_errors=True)  # its room may be what the disk lacks
+        raise
+    return place
 
 
 def load_progress(checkpoint: Path) -> Progress:
     return Progress(**json.loads((checkpoint / "progress.json").read_text(encoding="utf-8")))
 
 
+def newest(folder: Path) -> Path | None:
+    """The checkpoint that `latest` names, if there is one; not checked."""
+    with suppress(OSError, ValueError):
+        place = folder / CHECKPOINTS / (folder / CHECKPOINTS / _LATEST).read_text(encoding="utf-8").strip()
+        return place if place.is_dir() and place.parent == folder / CHECKPOINTS else None
+    return None
+
+
+def _newest_whole(folder: Path, say: Callable[[str], None]) -> tuple[Path, Manifest] | None:
+    """The checkpoint that `latest` names, or the newest before it that is whole."""
+    named = newest(folder)
+    found = _checkpoints(folder / CHECKPOINTS)
+    candidates = found if named not in found else found[found.index(named) :]
+    for place in candidates:
+        try:
+            return place, check(place)
+        except _Damaged as error:
+            say(f"passing over {place}, which is damaged: {error}")
+    return None
+
+
+def _no_checkpoint(folder: Path) -> str:
+    if _checkpoints(folder / CHECKPOINTS):
+        return (
+            f"run.resume=latest: all checkpoints in {folder / CHECKPOINTS} are damaged; --run.resume auto starts anew"
+        )
+    if holds_run(folder):
+        return (
+            f"run.resume=latest: the run in {folder} ended before its first checkpoint and left no checkpoint; "
+            "--run.resume auto starts it anew"
+        )
+    return f"run.resume=latest: {folder} holds no checkpoint; name the folder of a run in run.output_dir"
+
+
+def _checkpoints(parent: Path, below: int | None = None) -> list[Path]:
+    """The checkpoints in a folder, newest first; of those before a step if `below` is given."""
+    numbered = [(int(path.name[5:]), path) for path in parent.glob("step-*") if path.name[5:].isdigit()]
+    return [path for step, path in sorted(numbered, reverse=True) if below is None or step < below]
+
+
+def _check_unchanged(config: Config, folder: Path) -> None:
+    """Raises `ConfigError` with the keys in which the config differs from the one in `folder` and must not."""
+    try:
+        before = load(Config, folder / "config.yaml")
+    except ConfigError as error:
+        if not (folder / "config.yaml").exists() or not (folder / "config.yaml").read_bytes().strip():
+            return  # nothing was begun here, or a kill came first
+        raise ConfigError(f"run.resume={config.run.resume}: {folder / 'config.yaml'} is no config ({error})") from None
+    changed = changed_keys(before, config)
+    if changed:
+        names = [change.partition(" ")[0] for change in changed]
+        raise ConfigError(
+            f"run.resume={config.run.resume}: {folder} was written with another config: {', '.join(changed)}; set it "
+            f"back, or pass --run.changes '[{', '.join(names)}]' if this is meant"
+        )
+
+
+def _write_manifest(folder: Path, runtime: Runtime, *, sharded: bool) -> None:
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    manifest = Manifest(
+        files=files,
+        zero_stage=runtime.zero_stage,
+        world_size=runtime.world_size,
+        sharded=sharded,
+        versions=_versions(),
+    )
+    tree = asdict(manifest)
+    # Without white space, so that no byte of it can change unnoticed.
+    text = json.dumps({**tree, "sha256": _digest(tree)}, separators=(",", ":"))
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def _digest(tree: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, separators=(",", ":"), sort_keys=True).encode()).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    found = {"rlhf_accel": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "accelerate", "peft", "deepspeed"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _flush(folder: Path, *, below: bool = True) -> None:
+    """Have the disk hold what was written: the files and the names in the folder, and below it."""
+    for path in (*(folder.rglob("*") if below else ()), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    beside = path.with_name(f".{path.name}.new")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+    _flush(path.parent, below=False)
+
+
 def export(folder: Path, module: PolicyWithValue, weights: Mapping[str, Tensor], tokens: Tokens, card: str) -> None:
     """Write the policy in Hugging Face form (full model, or peft adapter), the value head beside it, and a model card.
 
-    `weights` are the module's whole weights, as `Runtime.learned_weights` gives them; main process only.
+    `weights` are the module's whole weights, as `Runtime.learned_weights` gives them; main process only. What the
+    folder held before stays until the new one is whole. Raises `OSError` or safetensors' own error if the disk refuses.
     """
     beside = folder.with_name(f".{folder.name}")
     shutil.rmtree(beside, ignore_errors=True)
@@ -148,13 +366,55 @@ def export(folder: Path, module: PolicyWithValue, weights: Mapping[str, Tensor],
     critic = {name: value.contiguous() for name, value in weights.items() if not name.startswith("policy.")}
     save_file(critic, beside / VALUE_HEAD)
     (beside / "README.md").write_text(card, encoding="utf-8")
+    _flush(beside)
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
+    _flush(folder.parent, below=False)
 
 
 def load_value_head(folder: Path) -> dict[str, Tensor]:
     """The critic's weights that `export` wrote: `value_head.weight`, `value_head.bias`, and `critic.…` if separate."""
     return load_file(folder / VALUE_HEAD)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dump:
+    """What stopped a run, with all that it takes to run it again.
+
+    `facts` say what happened and name prompts, responses and columns; `experience` and `weights` (of what learns) are
+    there where a model's numbers were at fault, by field and by name.
+    """
+
+    config: Config
+    facts: dict[str, Any]
+    experience: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+def write_dump(folder: Path, dump: Dump) -> None:
+    """Raises `OSError` or safetensors' own error if it cannot be written."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(to_yaml(dump.config), encoding="utf-8")
+    (folder / "dump.json").write_text(
+        json.dumps(dump.facts, indent=2, ensure_ascii=False, default=str), encoding="utf-8"
+    )
+    for name, tensors in (("experience", dump.experience), ("weights", dump.weights)):
+        if tensors:
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
+
+
+def read_dump(folder: Path) -> Dump:
+    """Raises `ConfigError` if there is none."""
+    try:
+        facts = json.loads((folder / "dump.json").read_bytes())
+        tensors = [
+            load_file(path) if (path := folder / f"{name}.safetensors").is_file() else {}
+            for name in ("experience", "weights")
+        ]
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"{folder} is no dump of a run: {error}") from None
+    return Dump(config=load(Config, folder / "config.yaml"), facts=facts, experience=tensors[0], weights=tensors[1])
 
 
 def model_card(config: Config, results: Mapping[str, Any]) -> str:

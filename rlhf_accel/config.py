@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -44,6 +45,18 @@ Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 Strings = Annotated[tuple[str, ...], BeforeValidator(_tuple_of_one)]
 Floats = Annotated[tuple[Number, ...], BeforeValidator(_tuple_of_one)]
 
+# Keys that a run which goes on may change: what it has learnt and will learn does not depend on them but for rounding,
+# except that total_steps is part of the learning rate's schedule, which people mean when they raise it.
+MAY_CHANGE = frozenset(
+    [
+        *("run.output_dir", "run.name", "run.total_steps", "run.save_every", "run.keep_checkpoints", "run.checkpoint"),
+        *("run.max_failed_saves", "run.max_skipped_steps", "run.eval_every", "run.sample_every", "run.sample_count"),
+        *("run.resume", "run.changes", "run.collective_timeout", "run.trackers"),
+        *("model.gradient_checkpointing", "rollout.gather_parameters", "rollout.forward_batch_size"),
+        *("reward.batch_size", "reward.timeout", "reward.retries", "reward.retry_wait", "ppo.micro_batch_tokens"),
+    ]
+)
+
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True, use_attribute_docstrings=True)
 
 
@@ -57,6 +70,13 @@ class ConfigError(ValueError):
         super().__init__(" ".join(line.strip() for line in message.splitlines()))
 
 
+class RunFailed(RuntimeError):
+    """A run that cannot go on, after what could be saved was saved: one line with what happened and how to go on.
+
+    The commands print it and exit with status 1.
+    """
+
+
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class RunConfig:
     seed: NonNegativeInt = 0
@@ -67,8 +87,17 @@ class RunConfig:
     """Name of the run in its default folder, in trackers and in the model card."""
     total_steps: PositiveInt = 100
     """PPO steps; each samples one batch of responses and learns from it."""
-    save_every: NonNegativeInt = 0
-    """Steps between checkpoints; 0 saves only final/ (and best/ when evaluating)."""
+    save_every: NonNegativeInt = 50
+    """Steps between checkpoints; 0 writes one only when the run is asked to stop (SIGTERM, SIGUSR1)."""
+    keep_checkpoints: NonNegativeInt = 2
+    """Newest checkpoints that are kept; 0 keeps all."""
+    checkpoint: Literal["sharded", "portable"] = "sharded"
+    """How ZeRO writes checkpoints: each process its part, for the same launch to go on from; or whole, slower, for any
+    launch. Without ZeRO they are always portable."""
+    max_failed_saves: PositiveInt = 3
+    """Checkpoints in a row that may fail to be written, of a full disk say, before the run stops."""
+    max_skipped_steps: PositiveInt = 10
+    """Steps in a row that may be skipped, because a score, a loss or a gradient is not finite, before the run stops."""
     eval_every: NonNegativeInt = 0
     """Steps between evaluations on held-out prompts; 0 evaluates only before the first and after the last step."""
     eval_samples: NonNegativeInt = 256
@@ -78,7 +107,13 @@ class RunConfig:
     sample_count: PositiveInt = 4
     """Samples in such a table."""
     resume: str | None = None
-    """A checkpoint folder to go on from, or `latest` for the newest one in run.output_dir."""
+    """A checkpoint folder to go on from; `latest` for the newest whole one in run.output_dir; `auto` for the same, and
+    to start where there is none yet, so that one command serves a job that is started again and again."""
+    changes: Strings = ()
+    """Keys that differ on purpose from the checkpoint's config, such as `optim.lr`; others must not, but for those that
+    change no result (steps, intervals, folders, trackers, memory)."""
+    collective_timeout: Positive = 3600.0
+    """Seconds that a process waits for the others before it says which one is missing, and the run ends."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the forward passes: bf16 is autocast over the weights as loaded; auto is fp32 on a CPU, and bf16
     on a GPU that has it."""
@@ -186,10 +221,21 @@ class RewardConfig:
     """Dtype of the frozen classifier; auto is fp16 on a GPU, bf16 on a CPU with bf16 units, else fp32."""
     batch_size: PositiveInt = 64
     """Texts that the classifier reads at once; a memory matter only."""
+    url: str | None = None
+    """Address of a reward server: POST of `{"prompts", "responses", "columns"}` in JSON, answer `{"scores": [...]}`.
+    A token for it goes into the environment variable RLHF_ACCEL_REWARD_TOKEN, never into a config."""
     function: Strings = ()
     """Import path(s) `package.module:callable` of `(prompts, responses, **columns) -> list[float]`."""
     weights: Floats | None = None
-    """Weights of the sum over reward.model (first, if given) and reward.function; by default all 1."""
+    """Weights of the sum over reward.model, reward.url and reward.function, those given, in this order; by default all
+    1."""
+    timeout: Positive | None = None
+    """Seconds that a call of reward.url or reward.function may take; by default 60 for the former, for ever for the
+    latter."""
+    retries: NonNegativeInt = 2
+    """Times that a failed call of reward.url or reward.function is tried again before the run stops."""
+    retry_wait: Positive = 1.0
+    """Seconds before the first such retry; doubles with each."""
     calibrate: bool = False
     """Shift and scale scores to mean 0 and variance 1 on samples of the reference, drawn before step 1."""
     calibrate_samples: Annotated[Count, Field(ge=2)] = 128
@@ -493,6 +539,29 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
     return pairs
 
 
+def changed_keys(before: Config, now: Config) -> list[str]:
+    """Keys whose values differ, but for those that may, each as `key (was X, is Y)`."""
+    allowed = MAY_CHANGE | set(now.run.changes)
+    was, is_now = flatten(asdict(before)), flatten(asdict(now))
+    return [
+        f"{key} (was {_short(was[key])}, is {_short(is_now[key])})"
+        for key in key_names(Config)
+        if key not in allowed and was[key] != is_now[key]
+    ]
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys.
+
+    >>> flatten({"run": {"seed": 0, "name": "a"}})
+    {'run.seed': 0, 'run.name': 'a'}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
 def key_names(cls: Any, prefix: str = "") -> list[str]:
     """All dotted keys of a config class.
 
@@ -536,12 +605,14 @@ def _contradictions(config: Config) -> list[str]:
                 f"data.prompt_tokens=[{low}, {high}] goes above rollout.max_prompt_tokens="
                 f"{rollout.max_prompt_tokens}; raise the latter"
             )
-    terms = (reward.model is not None) + len(reward.function)
+    terms = (reward.model is not None) + (reward.url is not None) + len(reward.function)
     if reward.weights is not None and len(reward.weights) != terms:
         problems.append(
-            f"reward.weights has {len(reward.weights)} numbers for {terms} rewards (reward.model and "
+            f"reward.weights has {len(reward.weights)} numbers for {terms} rewards (reward.model, reward.url and "
             "reward.function); give one for each"
         )
+    if reward.url is not None:
+        problems += _url_problems(reward.url)
     if reward.model is None and reward.label is not None:
         problems.append("reward.label is set without reward.model; name the model or remove the label")
     problems += _model_contradictions(config)
@@ -558,9 +629,29 @@ def _contradictions(config: Config) -> list[str]:
             f"ppo.kl_horizon={ppo.kl_horizon:g} could turn the coefficient to 0 in a step of rollout.batch_size="
             f"{rollout.batch_size}; raise it above {0.2 * rollout.batch_size:g}"
         )
-    if run.resume == "latest" and run.output_dir is None:
-        problems.append("run.resume=latest needs run.output_dir, the folder of the run to go on with")
+    if run.resume in ("latest", "auto") and run.output_dir is None:
+        problems.append(f"run.resume={run.resume} needs run.output_dir, the folder of the run to go on with")
+    for key in run.changes:
+        if key not in key_names(Config):
+            problems.append(f"run.changes: {_unknown(key, key_names(Config))}")
     return problems
+
+
+def _url_problems(url: str) -> list[str]:
+    """Only the server's name is repeated: what stands before or behind it may be a secret."""
+    try:
+        parts = urlsplit(url)
+        port_is_one = parts.port is None or parts.port > 0
+    except ValueError:
+        return ["reward.url is not an address; expected http://HOST:PORT/PATH or https://…"]
+    if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_one:
+        return ["reward.url is not an address; expected http://HOST:PORT/PATH or https://…"]
+    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+        return [
+            f"reward.url to {parts.hostname} holds more than scheme, host, port and path, and config.yaml would keep "
+            "it; put a secret into the environment variable RLHF_ACCEL_REWARD_TOKEN"
+        ]
+    return []
 
 
 def _model_contradictions(config: Config) -> list[str]:

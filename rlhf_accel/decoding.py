@@ -116,7 +116,8 @@ def pick(logits: Float[Tensor, "B V"], uniform: Float[Tensor, " B"]) -> Int[Tens
     total = cumulated[:, -1:]
     # Rounding may bring the product up to the total itself, beyond which no token lies.
     target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    tokens = torch.searchsorted(cumulated, target, right=True)
+    # Of logits that are not finite comes a token all the same, whose log-probability then is not finite either.
+    tokens = torch.searchsorted(cumulated, target, right=True).clamp(max=logits.shape[-1] - 1)
     # A GPU sums in parallel, and its cumulated sums may waver in the last bit where nothing is added. A token without
     # probability that gets such a bit is replaced: it may be a forbidden one.
     return torch.where(probabilities.gather(1, tokens) > 0, tokens, probabilities.argmax(-1, keepdim=True))[:, 0]

@@ -20,6 +20,7 @@ import torch
 from accelerate import Accelerator, DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs
 from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object, is_deepspeed_available
 from jaxtyping import Int
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -30,6 +31,7 @@ from rlhf_accel.runtime import computes_in_bf16, quiet_libraries, tune_process
 B = TypeVar("B")
 
 _ENGINE = "engine"  # DeepSpeed's folder in a checkpoint
+_WEIGHTS, _MOMENTS = "learned.safetensors", "optimizer.safetensors"
 _GATHER_BYTES = 2**28  # parameters that a collective of ZeRO-3 brings together at once
 
 
@@ -57,7 +59,8 @@ class Runtime:
         # Named for a launch only: Accelerate takes a named backend to mean that there are other processes. With
         # DeepSpeed it finds none on a CPU unless gloo is named.
         launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 or deepspeed is not None
-        group = InitProcessGroupKwargs(backend="gloo" if no_gpu and launched else None, timeout=timedelta(hours=1))
+        wait = timedelta(seconds=run.collective_timeout)
+        group = InitProcessGroupKwargs(backend="gloo" if no_gpu and launched else None, timeout=wait)
         try:
             self._accelerator = Accelerator(
                 mixed_precision="no",  # see autocast()
@@ -86,6 +89,7 @@ class Runtime:
         self._deepspeed = deepspeed
         self._max_grad_norm = max_grad_norm
         self._gather_parameters = gather_parameters
+        self.writes_shards = deepspeed is not None and run.checkpoint == "sharded"
         self._module: Any = None
         self._optimizer: Any = None
         self._base_lrs: list[float] = []
@@ -119,10 +123,17 @@ class Runtime:
         """The same module without the wrapper: for forwards that keep no gradient, and for its own methods."""
         return self._whole if self._whole is not None else self._accelerator.unwrap_model(self.module)
 
-    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Put the module on the device and under data parallelism or ZeRO; it may still lie in the CPU's memory."""
+    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer, resume: Path | None = None) -> None:
+        """Put the module on the device and under data parallelism or ZeRO; it may still lie in the CPU's memory.
+
+        With `resume`, a folder that `save_state` wrote, module and optimizer go on from there. Raises `ConfigError` if
+        it holds other weights than this module learns.
+        """
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
         module.eval()
+        portable = resume is not None and (resume / _WEIGHTS).is_file()
+        if resume is not None and portable:
+            _load_weights(module, resume)
         if self._deepspeed is not None:
             # DeepSpeed takes memory for so many gradients at once, 500 million unless told otherwise.
             learned = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
@@ -132,6 +143,12 @@ class Runtime:
             self._skeleton = _skeleton(module)
             self._shard(module)
         self._module, self._optimizer = self._accelerator.prepare(module, optimizer)
+        if self._deepspeed is not None:
+            self._module.checkpoint_engine = _shard_files()
+        if resume is not None and portable:
+            self._load_moments(resume)
+        elif resume is not None:
+            self._module.load_checkpoint(str(resume), tag=_ENGINE, load_module_strict=False)
 
     def prepare_frozen(self, module: nn.Module) -> nn.Module:
         """A module that does not learn: sharded with ZeRO-3 (and offloaded where parameters are), else whole."""
@@ -241,6 +258,10 @@ class Runtime:
             return fact
         return self._on_all(fact)
 
+    def anywhere(self, fact: bool) -> bool:
+        """Whether it holds on any rank; asked by all."""
+        return bool(self.sum(torch.tensor(int(fact))) > 0)
+
     def _on_all(self, fact: bool) -> bool:
         return bool(self.sum(torch.tensor(int(fact))) == self.world_size)
 
@@ -288,29 +309,105 @@ class Runtime:
         rank."""
         return self._whole_weights(lambda weight: weight.to("cpu", copy=True) if self.is_main else None, learned=True)
 
-    def save_state(self, folder: Path) -> None:
-        """What learns and the optimizer's state, for `load_state`; called by every rank.
+    def save_state(self, folder: Path) -> str | None:
+        """What learns and the optimizer's state, for `prepare` to go on from; called by every rank.
 
-        DeepSpeed writes a part for each rank; otherwise any number of processes can go on from it.
+        Returns why this rank could not write its part, None if it could: one that raised would leave others waiting.
+        Sharded (`run.checkpoint`), each rank writes its part in DeepSpeed's form. Portable, the main process writes the
+        whole weights by name and, of each, AdamW's `exp_avg`, `exp_avg_sq` and `step`.
         """
-        if self._deepspeed is not None:
-            self._module.save_checkpoint(str(folder), tag=_ENGINE, exclude_frozen_parameters=True)
-            return
-        weights = self.learned_weights()
-        if self.is_main:
-            once = {id(weight): (name, weight.contiguous()) for name, weight in weights.items()}
-            save_file(dict(once.values()), folder / "learned.safetensors")
-            torch.save(self._optimizer.state_dict(), folder / "optimizer.pt")
+        if self.writes_shards:
+            files = self._module.checkpoint_engine
+            files.failure = None
+            self._module.save_checkpoint(str(folder), tag=_ENGINE, save_latest=False, exclude_frozen_parameters=True)
+            return files.failure
+        weights, moments = each_once(self.learned_weights()), self._whole_moments()
+        if not self.is_main:
+            return None
 
-    def load_state(self, folder: Path) -> None:
-        """Go on from what `save_state` wrote, by the same kind of launch; called by every rank."""
-        if self._deepspeed is not None:
-            self._module.load_checkpoint(str(folder), tag=_ENGINE, load_module_strict=False)
+        def write() -> None:
+            save_file(weights, folder / _WEIGHTS)
+            save_file(moments, folder / _MOMENTS)
+
+        return failure(write)
+
+    def first_failure(self, mine: str | None) -> str | None:
+        """What went wrong on the first rank where something did, with its number; the same on every rank."""
+        for rank, said in enumerate(self.gather_list([mine])):
+            if said is not None:
+                return said if self.world_size == 1 else f"rank {rank}: {said}"
+        return None
+
+    def _whole_moments(self) -> dict[str, Tensor]:
+        """AdamW's state of each parameter that learns, `NAME.exp_avg` and so on, on the CPU of the main process."""
+        module = self._accelerator.unwrap_model(self.module)
+        moments: dict[str, Tensor] = {}
+        if self._deepspeed is None:
+            for name, parameter in module.named_parameters():
+                for key, value in self._optimizer.state.get(parameter, {}).items():
+                    moments[f"{name}.{key}"] = value.to("cpu", copy=True)
+            return moments
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        inner, flats = self._flat_optimizer()
+        if not all(inner.state.get(flat) for flat in flats):  # before the first step
+            return {}
+        step = torch.tensor(float(inner.state[flats[0]]["step"]))
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                for key in ("exp_avg", "exp_avg_sq"):
+                    value = safe_get_full_optimizer_state(parameter, key)
+                    if self.is_main:
+                        moments[f"{name}.{key}"] = value.to("cpu", copy=True)
+                moments[f"{name}.step"] = step.clone()
+        return moments
+
+    def _load_moments(self, folder: Path) -> None:
+        """The optimizer's state from what `_whole_moments` gave, by any launch into any other."""
+        module = self._accelerator.unwrap_model(self.module)
+        learned = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        with safe_open(folder / _MOMENTS, framework="pt", device="cpu") as file:
+            known = set(file.keys())
+            learned = {name: parameter for name, parameter in learned.items() if f"{name}.step" in known}
+            if not learned:
+                return
+            if self._deepspeed is None:
+                for name, parameter in learned.items():
+                    state = {key: file.get_tensor(f"{name}.{key}") for key in ("exp_avg", "exp_avg_sq", "step")}
+                    moved = {key: value.to(parameter.device) for key, value in state.items() if key != "step"}
+                    self._optimizer.state[parameter] = {"step": state["step"], **moved}
+                return
+            inner, flats = self._flat_optimizer()
+            step = file.get_tensor(f"{next(iter(learned))}.step")
+            for flat in flats:
+                count = step.clone() if isinstance(inner, torch.optim.AdamW) else int(step)  # DeepSpeed's own counts so
+                inner.state[flat] = {
+                    "step": count,
+                    **{key: torch.zeros_like(flat) for key in ("exp_avg", "exp_avg_sq")},
+                }
+            if self.zero_stage < 3:
+                self._module.optimizer._lazy_init_hp_params_optimizer_state()
+            for name, parameter in learned.items():
+                for key in ("exp_avg", "exp_avg_sq"):
+                    self._set_moment(parameter, file.get_tensor(f"{name}.{key}"), key)
+
+    def _flat_optimizer(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
+        """The optimizer inside ZeRO's, and this rank's flat parts of the parameters, by which it keeps its state."""
+        zero = self._module.optimizer
+        flats = zero.fp32_partitioned_groups_flat if self.zero_stage == 3 else zero.single_partition_of_fp32_groups
+        return zero.optimizer, list(flats)
+
+    def _set_moment(self, parameter: Any, value: Tensor, key: str) -> None:
+        """This rank's part of a whole moment."""
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        if self.zero_stage < 3:
+            safe_set_full_optimizer_state(parameter, value.to(self.device), key)
             return
-        unknown = self.plain_module.load_state_dict(load_file(folder / "learned.safetensors"), strict=False)
-        if unknown.unexpected_keys:
-            raise ConfigError(f"run.resume={folder}: holds weights of another model ({unknown.unexpected_keys[0]}, …)")
-        self._optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+        size = parameter.ds_tensor.ds_numel  # the parts are equal, the last one padded
+        padded = torch.zeros(size * self.world_size)
+        padded[: value.numel()] = value.flatten()
+        safe_set_local_optimizer_state(parameter, padded[self.rank * size :][:size].to(self.device), key)
 
     def from_main(self, make: Callable[[], B]) -> B:
         """What `make` returns on the main process, on every rank; its `ConfigError` too."""
@@ -343,7 +440,7 @@ class Runtime:
         self._accelerator.log(metrics, step=step)
 
     def close(self) -> None:
-        self._accelerator.end_training()
+        failure(self._accelerator.end_training)  # of trackers, which may have no room to write what they hold back
 
     def _whole_weights(self, copy_of: Callable[[Tensor], Tensor | None], learned: bool = False) -> dict[str, Tensor]:
         """A copy of each parameter by its names, of those that learn only if `learned`; parameters that are shared have
@@ -439,10 +536,28 @@ def cut_micro_batches(
     return [batches + [rows[:0]] * (most - len(batches)) for batches in ranks]
 
 
+def post(what: str) -> None:
+    """Let the other processes of the launch read this with `posted`; nothing in a process of its own."""
+    with contextlib.suppress(RuntimeError, ValueError):
+        _store().set(f"rlhf_accel/post/{torch.distributed.get_rank()}", what)
+
+
+def posted() -> list[str]:
+    """What each process of the launch posted last, as far as its store can still be asked."""
+    with contextlib.suppress(RuntimeError, ValueError):
+        keys = [f"rlhf_accel/post/{rank}" for rank in range(torch.distributed.get_world_size())]
+        return [_store().get(key).decode() if _store().check([key]) else "" for key in keys]
+    return []
+
+
+def _store() -> Any:
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
 def first_of_all(what: str) -> bool:
     """Whether no process of the launch has asked this before; True too when those that could tell are gone."""
     try:
-        return torch.distributed.distributed_c10d._get_default_store().add(f"rlhf_accel/{what}", 1) == 1
+        return _store().add(f"rlhf_accel/{what}", 1) == 1
     except RuntimeError:
         return True
 
@@ -511,6 +626,58 @@ def _deepspeed_file(path: str, owned: Mapping[str, tuple[Any, str]]) -> dict[str
     # What Accelerate would derive from one model's width is left to DeepSpeed's defaults.
     zero = config.get("zero_optimization", {})
     return config | {"zero_optimization": {key: value for key, value in zero.items() if value != "auto"}}
+
+
+def failure(work: Callable[[], None]) -> str | None:
+    """Why the work could not write its files, None if it could. Whatever else goes wrong is raised."""
+    try:
+        work()
+    except OSError as error:
+        return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+    except SafetensorError as error:
+        return str(error)
+    return None
+
+
+def _load_weights(module: nn.Module, folder: Path) -> None:
+    weights = load_file(folder / _WEIGHTS)
+    report = module.load_state_dict(weights, strict=False)
+    # Of parameters that are shared the file holds one.
+    lacking = [name for name, p in module.named_parameters() if p.requires_grad and name not in weights]
+    for name in (*report.unexpected_keys, *lacking):
+        raise ConfigError(f"run.resume={folder}: holds weights of another model ({name}, …)")
+
+
+def each_once(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Shared weights by the first of their names, as `named_parameters` has them: safetensors takes no others."""
+    once: dict[int, tuple[str, Tensor]] = {}
+    for name, weight in weights.items():
+        once.setdefault(id(weight), (name, weight.contiguous()))
+    return dict(once.values())
+
+
+def _shard_files() -> Any:
+    """How DeepSpeed writes and reads the files of its checkpoints: a failure to write is kept for later, since ranks
+    wait for each other meanwhile, and reading unpickles nothing but what DeepSpeed puts there."""
+    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    class ShardFiles(TorchCheckpointEngine):
+        failure: str | None = None
+
+        def makedirs(self, path: str, exist_ok: bool = False) -> None:
+            self.failure = self.failure or failure(lambda: os.makedirs(path, exist_ok=exist_ok))
+
+        def save(self, state_dict: Any, path: str) -> None:
+            self.failure = self.failure or failure(lambda: super(ShardFiles, self).save(state_dict, path))
+
+        def load(self, path: str, map_location: Any = None) -> Any:
+            with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+                return torch.load(path, map_location=map_location, weights_only=True)
+
+    return ShardFiles()
 
 
 def _skeleton(module: nn.Module) -> nn.Module:

@@ -31,7 +31,10 @@ class Evaluation:
 
 
 def evaluate(sampler: Sampler, reward: Reward, prompts: PromptBatch) -> Evaluation:
-    """Sample a response to every prompt and score it; on every rank alike."""
+    """Sample a response to every prompt and score it; on every rank alike.
+
+    Figures of a rollout that holds numbers which are not finite are not finite either.
+    """
     rollout = sampler.rollout(prompts, reward, seed=EVALUATION_SEED, step=EVALUATION_STEP, watch=Stopwatch())
     kl = ppo.masked_row_sum(rollout.logprobs - rollout.ref_logprobs, rollout.sequences.response_mask)
     return Evaluation(
@@ -50,12 +53,17 @@ def compare(base: dict[str, float], trained: Evaluation) -> dict[str, Any]:
     return comparison
 
 
-def sample_pairs(base: Evaluation, trained: Evaluation, count: int) -> list[dict[str, Any]]:
-    """The first `count` held-out prompts with the responses to each, and their scores."""
-    before = zip(base.rollout.texts, base.rollout.scores.tolist(), strict=True)
-    after = zip(trained.rollout.prompts, trained.rollout.texts, trained.rollout.scores.tolist(), strict=True)
-    pairs = [
-        {"prompt": prompt, "base": base_text, "base score": base_score, "trained": text, "trained score": score}
-        for (base_text, base_score), (prompt, text, score) in zip(before, after, strict=True)
+def first_samples(evaluation: Evaluation, count: int) -> list[dict[str, Any]]:
+    """The first `count` responses and their scores, to be shown beside later ones by `sample_pairs`."""
+    rows = zip(evaluation.rollout.texts[:count], evaluation.rollout.scores.tolist()[:count], strict=True)
+    return [{"base": text, "base score": score} for text, score in rows]
+
+
+def sample_pairs(base: list[dict[str, Any]], trained: Evaluation) -> list[dict[str, Any]]:
+    """`first_samples` of the evaluation before training, with the responses to the same prompts now."""
+    rollout = trained.rollout
+    after = zip(rollout.prompts, rollout.texts, rollout.scores.tolist(), strict=True)
+    return [
+        {"prompt": prompt, **before, "trained": text, "trained score": score}
+        for before, (prompt, text, score) in zip(base, after, strict=False)
     ]
-    return pairs[:count]

@@ -183,7 +183,7 @@ def _typed(ask: Callable[[str], str]) -> Iterator[str]:
 
 def _show(prompts: list[str], writers: list[Writer], reward: Reward | None, seed: int) -> None:
     written = {writer.name: writer.write(prompts, seed) for writer in writers}
-    scores = {name: reward(prompts, texts, {}).tolist() for name, texts in written.items()} if reward else {}
+    scores = {name: reward.try_out(prompts, texts, {}).tolist() for name, texts in written.items()} if reward else {}
     table = Table(show_lines=True)
     table.add_column("prompt", overflow="fold")
     for name in written:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,9 +88,12 @@ class Stopwatch:
 
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
+    entering: Callable[[str], None] = lambda _: None
+    """Told of each phase that begins."""
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        self.entering(phase)
         start = time.perf_counter()
         try:
             yield
@@ -101,15 +105,41 @@ class Stopwatch:
 
 
 class JsonLines:
-    """Appends one JSON object a line. A figure that is not finite is written as null: JSON has no word for it."""
+    """Appends one JSON object a line. A figure that is not finite is written as null: JSON has no word for it.
+
+    Rows that the disk did not take are kept, and go first at the next write.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._pending: list[str] = []
 
     def write(self, row: Mapping[str, Any]) -> None:
+        """Raises `OSError` if the disk does not take the row; the file then ends with a whole one nevertheless."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite, ensure_ascii=False) + "\n")
+        self._pending.append(json.dumps(finite, ensure_ascii=False) + "\n")
+        self._append()
+
+    def flush(self) -> None:
+        """Have the disk hold all rows; raises `OSError` if it does not take them."""
+        if self._pending:
+            self._append()
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def _append(self) -> None:
+        with self.path.open("ab", buffering=0) as file:
+            whole = file.tell()
+            text = memoryview("".join(self._pending).encode())
+            try:
+                while text:
+                    text = text[file.write(text) :]
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(whole)
+                raise
+        self._pending.clear()
 
     def rewind(self, step: int) -> None:
         """Drop the rows after `step`, which a resumed run writes again, and a last row that a crash cut short.
@@ -122,7 +152,10 @@ class JsonLines:
         *lines, _torn = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
         kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
         new = self.path.with_name(self.path.name + ".new")
-        new.write_text("".join(kept), encoding="utf-8")
+        with new.open("w", encoding="utf-8") as file:
+            file.write("".join(kept))
+            file.flush()
+            os.fsync(file.fileno())
         new.replace(self.path)
 
 
@@ -184,24 +217,36 @@ class Journal:
     def __init__(self, folder: Path, line: Progressline) -> None:
         self.folder = folder
         self.line = line
+        self._files = {name: JsonLines(folder / f"{name}.jsonl") for name in ("metrics", "samples")}
 
     def record(self, metrics: Mapping[str, float]) -> None:
         self.line.show(metrics)
-        JsonLines(self.folder / "metrics.jsonl").write(metrics)
+        self._write("metrics", metrics)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
-            JsonLines(self.folder / "samples.jsonl").write({"step": step, **row})
+            self._write("samples", {"step": step, **row})
         self.line.table(f"samples of step {step}", rows)
 
-    def rewind(self, step: int) -> None:
-        """Forget what was written after `step`, which a resumed run writes again."""
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            JsonLines(self.folder / name).rewind(step)
+    def flush(self) -> None:
+        """Have the disk hold all rows; raises `OSError` if it does not take them."""
+        for file in self._files.values():
+            file.flush()
+
+    def rewind(self, step: int, *, recorded: bool = True) -> None:
+        """Forget what was written after `step`, which a resumed run writes again; unless that step was recorded, its
+        metrics too."""
+        self._files["metrics"].rewind(step if recorded else step - 1)
+        self._files["samples"].rewind(step)
+
+    def _write(self, name: str, row: Mapping[str, Any]) -> None:
+        """A disk that is full does not end a run: the rows are kept, and a checkpoint is only written after them."""
+        try:
+            self._files[name].write(row)
+        except OSError as error:
+            self.line.say(f"warning: {self._files[name].path} could not be written ({error.strerror}); rows are kept")
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        text = json.dumps(summary, indent=2, ensure_ascii=False)
-        (self.folder / "summary.json").write_text(text, encoding="utf-8")
         if summary.get("samples"):
             self.line.table("held-out prompts, before and after", summary["samples"])
         if "gain" in summary:

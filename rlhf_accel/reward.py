@@ -1,16 +1,25 @@
-"""Scores of texts: a frozen classifier with its own tokenizer, Python functions, and weighted sums of them.
+"""Scores of texts: a frozen classifier with its own tokenizer, Python functions, a server, and weighted sums of them.
 
-Rewards see text only. Whatever a reward returns becomes fp32 and is checked finite here. Knows no policy and no rank.
+Rewards see text only. Whatever a reward returns becomes fp32 and is checked here. Knows no policy and no rank.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
+import logging
+import math
+import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
 
 import torch
 from jaxtyping import Float
@@ -22,10 +31,16 @@ from rlhf_accel.models import DTYPES, load_pretrained
 from rlhf_accel.runtime import computes_in_bf16
 
 RewardFunction = Callable[..., Sequence[float]]
+T = TypeVar("T")
+
+TOKEN_VARIABLE = "RLHF_ACCEL_REWARD_TOKEN"
+LARGEST_ANSWER = 64 << 20  # bytes of a server's answer: a million scores fit many times
+
+logger = logging.getLogger(__name__)
 
 
 class RewardError(RuntimeError):
-    """A reward raised, or returned something that is not one finite number for each response."""
+    """A reward raised, took too long, or returned something that is not one number for each response."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,20 +51,62 @@ class Reward:
     mean: float = 0.0
     std: float = 1.0
     clip: float | None = None
+    retries: int = 0
+    retry_wait: float = 1.0  # seconds, doubling
+    timeout: float | None = None  # seconds
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], columns: Mapping[str, Sequence[Any]]
     ) -> Float[Tensor, " B"]:
-        """fp32 scores (B,) on the CPU. Raises `RewardError` naming the term that failed."""
-        total = torch.zeros(len(prompts), dtype=torch.float64)
-        for name, weight, function in self.terms:
-            total += weight * _call(name, function, prompts, responses, columns)
-        scores = ((total - self.mean) / self.std).float()
+        """fp32 scores (B,) on the CPU; one that is not finite is for the caller to find.
+
+        Raises `RewardError` naming the term that failed, after it failed `retries` times more.
+        """
+        return self._sum([self._patiently(name, term, prompts, responses, columns) for name, _, term in self.terms])
+
+    def try_out(
+        self, prompts: Sequence[str], responses: Sequence[str], columns: Mapping[str, Sequence[Any]]
+    ) -> Float[Tensor, " B"]:
+        """The same, but at the first failure it raises `RewardError`, and for a score that is not finite too."""
+        parts = []
+        for name, _, term in self.terms:
+            parts.append(_call(name, term, prompts, responses, columns, self.timeout))
+            for score, response in zip(parts[-1].tolist(), responses, strict=True):
+                if not math.isfinite(score):
+                    raise RewardError(
+                        f"{name} returned {score} for the response {response!r:.80}; return finite numbers"
+                    )
+        return self._sum(parts)
+
+    def _sum(self, parts: Sequence[Float[Tensor, " B"]]) -> Float[Tensor, " B"]:
+        total = sum(weight * part for (_, weight, _), part in zip(self.terms, parts, strict=True))
+        scores = ((torch.as_tensor(total) - self.mean) / self.std).float()
         return scores if self.clip is None else scores.clamp(-self.clip, self.clip)
+
+    def _patiently(
+        self,
+        name: str,
+        function: RewardFunction,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        columns: Mapping[str, Sequence[Any]],
+    ) -> Float[Tensor, " B"]:
+        if isinstance(function, Classifier):  # a failure of ours: the same again
+            return _call(name, function, prompts, responses, columns, None)
+        for attempt in range(self.retries):
+            try:
+                return _call(name, function, prompts, responses, columns, self.timeout)
+            except RewardError as error:
+                wait = self.retry_wait * 2**attempt
+                logger.warning("%s; trying again in %g s (%d of %d)", error, wait, attempt + 1, self.retries)
+                time.sleep(wait)
+        return _call(name, function, prompts, responses, columns, self.timeout)
 
     def calibrated(self, scores: Float[Tensor, " N"]) -> Reward:
         """A reward for which these scores, of samples of the reference, would have had mean 0 and variance 1
-        (Ziegler et al. 2019, section 2.1). Raises `ConfigError` if they do not vary."""
+        (Ziegler et al. 2019, section 2.1). Raises `ConfigError` if they do not vary or are not finite."""
+        if not scores.isfinite().all():
+            raise ConfigError("reward.calibrate=true, but not all scores of the reference samples are finite")
         std, mean = torch.std_mean(scores.double() * self.std + self.mean)
         if not std > 1e-8:
             raise ConfigError(
@@ -121,6 +178,43 @@ class Classifier:
         raise ConfigError(f"reward.label={label} is not a label of {self.config.model}; it has {listed}")
 
 
+class RemoteReward:
+    """Scores from a server: `reward.url`'s contract, which `scripts/reward_server.py` speaks too.
+
+    The token in RLHF_ACCEL_REWARD_TOKEN, if set, is sent to that address only: redirections are not followed.
+    """
+
+    def __init__(self, url: str, timeout: float | None) -> None:
+        self.url = url
+        self.timeout = timeout or 60.0
+        loopback = urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
+        # A proxy of the environment cannot reach this machine's own loopback.
+        self._opener = build_opener(_NoRedirection, *([ProxyHandler({})] if loopback else []))
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Sequence[Any]) -> list[float]:
+        body = json.dumps({"prompts": list(prompts), "responses": list(responses), "columns": columns}, default=str)
+        headers = {"Content-Type": "application/json"}
+        if os.environ.get(TOKEN_VARIABLE):
+            headers["Authorization"] = f"Bearer {os.environ[TOKEN_VARIABLE]}"
+        try:
+            with self._opener.open(Request(self.url, body.encode(), headers), timeout=self.timeout) as answer:
+                text = answer.read(LARGEST_ANSWER + 1)
+        except HTTPError as error:
+            said = " ".join(error.read(200).decode(errors="replace").split())
+            raise RuntimeError(f"the server answered {error.code} {error.reason} ({said})") from None
+        if len(text) > LARGEST_ANSWER:
+            raise ValueError(f"the answer has more than {LARGEST_ANSWER >> 20} MiB")
+        scores = json.loads(text)["scores"]
+        if not isinstance(scores, list) or not all(type(score) in (int, float) for score in scores):
+            raise TypeError('expected {"scores": [number, …]}')
+        return scores
+
+
+class _NoRedirection(HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
 def _load_tokenizer(path: str, said: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -152,13 +246,25 @@ def load_reward(config: RewardConfig, path: str | None, device: torch.device) ->
     if config.model is not None and path is not None:
         names.append(f"reward.model={config.model}")
         functions.append(Classifier(config, path, device))
+    if config.url is not None:
+        names.append(f"reward.url={config.url}")
+        functions.append(RemoteReward(config.url, config.timeout))
     for target in config.function:
         names.append(f"reward.function={target}")
         functions.append(import_function(target))
     if not functions:
-        raise ConfigError("no reward is given; set reward.model or reward.function, or pass PPOTrainer(reward=…)")
+        raise ConfigError(
+            "no reward is given; set reward.model, reward.url or reward.function, or pass PPOTrainer(reward=…)"
+        )
     weights = config.weights or (1.0,) * len(functions)
-    return Reward(terms=tuple(zip(names, weights, functions, strict=True)), clip=config.clip)
+    return reward_of(config, tuple(zip(names, weights, functions, strict=True)))
+
+
+def reward_of(config: RewardConfig, terms: tuple[tuple[str, float, RewardFunction], ...]) -> Reward:
+    """The terms, clipped and retried as the config says."""
+    return Reward(
+        terms=terms, clip=config.clip, retries=config.retries, retry_wait=config.retry_wait, timeout=config.timeout
+    )
 
 
 def import_function(target: str) -> RewardFunction:
@@ -187,11 +293,15 @@ def _call(
     prompts: Sequence[str],
     responses: Sequence[str],
     columns: Mapping[str, Sequence[Any]],
+    timeout: float | None,
 ) -> Float[Tensor, " B"]:
     if not prompts:  # a rank without a share: a user's function need not know what to make of nothing
         return torch.zeros(0, dtype=torch.float64)
     try:
-        values = function(list(prompts), list(responses), **{key: list(value) for key, value in columns.items()})
+        values = _within(
+            timeout,
+            lambda: function(list(prompts), list(responses), **{key: list(value) for key, value in columns.items()}),
+        )
     except Exception as error:
         raise RewardError(f"{name} raised {type(error).__name__}: {error}") from error
     try:
@@ -200,12 +310,35 @@ def _call(
         raise RewardError(f"{name} returned {values!r:.80}; return one number for each response") from error
     if scores.shape != (len(prompts),):
         raise RewardError(f"{name} returned {_amount(scores)} for {len(prompts)} responses; return one number for each")
-    if not scores.isfinite().all():
-        row = int((~scores.isfinite()).nonzero()[0])
-        raise RewardError(
-            f"{name} returned {scores[row]} for the response {responses[row]!r:.80}; return finite numbers"
-        )
     return scores
+
+
+def _within(seconds: float | None, work: Callable[[], T]) -> T:
+    """What the work returns or raises; `TimeoutError` if it has not after so many seconds, and goes on unheeded."""
+    if seconds is None:
+        return work()
+    outcome: list[Callable[[], T]] = []
+
+    def run() -> None:
+        try:
+            value = work()
+        except BaseException as error:
+            raised = error
+            outcome.append(lambda: _raise(raised))
+        else:
+            outcome.append(lambda: value)
+
+    # A daemon: a function that never ends must not keep the process from leaving.
+    thread = threading.Thread(target=run, daemon=True, name="reward")
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise TimeoutError(f"no answer within reward.timeout={seconds:g} s")
+    return outcome[0]()
+
+
+def _raise(error: BaseException) -> Any:
+    raise error
 
 
 def _amount(scores: Tensor) -> str:

@@ -6,9 +6,10 @@ forward passes, since with ZeRO-3 each is a collective: one whose share is used 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -19,9 +20,17 @@ from rlhf_accel.config import RolloutConfig
 from rlhf_accel.distributed import Runtime
 from rlhf_accel.metrics import Stopwatch
 from rlhf_accel.models import LanguageModel, end_of_text_ids, model_inputs, reference_policy
-from rlhf_accel.reward import Reward
+from rlhf_accel.reward import Reward, RewardError
 from rlhf_accel.tokens import StopCondition, Tokens
 from rlhf_accel.types import PromptBatch, Responses, Rollout, Sequences
+
+
+class FailedScoring(RewardError):
+    """The reward failed for good on some rank; `inputs` are the prompts, responses and columns of all ranks."""
+
+    def __init__(self, message: str, inputs: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.inputs = inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,17 +42,29 @@ class Sampler:
     tokens: Tokens
     reference: nn.Module | None  # None: the policy without its adapter
 
-    def rollout(self, prompts: PromptBatch, reward: Reward, *, seed: int, step: int, watch: Stopwatch) -> Rollout:
+    def rollout(
+        self,
+        prompts: PromptBatch,
+        reward: Reward,
+        *,
+        seed: int,
+        step: int,
+        watch: Stopwatch,
+        between: Callable[[], None] = lambda: None,
+    ) -> Rollout:
         """Sample a response to every prompt, score it, and note what policy, critic and reference say of it.
 
-        `watch` takes the time as `rollout` and `score`.
+        `watch` takes the time as `rollout` and `score`; `between` is called where one of the two ends. Numbers that are
+        not finite are for the caller to find. Raises `FailedScoring` on every rank if scoring failed on any.
         """
         with ExitStack() as stack:
             with watch("rollout"):
                 stack.enter_context(self.runtime.gathered())
                 responses = self.sample(prompts, seed=seed, step=step)
+            between()
             with watch("score"):
                 scores = self.score(responses, reward)
+            between()
             with watch("rollout"):
                 return self.assess(responses, scores, len(prompts))
 
@@ -57,19 +78,37 @@ class Sampler:
             chunk = mine.select(rows) if len(rows) else prompts.select(torch.tensor([0]))
             said = self._continue(policy, chunk.to(self.runtime.device), stop, seed, step)
             kept = slice(None) if len(rows) else slice(0)
-            sampled.append((said.responses[kept].cpu(), said.response_mask[kept].cpu(), said.finished[kept].cpu()))
-        responses, response_mask, finished = (torch.cat(parts) for parts in zip(*sampled, strict=True))
+            sound = said.logprobs.isfinite().all(1)
+            parts = (said.responses, said.response_mask, said.finished, sound)
+            sampled.append([part[kept].cpu() for part in parts])
+        responses, response_mask, finished, sound = (torch.cat(parts) for parts in zip(*sampled, strict=True))
         sequences = Sequences(
             queries=mine.queries, query_mask=mine.query_mask, responses=responses, response_mask=response_mask
         )
         texts, continuations = self.tokens.decode(sequences)
         return Responses(
-            sequences=sequences, finished=finished, prompts=texts, texts=continuations, columns=mine.columns
+            sequences=sequences,
+            finished=finished,
+            sound=sound,
+            prompts=texts,
+            texts=continuations,
+            columns=mine.columns,
         )
 
     def score(self, responses: Responses, reward: Reward) -> Float[Tensor, " n"]:
-        """Scores of this rank's responses."""
-        return reward(responses.prompts, responses.texts, responses.columns)
+        """Scores of this rank's responses. Raises `FailedScoring` on every rank if the reward failed on any."""
+        scores, failure, cause = torch.zeros(len(responses)), None, None
+        try:
+            scores = reward(responses.prompts, responses.texts, responses.columns)
+        except RewardError as error:
+            failure, cause = str(error), error
+        failure = self.runtime.first_failure(failure)
+        if failure is not None:
+            gather = self.runtime.gather_list
+            texts = {"prompts": gather(responses.prompts), "responses": gather(responses.texts)}
+            columns = {name: gather(column) for name, column in responses.columns.items()}
+            raise FailedScoring(failure, {**texts, "columns": columns}) from cause
+        return scores
 
     @torch.no_grad()
     def assess(self, responses: Responses, scores: Float[Tensor, " n"], count: int) -> Rollout:
@@ -98,6 +137,7 @@ class Sampler:
                 values[rows, :length] = said.values.cpu()
                 entropy[rows, :length] = said.entropy.cpu()
                 ref_logprobs[rows, :length] = said_by_reference.cpu()
+        logprobs[~responses.sound] = torch.nan  # never learnt from, also if the model is itself again by now
         return Rollout(
             sequences=sequences,
             finished=gather(responses.finished, count),

@@ -6,10 +6,12 @@ Knows torch, the C library and the libraries' switches; knows no config, no mode
 from __future__ import annotations
 
 import ctypes
+import random
 import sys
 import warnings
 
 import datasets
+import numpy as np
 import torch
 import transformers
 
@@ -34,6 +36,17 @@ def tune_process() -> None:
             mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
             mallopt(_M_TOP_PAD, 64 * 2**20)
     torch.set_float32_matmul_precision("medium")
+
+
+def reseed(*numbers: int) -> None:
+    """Set the global random numbers of Python, NumPy and torch from these: dropout's, and those of a reward function.
+
+    Done at the start of each step, so that a run which goes on there draws the same.
+    """
+    python, of_numpy, of_torch = np.random.SeedSequence(numbers).generate_state(3).tolist()
+    random.seed(python)
+    np.random.seed(of_numpy)
+    torch.manual_seed(of_torch)
 
 
 def quiet_libraries() -> None:

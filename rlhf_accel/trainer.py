@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +16,28 @@ from jaxtyping import Int
 from torch import Tensor
 
 from rlhf_accel import assets, checkpoint, data, models, ppo
-from rlhf_accel.checkpoint import Progress
-from rlhf_accel.config import BatchSizes, Config, ConfigError, OptimConfig, to_yaml
-from rlhf_accel.distributed import Runtime, cut_micro_batches
-from rlhf_accel.evaluation import Evaluation, compare, evaluate, sample_pairs
+from rlhf_accel.checkpoint import Dump, Progress, SaveError
+from rlhf_accel.config import BatchSizes, Config, ConfigError, OptimConfig, RunFailed, flatten, to_yaml
+from rlhf_accel.distributed import Runtime, cut_micro_batches, each_once, failure, post, posted
+from rlhf_accel.evaluation import Evaluation, compare, evaluate, first_samples, sample_pairs
 from rlhf_accel.experience import make_experience
 from rlhf_accel.metrics import Journal, Progressline, Stopwatch
-from rlhf_accel.reward import Reward, RewardError, RewardFunction, load_reward
-from rlhf_accel.rollout import Sampler
-from rlhf_accel.runtime import computes_in_bf16
+from rlhf_accel.reward import Reward, RewardError, RewardFunction, load_reward, reward_of
+from rlhf_accel.rollout import FailedScoring, Sampler
+from rlhf_accel.runtime import computes_in_bf16, reseed
 from rlhf_accel.tokens import Tokens
-from rlhf_accel.types import Experience, LossStats, PromptBatch, Rollout
+from rlhf_accel.types import Experience, Fault, LossStats, PromptBatch, Rollout
+from rlhf_accel.vigil import STOPPED, Heartbeat, StopRequest, is_lost_contact, who_is_missing
 
 _MINIBATCHES = 4  # stream of random numbers, beside those of data.py
 _CALIBRATION_STEP = 0  # training steps count from 1
+_STEP, _EVALUATION = 0, 1  # global random numbers, by what draws them
+_SHOWN = 10  # held-out samples that the summary shows before and after
+_RETRY_EXPORT = 60.0  # seconds
+
+
+class _Stop(Exception):
+    """A signal asked the run to stop, and a phase has ended."""
 
 
 class PPOTrainer:
@@ -52,14 +62,21 @@ class PPOTrainer:
                 f"{key}=true does not work where ZeRO-3 cuts the base's weights; launch with ZeRO-2 or ddp"
             )
         self.folder = self.runtime.from_main(lambda: checkpoint.choose_folder(config))
-        stage, size = self.runtime.zero_stage, self.runtime.world_size
-        self.progress = Progress(kl_coef=config.ppo.kl_coef, zero_stage=stage, world_size=size)
-        self.resume_from = self.runtime.from_main(
-            lambda: checkpoint.resume_folder(config, self.folder, zero_stage=stage, world_size=size)
-        )
-        self.rollout: Rollout | None = None  # of the last step
         self.line = Progressline(config.run.total_steps, enabled=self.runtime.is_main)
+        stage, size = self.runtime.zero_stage, self.runtime.world_size
+        self.resume_from = self.runtime.from_main(
+            lambda: checkpoint.resume_folder(config, self.folder, self.line.say, zero_stage=stage, world_size=size)
+        )
+        self.progress = Progress(kl_coef=config.ppo.kl_coef)
+        self.rollout: Rollout | None = None  # of the last step
         self.journal = Journal(self.folder, self.line)
+        self.heartbeat = Heartbeat(post)
+        self._stop = StopRequest()
+        self._columns: Mapping[str, Sequence[Any]] = {}  # of the last step's prompts
+        self._saved: Progress | None = None  # what the last checkpoint of this process holds
+        self._failed_saves = 0
+        self._last: Evaluation | None = None
+        self._started = time.perf_counter()
 
         # What is quick to check comes first, what may be trained on first use comes last.
         train_rows, held_rows = self._on_main_first(lambda: data.split_rows(config.data))
@@ -81,7 +98,8 @@ class PPOTrainer:
         self._say_what_runs(module)
         optim = config.optim
         groups = models.parameter_groups(module, optim)
-        self.runtime.prepare(module, torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps))
+        optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+        self.runtime.prepare(module, optimizer, self.resume_from)
         self.sampler = Sampler(
             config=config.rollout,
             runtime=self.runtime,
@@ -92,26 +110,68 @@ class PPOTrainer:
         self._prepared = False
 
     def fit(self) -> dict[str, Any]:
-        """Calibrate, evaluate, train, evaluate, export. Returns what `summary.json` holds."""
-        started = time.perf_counter()
-        self._prepare()
-        self._open_folder()
-        first = self._evaluate() if self.progress.base is None else None
-        if first is not None:
-            self.progress = replace(self.progress, base=first.figures())
-        last = first
+        """Calibrate, evaluate, train, evaluate, export. Returns what `summary.json` holds.
+
+        SIGTERM and SIGUSR1 end it with a checkpoint and `SystemExit` 143. Raises `RunFailed` when it cannot go on.
+        """
+        with StopRequest() as self._stop:
+            try:
+                self._prepare()
+                self._open_folder()
+                return self._train()
+            except _Stop:
+                self._leave_as_asked()
+            except FailedScoring as error:
+                self._give_up_scoring(error)
+            except KeyboardInterrupt:
+                if self.runtime.is_main:
+                    where = f"stopped by Ctrl-C in {self.heartbeat.now} (of {self.config.run.total_steps})"
+                    raise KeyboardInterrupt(f"{where}; {self._how_to_go_on()}") from None
+                raise SystemExit(130) from None
+            except RuntimeError as error:
+                if self.runtime.world_size > 1 and is_lost_contact(error):
+                    raise RunFailed(
+                        f"{who_is_missing(self.runtime.rank, self.heartbeat, posted())} ({str(error).splitlines()[0]})"
+                    ) from error
+                raise
+            finally:
+                self.heartbeat.close()
+        raise AssertionError("every way out was taken above")
+
+    def _train(self) -> dict[str, Any]:
+        if self.progress.base is None:
+            base = self._evaluate()
+            if base is not None:
+                self.progress = replace(self.progress, base=base.figures(), base_samples=first_samples(base, _SHOWN))
+            self._stop_if_asked()
+        total = self.config.run.total_steps
         with self.line:
-            for step in range(self.progress.step + 1, self.config.run.total_steps + 1):
+            self._conclude()
+            for step in range(self.progress.step + 1, total + 1):
                 metrics = self.step(self.prompts.batch(step, self.sizes.rollout))
-                if _due(step, self.config.run.eval_every) or step == self.config.run.total_steps:
-                    last = self._evaluate()
-                    if last is not None:
-                        metrics |= {"eval/score": last.score, "eval/kl": last.kl}
-                        self._keep_best(last)
-                self._record(metrics)
-                if _due(step, self.config.run.save_every):
-                    self._save()
-        return self._finish(first, last, time.perf_counter() - started)
+                self._log_samples(step)
+                self.progress = replace(self.progress, unrecorded=metrics)
+                if self._evaluates_after(step):
+                    self._stop_if_asked()
+                self._conclude()
+                self._stop_if_asked()
+        return self._finish()
+
+    def _conclude(self) -> None:
+        """What follows a step, now or when the run goes on: evaluate, record, save, as far as they are due."""
+        metrics = self.progress.unrecorded
+        if metrics is None:
+            return
+        step = int(metrics["step"])
+        if self._evaluates_after(step):
+            self._last = self._evaluate()
+            if self._last is not None:
+                metrics = metrics | {"eval/score": self._last.score, "eval/kl": self._last.kl}
+                self._keep_best(self._last)
+        self.progress = replace(self.progress, unrecorded=None)
+        self._record(metrics)
+        if _due(step, self.config.run.save_every):
+            self._save()
 
     def step(self, prompts: PromptBatch | Sequence[str]) -> dict[str, float]:
         """One PPO step: sample, score, learn. Returns the step's metrics, the same on every rank."""
@@ -123,15 +183,23 @@ class PPOTrainer:
             raise ConfigError(
                 f"ppo.num_minibatches={minibatches} is above this step's {len(prompts)} prompts; lower it"
             )
-        step, watch = self.progress.step + 1, Stopwatch()
+        step = self.progress.step + 1
+        watch = Stopwatch(entering=lambda phase: self.heartbeat(f"{phase} of step {step}"))
+        reseed(self.config.run.seed, step, self.runtime.rank, _STEP)
         self.runtime.set_lr_factor(lr_factor(self.config.optim, step, self.config.run.total_steps))
-        rollout = self.sampler.rollout(prompts, self.reward, seed=self.config.run.seed, step=step, watch=watch)
+        rollout = self.rollout = self.sampler.rollout(
+            prompts, self.reward, seed=self.config.run.seed, step=step, watch=watch, between=self._stop_if_asked
+        )
+        self._columns = prompts.columns
+        self._stop_if_asked()
         experience = make_experience(rollout, self.config.ppo, self.config.reward, self.kl_controller.coef)
+        fault = rollout_fault(rollout, step)
         with watch("update"):
-            losses = self.update(experience, step)
+            losses = self.update(experience, step) if fault is None else self._learn_nothing(fault, experience)
         metrics = self._metrics(step, rollout, experience, losses, watch)
         self._check_first_step(metrics)
-        self.kl_controller = self.kl_controller.updated(metrics["objective/kl"], len(rollout))
+        if math.isfinite(metrics["objective/kl"]):
+            self.kl_controller = self.kl_controller.updated(metrics["objective/kl"], len(rollout))
         self.progress = replace(
             self.progress,
             step=step,
@@ -139,7 +207,6 @@ class PPOTrainer:
             skipped=int(metrics["optim/skipped_steps"]),
             kl_coef=self.kl_controller.coef,
         )
-        self.rollout = rollout
         return metrics
 
     def update(self, experience: Experience, step: int) -> LossStats:
@@ -152,15 +219,31 @@ class PPOTrainer:
                 order = np.random.default_rng((_MINIBATCHES, self.config.run.seed, step, epoch)).permutation(
                     len(experience)
                 )
-                for rows in np.array_split(order, config.num_minibatches):
-                    if not self._update_minibatch(experience, torch.from_numpy(rows), totals):
+                for number, rows in enumerate(np.array_split(order, config.num_minibatches)):
+                    fault = Fault(
+                        step=step,
+                        phase="update",
+                        what="gradient",
+                        rows=tuple(rows.tolist()),
+                        where=f", epoch {epoch + 1}, minibatch {number + 1}",
+                    )
+                    if not self._update_minibatch(experience, torch.from_numpy(rows), totals, fault):
                         return totals.stats()
         finally:
             self.runtime.module.eval()
         return totals.stats()
 
-    def _update_minibatch(self, experience: Experience, rows: Int[Tensor, " n"], totals: _UpdateTotals) -> bool:
-        """One optimizer step; False if the policy had moved too far to take it."""
+    def _learn_nothing(self, fault: Fault, experience: Experience) -> LossStats:
+        totals = _UpdateTotals()
+        totals.add_step(math.nan, taken=False)
+        self._skip(fault, experience)
+        return totals.stats()
+
+    def _update_minibatch(
+        self, experience: Experience, rows: Int[Tensor, " n"], totals: _UpdateTotals, fault: Fault
+    ) -> bool:
+        """One optimizer step; False if the policy had moved too far to take it. `fault` is what it would be called if
+        its gradient were not finite."""
         config = self.config.ppo
         sequences = experience.sequences
         micro_batches = cut_micro_batches(
@@ -183,7 +266,13 @@ class PPOTrainer:
 
         if not self.runtime.backward(losses, unless=moved_too_far):
             return False
-        totals.add_step(*self.runtime.optimizer_step())
+        norm, taken = self.runtime.optimizer_step()
+        totals.add_step(norm, taken)
+        if taken:
+            self.progress = replace(self.progress, skipped_in_a_row=0)
+        else:
+            total = totals.means[-1][2]
+            self._skip(fault if total.isfinite() else replace(fault, what="loss"), experience)
         return True
 
     def _loss(
@@ -216,6 +305,11 @@ class PPOTrainer:
             return total / tokens
 
         return loss
+
+    def loss_of(self, experience: Experience) -> Tensor:
+        """The loss of a few samples as one micro-batch, for a look at it; nothing is learnt."""
+        rows = torch.arange(len(experience))
+        return self._loss(experience, rows, int(experience.sequences.response_mask.sum()), [], [])()
 
     def _metrics(
         self, step: int, rollout: Rollout, experience: Experience, losses: LossStats, watch: Stopwatch
@@ -288,16 +382,18 @@ class PPOTrainer:
     def _load_reward(self, reward: RewardFunction | None, path: str | None) -> Reward:
         if reward is None:
             return self._on_main_first(lambda: load_reward(self.config.reward, path, self.runtime.device))
-        if self.config.reward.model or self.config.reward.function:
-            raise ConfigError("PPOTrainer(reward=…) is given beside reward.model or reward.function; keep one of them")
+        if self.config.reward.model or self.config.reward.url or self.config.reward.function:
+            raise ConfigError(
+                "PPOTrainer(reward=…) is given beside reward.model, reward.url or reward.function; keep one of them"
+            )
         name = f"reward={getattr(reward, '__name__', type(reward).__name__)}"
-        return Reward(terms=((name, 1.0, reward),), clip=self.config.reward.clip)
+        return reward_of(self.config.reward, ((name, 1.0, reward),))
 
     def _try_reward(self) -> None:
         """Score a few prompts as they are, so that a reward that cannot work fails before training."""
         few = self.prompts.fixed(2)
         try:
-            self.reward(few.texts, few.texts, few.columns)
+            self.reward.try_out(few.texts, few.texts, few.columns)
         except RewardError as error:
             raise ConfigError(str(error).replace("\n", " ")) from error
 
@@ -320,14 +416,19 @@ class PPOTrainer:
             self.progress = replace(self.progress, reward_mean=self.reward.mean, reward_std=self.reward.std)
 
     def _open_folder(self) -> None:
-        resumes = self.resume_from is not None
+        resumes = self.config.run.resume is not None
         self.runtime.from_main(lambda: checkpoint.make_folder(self.folder, to_yaml(self.config), resumes=resumes))
         if resumes and self.runtime.is_main:
-            self.journal.rewind(self.progress.step)
-        self.runtime.start_trackers(self.config.run.name, _flat(asdict(self.config)), self.folder)
+            self.journal.rewind(self.progress.step, recorded=self.progress.unrecorded is None)
+        self.heartbeat.open(self.folder / "logs" / f"rank-{self.runtime.rank}.log")
+        settings = flatten(asdict(self.config))
+        told = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in settings.items()}
+        self.runtime.start_trackers(self.config.run.name, told, self.folder)
 
     def _reference_scores(self, count: int) -> Tensor:
         """Raw scores of the policy before training, on training prompts."""
+        self.heartbeat("calibration")
+        reseed(self.config.run.seed, _CALIBRATION_STEP, self.runtime.rank, _STEP)
         prompts = self.prompts.batch(1, count)
         with self.runtime.gathered():
             responses = self.sampler.sample(prompts, seed=self.config.run.seed, step=_CALIBRATION_STEP)
@@ -338,60 +439,195 @@ class PPOTrainer:
             return None
         prompts = self.held_out.fixed(self.config.run.eval_samples)
         self.line.say(f"evaluating on {len(prompts)} held-out prompts")
+        self.heartbeat(f"evaluation after step {self.progress.step}")
+        reseed(self.config.run.seed, self.progress.step, self.runtime.rank, _EVALUATION)
         return evaluate(self.sampler, self.reward, prompts)
 
+    def _evaluates_after(self, step: int) -> bool:
+        return _due(step, self.config.run.eval_every) or step == self.config.run.total_steps
+
     def _keep_best(self, evaluation: Evaluation) -> None:
-        if self.progress.best_score is None or evaluation.score > self.progress.best_score:
+        best = self.progress.best_score
+        if not math.isfinite(evaluation.score) or (best is not None and evaluation.score <= best):
+            return
+        problem = self._export("best", {"eval/score": evaluation.score, "eval/kl": evaluation.kl})
+        if problem is None:
             self.progress = replace(self.progress, best_score=evaluation.score)
-            self._export("best", {"eval/score": evaluation.score, "eval/kl": evaluation.kl})
+        else:
+            self.line.say(f"warning: best/ could not be written ({problem})")
 
     def _record(self, metrics: dict[str, float]) -> None:
-        """Metrics to every sink, and every run.sample_every steps some samples."""
-        step, every = int(metrics["step"]), self.config.run.sample_every
-        self.runtime.track({key: value for key, value in metrics.items() if key != "step"}, step)
+        """Metrics to every sink."""
+        step = int(metrics["step"])
+        tracked = {key: value for key, value in metrics.items() if key != "step"}
+        problem = failure(lambda: self.runtime.track(tracked, step))
+        if problem is not None:
+            self.line.say(f"warning: run.trackers could not write ({problem})")
         if self.runtime.is_main:
             self.journal.record(metrics)
-            if self.rollout is not None and every and (step == 1 or _due(step, every)):
-                self.journal.samples(step, logged_samples(self.rollout, self.config.run.sample_count))
+        if self._failed_saves:
+            self.line.say(f"warning: there is no checkpoint of late, {self._failed_saves} could not be written")
 
-    def _save(self) -> None:
-        checkpoint.save_checkpoint(
-            self.folder,
-            self.progress,
-            self.runtime.save_state,
-            is_main=self.runtime.is_main,
-            barrier=self.runtime.barrier,
+    def _log_samples(self, step: int) -> None:
+        every = self.config.run.sample_every
+        if self.runtime.is_main and self.rollout is not None and every and (step == 1 or _due(step, every)):
+            self.journal.samples(step, logged_samples(self.rollout, self.config.run.sample_count))
+
+    def _stop_if_asked(self) -> None:
+        """Between phases, on all ranks together if any was asked."""
+        if self.runtime.anywhere(self._stop.received is not None):
+            raise _Stop
+
+    def _save(self) -> bool:
+        """Write a checkpoint of where the run stands, and say whether it is there.
+
+        One that fails is said, and the run goes on, until run.max_failed_saves have failed in a row: `RunFailed`.
+        """
+        if self._saved == self.progress:
+            return True
+        self.heartbeat(f"saving after step {self.progress.step}")
+        progress = replace(self.progress, seconds=self._seconds())
+        try:
+            problem = self.runtime.first_failure(failure(self.journal.flush) if self.runtime.is_main else None)
+            if problem is not None:
+                raise SaveError(problem)
+            checkpoint.save_checkpoint(self.folder, progress, self.config, self.runtime)
+        except SaveError as error:
+            self._failed_saves += 1
+            most = self.config.run.max_failed_saves
+            said = f"the checkpoint of step {progress.step} could not be written: {error}"
+            if self._failed_saves >= most:
+                raise RunFailed(
+                    f"{said}; run.max_failed_saves={most} have failed in a row; {self._how_to_go_on()}"
+                ) from error
+            self.line.say(f"warning: {said}; {most - self._failed_saves} more such failures end the run")
+            return False
+        self._failed_saves, self._saved = 0, self.progress
+        return True
+
+    def _leave_as_asked(self) -> None:
+        saved = self._save()
+        self.line.say(
+            f"stopped by {self._stop.received or 'a signal to another process'} after step {self.progress.step} of "
+            f"{self.config.run.total_steps}; {self._how_to_go_on()}"
+        )
+        raise SystemExit(STOPPED if saved else 1)
+
+    def _give_up_scoring(self, error: FailedScoring) -> None:
+        cause = error.__cause__ or error
+        facts = {
+            "phase": "score",
+            "step": self.progress.step + 1,
+            "message": str(error),
+            "traceback": "".join(traceback.format_exception(cause)),
+            **error.inputs,
+        }
+        place = self._dump(facts, None)
+        self._save()
+        raise RunFailed(f"{error}; what it was given: {place}; {self._how_to_go_on()}") from error
+
+    def _skip(self, fault: Fault, experience: Experience) -> None:
+        """Count a step that is not taken and say why; raises `RunFailed` if it is one too many in a row."""
+        count, most = self.progress.skipped_in_a_row + 1, self.config.run.max_skipped_steps
+        self.progress = replace(self.progress, skipped_in_a_row=count)
+        said = explain(fault, self.rollout)
+        self.line.say(f"warning: {said}; skipped, {count} in a row of run.max_skipped_steps={most}")
+        if count < most:
+            return
+        facts: dict[str, Any] = {**asdict(fault), "message": said}
+        if self.rollout is not None:
+            facts |= {"prompts": self.rollout.prompts, "responses": self.rollout.texts}
+            facts |= {"scores": self.rollout.scores.tolist(), "columns": self._columns}
+        place = self._dump(facts, experience)
+        raise RunFailed(
+            f"{said}; {count} steps in a row were skipped (run.max_skipped_steps); look with python -m rlhf_accel "
+            f"replay {place}; {self._how_to_go_on()}"
         )
 
+    def _dump(self, facts: dict[str, Any], experience: Experience | None) -> Path:
+        """Leave what is at fault in the run's folder; with an experience, the weights too, so all ranks call this."""
+        place = self.folder / "dumps" / f"step-{facts['step']:06d}"
+        tensors: dict[str, Tensor] = {}
+        weights = {} if experience is None else each_once(self.runtime.learned_weights())
+        for batch in () if experience is None else (experience, experience.sequences):
+            for field in fields(batch):
+                if isinstance(getattr(batch, field.name), Tensor):
+                    tensors[field.name] = getattr(batch, field.name)
+        dump = Dump(config=self.config, facts=facts, experience=tensors, weights=weights)
+        problem = failure(lambda: checkpoint.write_dump(place, dump)) if self.runtime.is_main else None
+        if problem is not None:
+            self.line.say(f"warning: {place} could not be written ({problem})")
+        return place
+
+    def _how_to_go_on(self) -> str:
+        place = checkpoint.newest(self.folder)
+        if place is None:
+            return "no checkpoint was written, the same command with --run.resume auto starts anew"
+        return f"the last checkpoint is {place}, go on with --run.output_dir {self.folder} --run.resume latest"
+
+    def _seconds(self) -> float:
+        return self.progress.seconds + time.perf_counter() - self._started
+
     def _resume(self, place: Path) -> None:
-        self.runtime.load_state(place)
-        self.progress = replace(checkpoint.load_progress(place), world_size=self.runtime.world_size)
+        self.progress = self._saved = checkpoint.load_progress(place)
         if not self.runtime.from_main((self.folder / "best").is_dir):  # another run's best, in another folder
             self.progress = replace(self.progress, best_score=None)
         self.kl_controller = self._kl_controller()
         self.reward = replace(self.reward, mean=self.progress.reward_mean, std=self.progress.reward_std)
         self.line.say(f"going on after step {self.progress.step} from {place}")
 
-    def _export(self, name: str, results: dict[str, Any]) -> None:
+    def _export(self, name: str, results: dict[str, Any]) -> str | None:
+        """Write the policy for others to load. Returns why that failed, on every rank, None if it did not."""
+        self.heartbeat(f"writing {name}/ after step {self.progress.step}")
         weights = self.runtime.learned_weights()
+        problem = None
         if self.runtime.is_main:
             card = checkpoint.model_card(self.config, results)
-            checkpoint.export(self.folder / name, self.runtime.plain_module, weights, self.tokens, card)
-        self.runtime.barrier()
+            module = self.runtime.plain_module
+            problem = failure(lambda: checkpoint.export(self.folder / name, module, weights, self.tokens, card))
+        return self.runtime.first_failure(problem)
 
-    def _finish(self, first: Evaluation | None, last: Evaluation | None, seconds: float) -> dict[str, Any]:
+    def _finish(self) -> dict[str, Any]:
         """Export the policy and write what the run did to the held-out score."""
+        last = self._last or self._evaluate()
         calibration = {"mean": self.reward.mean, "std": self.reward.std}
-        summary: dict[str, Any] = {"steps": self.progress.step, "seconds": seconds, "calibration": calibration}
+        summary: dict[str, Any] = {
+            "steps": self.progress.step,
+            "seconds": self._seconds(),
+            "calibration": calibration,
+        }
         if last is not None and self.progress.base is not None:
             summary |= compare(self.progress.base, last)
-        if first is not None and last is not None:
-            summary["samples"] = sample_pairs(first, last, 10)
-        self._export("final", summary)
+            summary["samples"] = sample_pairs(self.progress.base_samples or [], last)
+        self._insist(lambda: self._export("final", summary), "final/")
+        self._insist(lambda: self.runtime.first_failure(self._write_summary(summary)), "summary.json")
         self.runtime.close()
         if self.runtime.is_main:
             self.journal.finish(summary)
         return summary
+
+    def _write_summary(self, summary: dict[str, Any]) -> str | None:
+        if not self.runtime.is_main:
+            return None
+
+        def write() -> None:
+            self.journal.flush()
+            checkpoint.write_summary(self.folder, summary)
+
+        return failure(write)
+
+    def _insist(self, write: Callable[[], str | None], what: str) -> None:
+        """Write what a run is for; on a full disk there is time to make room."""
+        most = self.config.run.max_failed_saves
+        for attempt in range(1, most + 1):
+            problem = write()
+            if problem is None:
+                return
+            said = f"{what} could not be written: {problem}"
+            if attempt < most:
+                self.line.say(f"warning: {said}; trying again in {_RETRY_EXPORT:.0f} s ({attempt} of {most})")
+                time.sleep(_RETRY_EXPORT)
+        raise RunFailed(f"{said}; {self._how_to_go_on()}")
 
     def _say_what_runs(self, module: models.PolicyWithValue) -> None:
         trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -431,7 +667,10 @@ class _UpdateTotals:
             self.norms.append(norm)
 
     def stats(self) -> LossStats:
-        policy, value, total, approx_kl, clipped, value_clipped = torch.stack(self.means).mean(0).tolist()
+        means = torch.stack(self.means) if self.means else torch.full((1, 6), torch.nan)
+        maxima = torch.stack(self.maxima) if self.maxima else torch.full((1, 2), torch.nan)
+        # What was not finite was skipped and counted; the others say how the update went.
+        policy, value, total, approx_kl, clipped, value_clipped = means.nanmean(0).tolist()
         return LossStats(
             policy=policy,
             value=value,
@@ -439,8 +678,8 @@ class _UpdateTotals:
             approx_kl=approx_kl,
             clip_fraction=clipped,
             value_clip_fraction=value_clipped,
-            ratio_max=float(torch.stack(self.maxima)[:, 0].max()),
-            first_ratio_error=float(self.maxima[0][1]),
+            ratio_max=float(maxima[:, 0].max()),
+            first_ratio_error=float(maxima[0, 1]),
             grad_norm=float(np.mean(self.norms)) if self.norms else float("nan"),
             skipped=self.skipped,
         )
@@ -468,16 +707,26 @@ def logged_samples(rollout: Rollout, count: int) -> list[dict[str, Any]]:
     return [dict(zip(names, row, strict=True)) for row in rows][:count]
 
 
+def rollout_fault(rollout: Rollout, step: int) -> Fault | None:
+    """The first quantity of a rollout that is not finite for some samples, and which these are."""
+    for name in ("scores", "logprobs", "ref_logprobs", "values", "entropy"):
+        bad = ~getattr(rollout, name).isfinite().reshape(len(rollout), -1).all(1)
+        if bad.any():
+            phase = "score" if name == "scores" else "rollout"
+            return Fault(step=step, phase=phase, what=name, rows=tuple(bad.nonzero()[:, 0].tolist()))
+    return None
+
+
+def explain(fault: Fault, rollout: Rollout | None) -> str:
+    """One line that says what was not finite, where, and for which samples."""
+    shown = ", ".join(map(str, fault.rows[:8])) + (", …" if len(fault.rows) > 8 else "")
+    verb = "is" if fault.what in ("loss", "gradient", "entropy") else "are"
+    said = f"{fault.what} {verb} not finite in the {fault.phase} of step {fault.step}{fault.where}: samples {shown}"
+    if rollout is None or not fault.rows:
+        return said
+    prompt, response = rollout.prompts[fault.rows[0]], rollout.texts[fault.rows[0]]
+    return f"{said}; the first: {prompt!r:.60} -> {response!r:.60}"
+
+
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted keys with values that every tracker takes."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, (int, float, str, bool)) else str(value)
-    return flat

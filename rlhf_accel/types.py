@@ -128,12 +128,14 @@ class Responses(_Batch):
 
     sequences: Sequences
     finished: Bool[Tensor, " B"]  # ended by a stop, not by the length limit
+    sound: Bool[Tensor, " B"]  # sampled from logits that were finite
     prompts: tuple[str, ...]
     texts: tuple[str, ...]
     columns: Mapping[str, tuple[Any, ...]]
 
     def __post_init__(self) -> None:
         _check("finished", self.finished, torch.bool, (len(self),))
+        _check("sound", self.sound, torch.bool, (len(self),))
         _check_rows(len(self), {"prompts": self.prompts, "texts": self.texts})
         _check_rows(len(self), self.columns)
 
@@ -201,6 +203,21 @@ class LossStats:
     first_ratio_error: float  # max |ratio - 1| before the first optimizer step
     grad_norm: float
     skipped: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """Something that was not finite, for which a step was skipped; the same on every rank.
+
+    rows are places in the step's global batch: of the samples that are at fault where that is known (scores, rollout),
+    else of the minibatch that was not learnt from.
+    """
+
+    step: int
+    phase: str  # score, rollout or update
+    what: str  # the quantity: scores, logprobs, …, loss, gradient
+    rows: tuple[int, ...]
+    where: str = ""  # of an update: its epoch and minibatch
 
 
 def _select(value: Any, rows: Int[Tensor, " n"]) -> Any:

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from rlhf_accel import checkpoint
-from rlhf_accel.config import Config, ConfigError, parse
+from rlhf_accel.config import Config, ConfigError, RunFailed, parse
 from rlhf_accel.tokens import Tokens
 from rlhf_accel.trainer import PPOTrainer
 
@@ -96,30 +97,153 @@ def test_choosing_a_folder_creates_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+class OnDisk:
+    """What `save_checkpoint` asks of a runtime, of one process that writes this text as its weights."""
+
+    is_main, zero_stage, world_size, writes_shards = True, 0, 1, False
+
+    def __init__(self, text):
+        self.text = text
+
+    def save_state(self, folder):
+        (folder / "learned.safetensors").write_text(self.text)
+        return "No space left on device" if self.text == "half" else None
+
+    def first_failure(self, said):
+        return said
+
+
+def save(folder, step, text="whole", **run):
+    progress = checkpoint.Progress(step=step, kl_coef=0.25 * step)
+    config = run_config(output_dir=str(folder), **run)
+    checkpoint.save_checkpoint(folder, progress, config, OnDisk(text))
+
+
+def found(folder, resume="latest", said=None, **run):
+    said = [] if said is None else said
+    return checkpoint.resume_folder(run_config(output_dir=str(folder), resume=resume, **run), folder, said.append)
+
+
 def test_resuming_without_a_checkpoint_is_refused(tmp_path):
     for resume in ("latest", str(tmp_path / "checkpoints" / "step-000002")):
-        with pytest.raises(ConfigError, match=rf"^run\.resume={resume}: "):
-            checkpoint.resume_folder(run_config(output_dir=str(tmp_path), resume=resume), tmp_path)
+        with pytest.raises(ConfigError, match=rf"^run\.resume={resume}"):
+            found(tmp_path, resume)
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"ended before its first checkpoint.*--run\.resume auto starts it anew$"):
+        found(tmp_path)
+
+
+def test_auto_starts_where_there_is_nothing_to_go_on_from(tmp_path):
+    said = []
+    assert found(tmp_path, "auto", said) is None
+    assert said == [f"run.resume=auto: {tmp_path} holds no checkpoint, so the run starts"]
+    save(tmp_path, 3)
+    assert found(tmp_path, "auto").name == "step-000003"
 
 
 def test_a_checkpoint_that_breaks_off_leaves_the_last_one_in_place(tmp_path):
-    def save(step, save_state):
-        progress = checkpoint.Progress(step=step, kl_coef=0.25 * step)
-        checkpoint.save_checkpoint(tmp_path, progress, save_state, is_main=True, barrier=lambda: None)
+    save(tmp_path, 1)
+    with pytest.raises(checkpoint.SaveError, match="No space left"):
+        save(tmp_path, 2, "half")
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-000001"]
+    assert found(tmp_path).name == "step-000001"
+    assert checkpoint.load_progress(found(tmp_path)) == checkpoint.Progress(step=1, kl_coef=0.25)
+    save(tmp_path, 2)
+    names = ["config.yaml", "learned.safetensors", "manifest.json", "progress.json"]
+    assert (found(tmp_path).name, sorted(path.name for path in found(tmp_path).iterdir())) == ("step-000002", names)
 
-    def fail(folder):
-        (folder / "half").write_text("")
-        raise OSError("disk full")
 
-    save(1, lambda folder: (folder / "weights").write_text("one"))
-    with pytest.raises(OSError, match="disk full"):
-        save(2, fail)
-    found = checkpoint.resume_folder(run_config(output_dir=str(tmp_path), resume="latest"), tmp_path)
-    assert found.name == "step-000001"
-    assert checkpoint.load_progress(found) == checkpoint.Progress(step=1, kl_coef=0.25)
-    save(2, lambda folder: (folder / "weights").write_text("two"))
-    found = checkpoint.resume_folder(run_config(output_dir=str(tmp_path), resume="latest"), tmp_path)
-    assert (found.name, sorted(path.name for path in found.iterdir())) == ("step-000002", ["progress.json", "weights"])
+@pytest.mark.parametrize(("keep", "left"), [(0, [1, 2, 3, 4]), (1, [4]), (2, [3, 4])])
+def test_older_checkpoints_go_when_the_new_one_is_whole(tmp_path, keep, left):
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep_checkpoints=0)
+    with pytest.raises(checkpoint.SaveError):
+        save(tmp_path, 4, "half", keep_checkpoints=keep)
+    assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 3
+    save(tmp_path, 4, keep_checkpoints=keep)
+    names = [f"step-{step:06d}" for step in left]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("*")) == ["latest", *names]
+
+
+def test_a_checkpoint_newer_than_the_one_named_latest_is_not_ours_to_remove_or_take(tmp_path):
+    """Somebody went back to an older one, by its name or by writing `latest`."""
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    (tmp_path / "checkpoints" / "latest").write_text("step-000002")
+    assert found(tmp_path).name == "step-000002"
+    (tmp_path / "checkpoints" / "latest").write_text("nonsense")
+    assert found(tmp_path).name == "step-000003"
+
+
+def damages(path):
+    """Ways to damage a file, each a function that does it."""
+    content = path.read_bytes()
+    for place in (0, len(content) // 2, len(content) - 1):
+        yield f"bit {place}", lambda p=place: path.write_bytes(content[:p] + bytes([content[p] ^ 1]) + content[p + 1 :])
+    for size in (0, len(content) // 2, len(content) - 1):
+        yield f"{size} bytes", lambda size=size: path.write_bytes(content[:size])
+    yield "longer", lambda: path.write_bytes(content + b"\0")
+    yield "missing", path.unlink
+
+
+def test_every_damage_to_every_file_is_recognised_named_and_passed_over(tiny, tmp_path):
+    """Of a checkpoint as a run writes it: bits flipped, files cut short, longer or gone."""
+    run = {"total_steps": 2, "save_every": 1, "eval_samples": 0, "output_dir": str(tmp_path / "run")}
+    config = tiny(run=run, lora={"r": 2})
+    PPOTrainer(config).fit()
+    folder, newest = tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-000002"
+    shutil.rmtree(folder / "final")
+    resumed = replace(config, run=replace(config.run, resume="latest"))
+    files = sorted(path for path in newest.rglob("*") if path.is_file())
+    assert [path.name for path in files] == [
+        *("config.yaml", "learned.safetensors", "manifest.json", "optimizer.safetensors", "progress.json")
+    ]
+    count = 0
+    for path in files:
+        content = path.read_bytes()
+        for what, damage in damages(path):
+            damage()
+            said = []
+            place = checkpoint.resume_folder(resumed, folder, said.append)
+            assert place.name == "step-000001", (path.name, what)
+            assert len(said) == 1 and f"passing over {newest}, which is damaged: {path.name}" in said[0], (what, said)
+            with pytest.raises(ConfigError, match=rf"is not a whole checkpoint: {path.name}"):
+                named = replace(config, run=replace(config.run, resume=str(newest)))
+                checkpoint.resume_folder(named, folder, said.append)
+            path.write_bytes(content)
+            count += 1
+    assert count == 5 * 8
+    assert checkpoint.resume_folder(resumed, folder, pytest.fail).name == "step-000002"
+
+
+def test_when_all_are_damaged_there_is_none(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "checkpoints" / "step-000001" / "learned.safetensors").write_text("other")
+    with pytest.raises(ConfigError, match=r"^run\.resume=latest: all checkpoints in .* are damaged"):
+        found(tmp_path)
+
+
+def test_a_changed_config_is_refused_with_the_keys_that_differ(tmp_path):
+    save(tmp_path, 1)
+    changed = {"optim": {"lr": 1.0}, "ppo": {"gamma": 0.5, "micro_batch_tokens": 4096}, "run": {"total_steps": 200}}
+
+    def resume(**run):
+        tree = {**changed, "run": {**changed["run"], "output_dir": str(tmp_path), "resume": "latest", **run}}
+        return checkpoint.resume_folder(parse(Config, tree), tmp_path, pytest.fail)
+
+    with pytest.raises(ConfigError) as caught:
+        resume()
+    assert "ppo.gamma (was 1.0, is 0.5), optim.lr (was 1e-05, is 1.0);" in str(caught.value)
+    assert str(caught.value).endswith("pass --run.changes '[ppo.gamma, optim.lr]' if this is meant")
+    assert resume(changes=["ppo.gamma", "optim.lr"]).name == "step-000001"
+
+
+def test_another_version_is_said(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    monkeypatch.setattr(checkpoint, "_versions", lambda: {"torch": "1.0"})
+    said = []
+    found(tmp_path, said=said)
+    assert len(said) == 1 and f"torch {torch.__version__}" in said[0]
 
 
 # Export
@@ -318,11 +442,11 @@ def test_a_run_that_crashes_can_go_on(tiny, tmp_path):
         return [response.count("o") for response in responses]
 
     run = {"total_steps": 4, "save_every": 1, "eval_samples": 0, "output_dir": str(tmp_path / "a")}
-    config = tiny(run=run, reward={"function": []})
-    with pytest.raises(RuntimeError, match="the power went out"):
+    config = tiny(run=run, reward={"function": [], "retries": 0})
+    with pytest.raises(RunFailed, match="the power went out"):
         PPOTrainer(config, reward=fails_once).fit()
     assert [row["step"] for row in rows_of(tmp_path / "a")] == [1, 2]
-    PPOTrainer(tiny(run={**run, "resume": "latest"}, reward={"function": []}), reward=fails_once).fit()
+    PPOTrainer(tiny(run={**run, "resume": "latest"}, reward={"function": [], "retries": 0}), reward=fails_once).fit()
     assert [row["step"] for row in rows_of(tmp_path / "a")] == [1, 2, 3, 4]
     PPOTrainer(tiny(run={**run, "output_dir": str(tmp_path / "b")}, reward={"function": []}), reward=fails_once).fit()
     assert rows_of(tmp_path / "a") == rows_of(tmp_path / "b")
@@ -340,26 +464,20 @@ def test_a_finished_run_is_not_gone_on_with(tiny, tmp_path):
     assert len(rows_of(tmp_path / "a")) == 3
 
 
-def test_scores_keep_their_scale_when_a_run_goes_on(tiny, tmp_path):
-    run = {"total_steps": 2, "save_every": 1, "eval_samples": 0, "output_dir": str(tmp_path / "a")}
-    PPOTrainer(tiny(run=run)).fit()
-    with pytest.raises(ConfigError, match=r"^reward\.calibrate=true is not what .* was trained with"):
-        PPOTrainer(tiny(run={**run, "total_steps": 3, "resume": "latest"}, reward={"calibrate": True}))
-
-
 def test_best_of_another_folder_is_not_ours(tiny, tmp_path):
     """A run that goes on in a new folder would otherwise have no best/ until it beats one that it does not hold."""
     run = {"total_steps": 1, "save_every": 1, "output_dir": str(tmp_path / "a")}
     PPOTrainer(tiny(run=run)).fit()
     place = tmp_path / "a" / "checkpoints" / "step-000001"
-    progress = json.loads((place / "progress.json").read_text())
-    (place / "progress.json").write_text(json.dumps(progress | {"best_score": 1e9}))
+    progress, other = checkpoint.load_progress(place), PPOTrainer(tiny(run={**run, "output_dir": str(tmp_path / "c")}))
+    checkpoint.save_checkpoint(tmp_path / "a", replace(progress, best_score=1e9), other.config, other.runtime)
     PPOTrainer(tiny(run={**run, "total_steps": 2, "output_dir": str(tmp_path / "b"), "resume": str(place)})).fit()
     assert (tmp_path / "b" / "best").is_dir()
 
 
-def test_a_fixed_coefficient_is_the_one_of_the_config(tiny, tmp_path):
+def test_a_coefficient_that_was_changed_on_purpose_is_the_new_one(tiny, tmp_path):
     run = {"total_steps": 1, "save_every": 1, "eval_samples": 0, "output_dir": str(tmp_path / "a")}
     PPOTrainer(tiny(run=run, ppo={"kl_coef": 0.1})).fit()
-    PPOTrainer(tiny(run={**run, "total_steps": 2, "resume": "latest"}, ppo={"kl_coef": 0.3})).fit()
+    run |= {"total_steps": 2, "resume": "latest", "changes": ["ppo.kl_coef"]}
+    PPOTrainer(tiny(run=run, ppo={"kl_coef": 0.3})).fit()
     assert [row["kl/coef"] for row in rows_of(tmp_path / "a")] == [0.1, 0.3]

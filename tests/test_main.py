@@ -179,7 +179,7 @@ def test_a_bad_reward_function(refused, target, words):
 
 
 def test_no_reward(refused):
-    refused("--reward.function", "[]", words=["reward.model or reward.function"])
+    refused("--reward.function", "[]", words=["reward.model, reward.url or reward.function"])
 
 
 def test_a_reward_that_does_not_vary_cannot_be_calibrated(refused):
@@ -200,8 +200,13 @@ def test_a_run_in_the_way_of_the_output(refused, place, tiny, capfd):
     assert (place / "out" / "run" / "final").is_dir()
     refused(words=["run.output_dir=", "already holds a run", "--run.resume latest"])
     # Nor does another mistake, when going on with the run.
-    refused("--run.resume", "latest", "--reward.function", "tests.test_main:too_few", words=["reward.function="])
-    refused("--run.resume", place / "nowhere", words=["run.resume=", "nowhere"])
+    more = ("--run.total_steps", "2", "--run.resume")
+    other_reward = ("--reward.function", "tests.test_main:too_few")
+    refused(*more, "latest", *other_reward, words=["run.resume=latest", "reward.function (was", "--run.changes"])
+    meant = ("--run.changes", "reward.function")
+    refused(*more, "latest", *other_reward, *meant, words=["reward.function=tests.test_main:too_few returned 1 scores"])
+    refused(*more, place / "nowhere", words=["run.resume=", "nowhere", "not a whole checkpoint"])
+    refused("--run.total_steps", "1", "--run.resume", "latest", words=["run.total_steps=1", "done 1 steps already"])
 
 
 def test_a_bad_config_as_seen_from_outside(place, tiny):
@@ -242,7 +247,9 @@ def test_an_unknown_command(capsys):
         command_line.main(["tarin"])
     output = capsys.readouterr()
     assert stopped.value.code == 2
-    assert output.err.startswith("error: unknown command 'tarin'; commands are train, generate, merge, train-reward")
+    assert output.err.startswith(
+        "error: unknown command 'tarin'; commands are train, generate, merge, replay, train-reward"
+    )
     assert len(output.err.splitlines()) == 1
 
 

@@ -222,7 +222,7 @@ def test_a_function_that_cannot_be_had_is_refused(target, match, tmp_path, monke
 
 
 def test_nothing_to_reward_with_is_refused():
-    with pytest.raises(ConfigError, match=r"reward\.model or reward\.function"):
+    with pytest.raises(ConfigError, match=r"reward\.model, reward\.url or reward\.function"):
         load_reward(RewardConfig(), None, CPU)
 
 
@@ -310,8 +310,15 @@ def raising(prompts, responses):
 )
 def test_what_is_not_one_finite_number_for_each_response_is_an_error(function, match):
     with pytest.raises(RewardError, match=match) as caught:
-        rewarding(function)(["a", "b"], ["first", "second"], {})
+        rewarding(function).try_out(["a", "b"], ["first", "second"], {})
     assert "reward.function=f" in str(caught.value)
+
+
+def test_while_training_a_score_that_is_not_finite_is_for_the_trainer_to_find():
+    assert rewarding(lambda p, r: [0.0, float("nan")])(["a", "b"], ["first", "second"], {}).isnan().tolist() == [
+        False,
+        True,
+    ]
 
 
 def test_a_missing_column_is_said():

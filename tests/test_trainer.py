@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from rlhf_accel import metrics as metrics_module
-from rlhf_accel.config import Config, ConfigError, OptimConfig, load
+from rlhf_accel.config import Config, ConfigError, OptimConfig, RunFailed, load
 from rlhf_accel.trainer import PPOTrainer, lr_factor
 from tests.conftest import share_of_o
 
@@ -453,7 +453,7 @@ def test_a_reward_beside_the_configs_is_refused(tiny):
 
 
 def test_no_reward_is_refused(tiny):
-    with pytest.raises(ConfigError, match=r"reward\.model or reward\.function"):
+    with pytest.raises(ConfigError, match=r"reward\.model, reward\.url or reward\.function"):
         PPOTrainer(tiny(reward={"function": []}))
 
 
@@ -550,11 +550,13 @@ def test_the_module_is_back_in_evaluation_mode_after_an_exception(tiny, monkeypa
 
 def test_a_reward_that_fails_in_the_middle_of_a_run_says_which(tiny):
     def reward(prompts, responses, **columns):
-        return [float("nan") if len(prompts) == 8 else 0.0] * len(prompts)
+        if len(prompts) == 8:
+            raise OSError("gone")
+        return [0.0] * len(prompts)
 
     reward.__name__ = "moody"
-    with pytest.raises(RuntimeError, match="reward=moody returned nan for the response"):
-        PPOTrainer(tiny(reward={"function": []}), reward=reward).fit()
+    with pytest.raises(RunFailed, match=r"reward=moody raised OSError: gone; what it was given: .*step-000001"):
+        PPOTrainer(tiny(reward={"function": [], "retries": 0}), reward=reward).fit()
 
 
 # Learning rates

@@ -1,0 +1,111 @@
+"""Run again what stopped a run: the reward on the texts that it failed on, or the model on the samples of a dump."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from rlhf_accel import assets
+from rlhf_accel.checkpoint import Dump, read_dump
+from rlhf_accel.config import Config
+from rlhf_accel.metrics import plain
+from rlhf_accel.models import model_inputs
+from rlhf_accel.reward import RewardError, load_reward
+from rlhf_accel.runtime import quiet_libraries, tune_process
+from rlhf_accel.trainer import PPOTrainer
+from rlhf_accel.types import Experience, Sequences
+
+SHOWN = 20
+
+
+def main(arguments: list[str]) -> None:
+    """The command; raises `ConfigError` for a folder that is no dump, or whose run cannot be set up here."""
+    parser = argparse.ArgumentParser(prog="rlhf_accel replay", description=__doc__)
+    parser.add_argument("dump", type=Path, help="a folder dumps/step-NNNNNN of a run")
+    options = parser.parse_args(arguments)
+    dump = read_dump(options.dump)
+    console = Console(soft_wrap=True, emoji=False)
+    console.print(f"the run said: {dump.facts['message']}", highlight=False, markup=False)
+    tune_process()
+    quiet_libraries()
+    if dump.experience and dump.facts["phase"] != "score":
+        found = replay_model(dump, options.dump)
+    else:
+        found = replay_reward(dump)
+    _show(console, found)
+
+
+def replay_reward(dump: Dump) -> list[dict[str, Any]]:
+    """Score each text by itself: a row for each with the score, or with what the reward raised."""
+    config, facts = dump.config.reward, dump.facts
+    path = None if config.model is None else assets.resolve_model(config.model, "reward.model")
+    reward = replace(load_reward(config, path, torch.device("cpu")), retries=0)
+    rows = []
+    for i, (prompt, response) in enumerate(zip(facts["prompts"], facts["responses"], strict=True)):
+        columns = {name: [column[i]] for name, column in facts.get("columns", {}).items()}
+        try:
+            score, said = float(reward([prompt], [response], columns)[0]), ""
+        except RewardError as error:
+            score, said = math.nan, str(error)
+        rows.append({"sample": i, "prompt": prompt, "response": response, "score": score, "raised": said})
+    return rows
+
+
+def replay_model(dump: Dump, folder: Path) -> list[dict[str, Any]]:
+    """What the model makes of each sample by itself, in one process: its log-probability and value where these were at
+    fault, else loss and gradient."""
+    trainer = PPOTrainer(_alone(dump.config, folder))
+    module = trainer.runtime.plain_module
+    module.load_state_dict(dump.weights, strict=False)
+    experience = experience_of(dump)
+    learned = [p for p in module.parameters() if p.requires_grad]
+    rows = []
+    for row in dump.facts["rows"]:
+        part = experience.select(torch.tensor([row]))
+        if dump.facts["phase"] == "rollout":
+            with torch.no_grad():
+                said = module(*model_inputs(part.sequences.to(trainer.runtime.device)))
+            figures = {"log-probability": float(said.logprobs.sum()), "values": float(said.values.sum())}
+        else:
+            module.zero_grad()
+            loss = trainer.loss_of(part)
+            loss.backward()
+            norm = torch.stack([p.grad.norm() for p in learned if p.grad is not None]).norm()
+            figures = {"loss": float(loss), "gradient norm": float(norm)}
+        texts = {"prompt": dump.facts["prompts"][row], "response": dump.facts["responses"][row]}
+        rows.append({"sample": row, **texts, **figures})
+    return rows
+
+
+def experience_of(dump: Dump) -> Experience:
+    tensors = dump.experience
+    sequences = Sequences(**{field.name: tensors[field.name] for field in fields(Sequences)})
+    rest = {field.name: tensors[field.name] for field in fields(Experience) if field.name != "sequences"}
+    return Experience(sequences=sequences, **rest)
+
+
+def _alone(config: Config, folder: Path) -> Config:
+    """The config for a look at the model: a new run in one process, which writes nothing."""
+    run = replace(config.run, resume=None, trackers=(), output_dir=str(folder / "replay"))
+    return replace(config, run=run, reward=replace(config.reward, calibrate=False))
+
+
+def _show(console: Console, rows: list[dict[str, Any]]) -> None:
+    bad = [row for row in rows if any(isinstance(v, float) and not math.isfinite(v) for v in row.values())]
+    table = Table(show_lines=True)
+    for key in rows[0] if rows else ():
+        table.add_column(key, justify="right" if isinstance(rows[0][key], float) else "left", overflow="fold")
+    for row in (bad or rows)[:SHOWN]:
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else plain(str(v)) for v in row.values()))
+    console.print(table)
+    if bad:
+        console.print(f"again: {len(bad)} of {len(rows)} samples, each by itself, are not finite or fail")
+    else:
+        console.print(f"not again: each of the {len(rows)} samples, by itself on this machine, is finite")
