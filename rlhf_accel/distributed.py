@@ -352,6 +352,7 @@ class Runtime:
         inner, flats = self._flat_optimizer()
         if not all(inner.state.get(flat) for flat in flats):  # before the first step
             return {}
+        self._link_moments()
         step = torch.tensor(float(inner.state[flats[0]]["step"]))
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
@@ -385,8 +386,7 @@ class Runtime:
                     "step": count,
                     **{key: torch.zeros_like(flat) for key in ("exp_avg", "exp_avg_sq")},
                 }
-            if self.zero_stage < 3:
-                self._module.optimizer._lazy_init_hp_params_optimizer_state()
+            self._link_moments()
             for name, parameter in learned.items():
                 for key in ("exp_avg", "exp_avg_sq"):
                     self._set_moment(parameter, file.get_tensor(f"{name}.{key}"), key)
@@ -396,6 +396,13 @@ class Runtime:
         zero = self._module.optimizer
         flats = zero.fp32_partitioned_groups_flat if self.zero_stage == 3 else zero.single_partition_of_fp32_groups
         return zero.optimizer, list(flats)
+
+    def _link_moments(self) -> None:
+        """Let ZeRO-1 and -2 find the state of each parameter, of all groups: by itself DeepSpeed does so when the first
+        group was stepped, and finds none of the others'."""
+        if self.zero_stage < 3:
+            self._module.optimizer._hp_optimizer_states_linked = False
+            self._module.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _set_moment(self, parameter: Any, value: Tensor, key: str) -> None:
         """This rank's part of a whole moment."""

@@ -25,10 +25,19 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "lora": LORA,
     "checkpointed": CHECKPOINTED,
     "stopped": {"ppo": {"target_kl_stop": 2e-5}, "run": {"total_steps": 3}},
-    "poisoned": {"run": {"total_steps": 2}},  # the worker sees to it
     "saved": {"run": SAVED},
     "saved_lora": {**LORA, "run": SAVED},
+    "saved_portable": {"run": {**SAVED, "checkpoint": "portable"}},
+    "saved_lora_portable": {**LORA, "run": {**SAVED, "checkpoint": "portable"}},
+    # Goes on from the checkpoint of one process.
+    "from_one": {"run": SAVED},
+    "from_one_lora": {**LORA, "run": SAVED},
 }
+# The worker makes these not finite, once, on the last rank; and sends SIGTERM there in these phases of step 2.
+POISONS = ("gradient", "reward", "logits")
+PHASES = ("rollout", "score", "update", "saving")
+RUNS |= {f"poisoned_{what}": {"run": {"total_steps": 2}} for what in POISONS}
+RUNS |= {f"stopped_in_{phase}": {"run": SAVED} for phase in PHASES}
 # These round to 8 bits, differently in each batch: they only have to run and to stay close. Llama's layers are
 # nn.Linear, which DeepSpeed treats in a way of its own under autocast.
 BF16_BASE = {**LORA, "model": {"critic": "adapter", "dtype": "bf16"}, "run": {"total_steps": 2}}
@@ -48,18 +57,20 @@ GRADIENT: dict[str, dict[str, Any]] = {
     "optim": {"max_grad_norm": None},
 }
 # What each launch runs; None is one process.
-BOTH = ("full", "uneven", "lora", "checkpointed", "stopped", "poisoned", "gradient", "autocast")
+POISONED = [f"poisoned_{what}" for what in POISONS]
+BOTH = ("full", "uneven", "lora", "checkpointed", "stopped", *POISONED, "gradient", "autocast")
 LAUNCHES: dict[tuple[str | None, int], list[str]] = {
-    (None, 1): [*BOTH, "few", "separate", "classifier", "bf16_base"],
-    ("ddp", 2): [*BOTH, "saved"],
+    (None, 1): [*BOTH, "few", "separate", "classifier", "bf16_base", "saved", "saved_lora"],
+    ("ddp", 2): [*BOTH, "saved", "from_one", *(f"stopped_in_{phase}" for phase in PHASES)],
     ("cpu", 3): ["uneven", "few"],
-    ("zero1", 2): ["full", "poisoned"],
-    ("zero2", 2): [*BOTH, "saved_lora", "bf16_base"],
+    ("zero1", 2): ["full", "poisoned_gradient"],
+    ("zero2", 2): [*BOTH, "saved_lora", "saved_portable", "from_one_lora", "bf16_base"],
     ("zero3", 2): [
         *BOTH,
         *("few", "in_step", "separate", "classifier", "saved", "saved_lora", "bf16_base", "bf16_base_in_step"),
+        *("saved_portable", "saved_lora_portable", "from_one", "stopped_in_update"),
     ],
-    ("zero3_offload", 2): ["full"],
+    ("zero3_offload", 2): ["full", "saved_portable"],
 }
 
 
@@ -98,8 +109,18 @@ def launched_runs(
     def runs_of(name: str, folder: Path) -> list[dict[str, Any]]:
         if name != "gradient":
             out = {"run": {"output_dir": str(folder / name)}}
-            runs = [{"config": tree(gpt2_folder, prompts_file, RUNS[name], out), "poison": name == "poisoned"}]
-            if name.startswith("saved"):  # and on from its checkpoint, in a folder of its own
+            if name.startswith("from_one"):
+                resume = launched(None, 1) / name.replace("from_one", "saved") / "checkpoints" / "step-000002"
+                out["run"]["resume"] = str(resume)
+            kind, _, what = name.partition("_")
+            runs: list[dict[str, Any]] = [{"config": tree(gpt2_folder, prompts_file, RUNS[name], out)}]
+            if kind == "poisoned":
+                runs[0]["poison"] = what
+            if what.startswith("in_") and kind == "stopped":
+                runs[0]["stop"] = what.removeprefix("in_")
+                out["run"]["resume"] = "latest"
+                runs.append({"config": tree(gpt2_folder, prompts_file, RUNS[name], out)})
+            if kind == "saved":  # and on from its checkpoint, in a folder of its own
                 resume = str(folder / name / "checkpoints" / "step-000002")
                 out = {"run": {"output_dir": str(folder / f"{name}_resumed"), "resume": resume}}
                 runs.append({"config": tree(gpt2_folder, prompts_file, RUNS[name], out)})

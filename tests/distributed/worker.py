@@ -2,20 +2,27 @@
 
     accelerate launch … tests/distributed/worker.py RUNS.json
 
-Each run is `{"config": tree}`, and with `"gradient": path` the main process also leaves its first gradient there.
+Each run is `{"config": tree}`. With `"gradient": path` the main process leaves its first gradient there and goes no
+further; with `"poison": what` and `"stop": phase` something happens to the last rank.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from rlhf_accel import models
 from rlhf_accel.config import Config, parse
 from rlhf_accel.distributed import Runtime
 from rlhf_accel.trainer import PPOTrainer
@@ -24,6 +31,8 @@ from rlhf_accel.trainer import PPOTrainer
 torch.set_float32_matmul_precision("highest")
 torch.set_float32_matmul_precision = lambda _: None
 torch.set_num_threads(1)
+
+response_logits = models.response_logits
 
 
 def check_that_weights_are_cut(trainer: PPOTrainer) -> None:
@@ -35,17 +44,46 @@ def check_that_weights_are_cut(trainer: PPOTrainer) -> None:
         assert all(p.numel() == 0 for p in module.parameters())
 
 
-def poison(trainer: PPOTrainer) -> None:
-    """Makes the first gradient of the last rank NaN."""
-    runtime = trainer.runtime
-    if runtime.rank == runtime.world_size - 1:
-        bias = runtime.plain_module.value_head.bias
+def once_nan(function: Callable[..., Any], when: Callable[[], bool] = lambda: True) -> Callable[..., Any]:
+    """The function, with the first tensor that it returns while `when` holds turned to NaN."""
+    done = []
 
-        def once(gradient: torch.Tensor) -> torch.Tensor:
-            handle.remove()
-            return gradient * float("nan")
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        made = function(*args, **kwargs)
+        if done or not when():
+            return made
+        done.append(True)
+        return (made[0] * float("nan"), *made[1:]) if isinstance(made, tuple) else made * float("nan")
 
-        handle = bias.register_hook(once)
+    return wrapped
+
+
+def poison(trainer: PPOTrainer, what: str) -> None:
+    """Makes something of the first step NaN on the last rank: scores, the logits that the rollout is learnt from, or a
+    gradient."""
+
+    def in_step_one() -> bool:
+        return trainer.heartbeat.now.endswith("of step 1")
+
+    if what == "gradient":
+        trainer.runtime.plain_module.value_head.bias.register_hook(once_nan(lambda gradient: gradient))
+    elif what == "reward":
+        ((name, weight, function),) = trainer.reward.terms
+        bad = once_nan(lambda *args, **columns: torch.tensor(function(*args, **columns)), in_step_one)
+        trainer.reward = replace(trainer.reward, terms=((name, weight, bad),))
+    else:
+        models.response_logits = once_nan(models.response_logits, in_step_one)
+
+
+def stop(trainer: PPOTrainer, phase: str) -> None:
+    """Sends this process SIGTERM once, at the beginning of a phase of its second step."""
+
+    def on_entering(said: str) -> None:
+        if said.startswith((f"{phase} of step 2", f"{phase} after step 2")) and trainer.heartbeat._post is on_entering:
+            trainer.heartbeat._post = lambda _: None
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.heartbeat._post = on_entering
 
 
 class _Seen(Exception):
@@ -82,12 +120,23 @@ def main() -> None:
         trainer = PPOTrainer(parse(Config, run["config"]))
         if trainer.runtime.zero_stage == 3:
             check_that_weights_are_cut(trainer)
-        if run.get("poison"):
-            poison(trainer)
+        if trainer.runtime.rank == trainer.runtime.world_size - 1:
+            if "poison" in run:
+                poison(trainer, run["poison"])
+            if "stop" in run:
+                stop(trainer, run["stop"])
         if "gradient" in run:
             note_gradient(trainer, Path(run["gradient"]))
+        elif "stop" in run:
+            try:
+                trainer.fit()
+            except SystemExit as left:
+                assert left.code == 143, left.code
+            else:
+                raise AssertionError("the run did not stop")
         else:
             trainer.fit()
+        models.response_logits = response_logits
 
 
 if __name__ == "__main__":

@@ -1,0 +1,134 @@
+"""A reward behind HTTP, for `reward.url`: one batch a request, in JSON, on this machine only unless told otherwise.
+
+    python scripts/reward_server.py --function my_rewards:brevity --port 8000
+    python scripts/train.py --reward.model null --reward.url http://127.0.0.1:8000/
+
+POST `{"prompts": [...], "responses": [...], "columns": {NAME: [...]}}`, answer `{"scores": [...]}` or `{"error": ...}`.
+With RLHF_ACCEL_REWARD_TOKEN set, requests have to bear it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hmac
+import json
+import os
+import sys
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from rlhf_accel import assets
+from rlhf_accel.__main__ import run
+from rlhf_accel.config import ConfigError, RewardConfig, parse
+from rlhf_accel.reward import TOKEN_VARIABLE, Reward, RewardError, load_reward
+from rlhf_accel.runtime import quiet_libraries, tune_process
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class BadRequest(Exception):
+    def __init__(self, status: int, said: str) -> None:
+        super().__init__(said)
+        self.status = status
+
+
+class RewardServer(HTTPServer):
+    """Answers one request after the other: a model is not for several threads."""
+
+    def __init__(self, address: tuple[str, int], reward: Reward, max_bytes: int) -> None:
+        super().__init__(address, _Handler)
+        self.reward = reward
+        self.max_bytes = max_bytes
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: RewardServer
+    timeout = 30.0  # seconds that a client may be silent
+    server_version, sys_version = "rlhf_accel", ""
+
+    def do_POST(self) -> None:
+        try:
+            batch = read_batch(self._body())
+            scores = self.server.reward.try_out(batch.prompts, batch.responses, batch.columns).tolist()
+            self._answer(200, {"scores": scores})
+        except BadRequest as error:
+            self._answer(error.status, {"error": str(error)})
+        except RewardError as error:
+            self._answer(500, {"error": str(error)})
+
+    def _body(self) -> bytes:
+        token = os.environ.get(TOKEN_VARIABLE)
+        said = self.headers.get("Authorization", "")
+        if token and not hmac.compare_digest(said.encode(), f"Bearer {token}".encode()):
+            raise BadRequest(401, f"the token is not the one in {TOKEN_VARIABLE}")
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal():
+            raise BadRequest(411, "Content-Length is missing")
+        if int(length) > self.server.max_bytes:
+            raise BadRequest(413, f"{length} bytes are more than --max_bytes={self.server.max_bytes}")
+        return self.rfile.read(int(length))
+
+    def _answer(self, status: int, tree: dict[str, Any]) -> None:
+        body = json.dumps(tree).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Connection", "close")  # a body that was refused was not read
+        self.end_headers()
+        self.wfile.write(body)
+
+
+class Batch(BaseModel):
+    """The body of a request."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    prompts: list[str]
+    responses: list[str]
+    columns: dict[str, list[Any]] = {}
+
+
+def read_batch(body: bytes) -> Batch:
+    """Raises `BadRequest` for a body that is no JSON, or not of this form, or whose lists differ in length."""
+    try:
+        batch = Batch.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BadRequest(400, f"{'.'.join(map(str, first['loc'])) or 'body'}: {first['msg']}") from None
+    if any(len(column) != len(batch.prompts) for column in (batch.responses, *batch.columns.values())):
+        raise BadRequest(400, f"responses and columns must be as many as the {len(batch.prompts)} prompts")
+    return batch
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description="A reward behind HTTP, for reward.url.")
+    for key in ("function", "model", "label", "output", "text"):
+        parser.add_argument(f"--{key}", help=f"as reward.{key} in a run's config")
+    parser.add_argument("--host", default=LOOPBACK[0], help="address to listen on; by default this machine only")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one, which is said")
+    parser.add_argument("--max_bytes", type=int, default=16 << 20, help="largest request that is read")
+    options = parser.parse_args(arguments)
+    keys = {key: value for key in RewardConfig.__dataclass_fields__ if (value := getattr(options, key, None))}
+    config = parse(RewardConfig, keys)
+    tune_process()
+    quiet_libraries()
+    path = None if config.model is None else assets.resolve_model(config.model, "reward.model")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reward = replace(load_reward(config, path, device), retries=0)
+    try:
+        server = RewardServer((options.host, options.port), reward, options.max_bytes)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"--host {options.host} --port {options.port}: cannot listen there ({error})") from None
+    host, port = server.server_address[:2]
+    print(f"reward.url: http://{str(host)}:{port}/", flush=True)
+    if options.host not in LOOPBACK and not os.environ.get(TOKEN_VARIABLE):
+        print(f"warning: anybody who reaches {options.host} may ask; set {TOKEN_VARIABLE}", file=sys.stderr)
+    with server:
+        server.serve_forever()
+
+
+if __name__ == "__main__":
+    run(main, sys.argv[1:])

@@ -1,0 +1,86 @@
+"""What tests/test_faults.py runs on a disk that fails: `python disk_worker.py every|full CONFIG`, under faulty_disk.c."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from rlhf_accel import checkpoint, trainer
+from rlhf_accel.config import Config, load
+from rlhf_accel.trainer import PPOTrainer
+
+torch.set_num_threads(1)
+disk = ctypes.CDLL(None)
+disk.disk_calls.restype = ctypes.c_long
+disk.disk_arm.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_int]
+
+
+def tensors(place: Path) -> dict[str, torch.Tensor]:
+    return load_file(place / "learned.safetensors") | load_file(place / "optimizer.safetensors")
+
+
+def every_call(config: Config) -> dict[str, int]:
+    """Let every call of a save fail in turn; after each, the newest checkpoint has to be a whole one and to load."""
+    run = PPOTrainer(config)
+    run.fit()
+    resumed = replace(config, run=replace(config.run, resume="latest", total_steps=99))
+    old = run.folder / "checkpoints" / "step-000002"
+    expected, counts = {old.name: tensors(old)}, {}
+    run.step(run.prompts.batch(3, run.sizes.rollout))
+    for error in (errno.ENOSPC, errno.EIO):
+        nth = 0
+        while True:
+            nth += 1
+            disk.disk_arm(nth, error, 0)
+            saved = run._save()
+            reached = disk.disk_calls()
+            disk.disk_arm(0, 0, 0)
+            place = checkpoint.resume_folder(resumed, run.folder, lambda said: None)
+            assert place is not None
+            if saved:
+                assert reached < nth, f"call {nth} failed and nobody noticed"
+                assert place.name == "step-000003"
+                break
+            found = tensors(place)
+            # A failure after the rename leaves the new one, whole.
+            expected.setdefault(place.name, found)
+            assert place.name in ("step-000002", "step-000003")
+            assert found.keys() == expected[place.name].keys()
+            assert all(torch.equal(found[name], tensor) for name, tensor in expected[place.name].items()), nth
+        counts[errno.errorcode[error]] = nth - 1
+        run._saved = None
+        run.folder.joinpath("checkpoints", "latest").write_text(old.name)
+    return counts
+
+
+def full_disk(config: Config) -> dict[str, int]:
+    """From within step 2 to the end of step 4 nothing can be written."""
+    run = PPOTrainer(config)
+    step = run.step
+
+    def fill_and_free(prompts: object) -> dict[str, float]:
+        metrics = step(prompts)
+        if metrics["step"] == 2:
+            disk.disk_arm(1, errno.ENOSPC, 1)
+        if metrics["step"] == 5:
+            failed["calls"] = disk.disk_calls()
+            disk.disk_arm(0, 0, 0)
+        return metrics
+
+    failed: dict[str, int] = {}
+    run.step = fill_and_free
+    trainer._RETRY_EXPORT = 0.0
+    run.fit()
+    return failed
+
+
+if __name__ == "__main__":
+    what, path = sys.argv[1:]
+    print(json.dumps({"every": every_call, "full": full_disk}[what](load(Config, path))))

@@ -1,0 +1,322 @@
+"""A run that is killed, told to stop, or left without a disk, and what it is when it goes on: the run that never was.
+
+The long form, `-m long`, kills one run thirty times and runs of two processes five times each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from rlhf_accel import vigil
+from rlhf_accel.config import Config, RunFailed, to_yaml
+from rlhf_accel.trainer import PPOTrainer
+from tests.distributed.conftest import tree
+from tests.distributed.launch import ROOT, environment, launched, truly_cut
+
+pytestmark = pytest.mark.usefixtures("exact_fp32")
+
+TRAIN = ROOT / "scripts" / "train.py"
+
+
+def lines(path: Path) -> list[str]:
+    """The rows of a .jsonl file as they stand, without what the clock and the memory say."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    return [json.dumps({k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))}) for row in rows]
+
+
+def assert_same_bytes(one: Path, other: Path) -> None:
+    """Metrics, samples and every file of weights."""
+    assert lines(one / "metrics.jsonl") == lines(other / "metrics.jsonl")
+    assert (one / "samples.jsonl").read_bytes() == (other / "samples.jsonl").read_bytes()
+    for which in ("final", "best"):
+        files = sorted(path.relative_to(one) for path in (one / which).rglob("*.safetensors"))
+        assert files == sorted(path.relative_to(other) for path in (other / which).rglob("*.safetensors"))
+        assert len(files) >= 2
+        for file in files:
+            assert (one / file).read_bytes() == (other / file).read_bytes(), file
+
+
+def long_run(gpt2: Path, prompts: Path, steps: int) -> dict[str, Any]:
+    """All that outlives a step: Adam's moments, schedule, adaptive KL, calibration, best score, dropout's numbers."""
+    return tree(
+        gpt2,
+        prompts,
+        {
+            "run": {"total_steps": steps, "save_every": 2, "eval_every": 3, "sample_count": 2},
+            "lora": {"r": 4, "dropout": 0.2},
+            "reward": {"calibrate": True, "calibrate_samples": 16, "function": "tests.test_faults:with_noise"},
+            "ppo": {"kl_target": 0.1, "kl_horizon": 32},
+            "optim": {"warmup_steps": 3, "lr": 3e-3},
+        },
+    )
+
+
+def with_noise(prompts: list[str], responses: list[str], **columns: Any) -> list[float]:
+    """A reward that draws from all three global generators."""
+    noise = float(torch.rand(())) + random.random()
+    return [response.count("o") + 0.01 * noise for response in responses]
+
+
+class Victim:
+    """A run that is started again and again by one command, and killed with all of its processes."""
+
+    def __init__(self, command: list[str], folder: Path) -> None:
+        self.command, self.folder = command, folder
+
+    def start(self) -> subprocess.Popen[bytes]:
+        self.output = (self.folder.parent / "output.txt").open("ab")
+        return subprocess.Popen(self.command, cwd=ROOT, env=environment(), stdout=self.output, stderr=self.output)
+
+    def phases(self) -> int:
+        log = self.folder / "logs" / "rank-0.log"
+        return log.read_text().count("\n") if log.exists() else 0
+
+    def kill_after(self, seconds: float) -> bool:
+        """Start it, and kill it so long after it began to train; False if it was done before."""
+        before, process = self.phases(), self.start()
+        while self.phases() == before and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(seconds)
+        alive = process.poll() is None
+        if alive:
+            family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+            for member in family:
+                member.kill()
+            psutil.wait_procs(family)
+        process.wait()
+        return alive
+
+    def finish(self) -> None:
+        assert self.start().wait() == 0, (self.folder.parent / "output.txt").read_text()[-5000:]
+
+
+def kill_and_go_on(
+    command: Callable[[Path], list[str]], folder: Path, kills: int, most: float, same: Callable[[Path, Path], None]
+) -> None:
+    whole, victim = Victim(command(folder / "whole"), folder / "whole"), Victim(command(folder / "run"), folder / "run")
+    folder.mkdir(exist_ok=True)
+    whole.finish()
+    moments, done = random.Random(0), 0
+    for _ in range(3 * kills):
+        done += victim.kill_after(moments.uniform(0, most))
+        if done == kills:
+            break
+    assert done == kills, "it was finished before it was killed often enough"
+    victim.finish()
+    same(whole.folder, victim.folder)
+
+
+def command_for(config: dict[str, Any], folder: Path, launch: Callable[..., list[str]]) -> Callable[[Path], list[str]]:
+    (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    return lambda run: launch(
+        *("--config", str(folder / "config.yaml"), "--run.output_dir", str(run), "--run.resume", "auto")
+    )
+
+
+@pytest.mark.parametrize(
+    ("kills", "steps", "most"), [(3, 12, 1.0), pytest.param(30, 60, 2.0, marks=pytest.mark.long)], ids=["short", "long"]
+)
+def test_killed_at_any_moment_it_is_the_run_that_never_was(
+    kills: int, steps: int, most: float, gpt2_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    config = long_run(gpt2_folder, prompts_file, steps)
+    command = command_for(config, tmp_path, lambda *options: [sys.executable, str(TRAIN), *options])
+    kill_and_go_on(command, tmp_path / "runs", kills, most, assert_same_bytes)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("config", ["zero2", "zero3"])
+def test_two_processes_killed_at_any_moment(
+    config: str, gpt2_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    from tests.distributed.test_world_size import assert_same_row, assert_same_weights, rows
+
+    settings = tree(gpt2_folder, prompts_file, {"run": {"total_steps": 16, "save_every": 2, "eval_every": 3}})
+    options = truly_cut(tmp_path, config) if config == "zero3" else []
+
+    def same(one: Path, other: Path) -> None:
+        assert (one / "samples.jsonl").read_bytes() == (other / "samples.jsonl").read_bytes()
+        metrics, others = rows(one / "metrics.jsonl"), rows(other / "metrics.jsonl")
+        assert [row["step"] for row in others] == list(range(1, 17))
+        for row, other_row in zip(metrics, others, strict=True):
+            assert_same_row(row, other_row, rel=1e-6, floor=1e-7)
+        assert_same_weights(one / "final", other / "final", 1e-6)
+
+    command = command_for(settings, tmp_path, lambda *rest: launched(config, 2, TRAIN, *rest, options=options))
+    kill_and_go_on(command, tmp_path / "runs", 5, 4.0, same)
+
+
+# Signals
+
+
+PHASES = ["rollout of step 2", "score of step 2", "update of step 2", "saving after step 2", "evaluation after step 2"]
+
+
+@pytest.fixture
+def signalled(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
+    """A function that has this process sent a signal when a run enters a phase."""
+
+    def at(phase: str, number: int = signal.SIGTERM) -> None:
+        enter = vigil.Heartbeat.__call__
+        sent: list[str] = []
+
+        def entering(self: vigil.Heartbeat, said: str) -> None:
+            enter(self, said)
+            if said == phase and not sent:
+                sent.append(said)
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(vigil.Heartbeat, "__call__", entering)
+
+    return at
+
+
+@pytest.mark.parametrize("phase", ["evaluation after step 0", "rollout of step 1", *PHASES, "evaluation after step 4"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_in_any_phase_ends_with_a_checkpoint_and_nothing_is_lost(
+    phase: str, number: int, tiny, tmp_path: Path, signalled, capsys
+) -> None:
+    run = {"total_steps": 4, "save_every": 2, "eval_every": 2, "sample_every": 1}
+    PPOTrainer(tiny(run={**run, "output_dir": str(tmp_path / "whole")})).fit()
+    before = [signal.getsignal(number) for number in vigil.SIGNALS]
+    signalled(phase, number)
+    with pytest.raises(SystemExit) as left:
+        PPOTrainer(tiny(run={**run, "output_dir": str(tmp_path / "run")})).fit()
+    assert left.value.code == 143
+    output = capsys.readouterr()
+    assert f"stopped by {signal.Signals(number).name} after step" in output.out
+    assert "--run.resume latest" in output.out
+    assert [signal.getsignal(number) for number in vigil.SIGNALS] == before
+    PPOTrainer(tiny(run={**run, "output_dir": str(tmp_path / "run"), "resume": "latest"})).fit()
+    assert_same_bytes(tmp_path / "whole", tmp_path / "run")
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "run")]
+    assert [{**summary, "seconds": 0} for summary in summaries] == [{**summaries[0], "seconds": 0}] * 2
+    assert len(summaries[1]["samples"]) > 0
+
+
+def test_the_status_and_a_second_signal_as_seen_from_outside(
+    gpt2_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    """A reward that takes long: the first signal waits for it, the second one does not."""
+    config = tree(gpt2_folder, prompts_file, {"reward": {"function": "tests.test_faults:slow"}})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    command = [sys.executable, str(TRAIN), "--config", str(tmp_path / "config.yaml"), "--run.eval_samples", "0"]
+    for name, signals in (("once", 1), ("twice", 2)):
+        process = subprocess.Popen(
+            [*command, "--run.output_dir", str(tmp_path / name)], cwd=ROOT, env=environment(), stderr=subprocess.PIPE
+        )
+        log = tmp_path / name / "logs" / "rank-0.log"
+        while not log.exists() or "score of step 1" not in log.read_text():
+            assert process.poll() is None
+            time.sleep(0.05)
+        started = time.monotonic()
+        for _ in range(signals):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+        _, said = process.communicate()
+        assert process.returncode == 143
+        assert b"SIGTERM: finishing this phase" in said
+        assert (b"again: leaving at once" in said) == (signals == 2)
+        assert (tmp_path / name / "checkpoints" / "step-000000").is_dir() == (signals == 1)
+        assert (time.monotonic() - started < 2.0) == (signals == 2)
+
+
+def slow(prompts: list[str], responses: list[str], **columns: Any) -> list[float]:
+    time.sleep(3.0 if len(prompts) > 2 else 0.0)
+    return [0.0] * len(prompts)
+
+
+def test_ctrl_c_says_where_it_stands(tiny, tmp_path: Path, signalled) -> None:
+    signalled("update of step 3", signal.SIGINT)
+    config = tiny(run={"total_steps": 4, "save_every": 2, "output_dir": str(tmp_path / "run")})
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        PPOTrainer(config).fit()
+    assert str(stopped.value) == (
+        f"stopped by Ctrl-C in update of step 3 (of 4); the last checkpoint is {tmp_path}/run/checkpoints/step-000002, "
+        f"go on with --run.output_dir {tmp_path}/run --run.resume latest"
+    )
+
+
+# Disks
+
+
+@pytest.fixture(scope="session")
+def faulty_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    library = tmp_path_factory.mktemp("faulty_disk") / "faulty_disk.so"
+    source = Path(__file__).with_name("faulty_disk.c")
+    try:
+        subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"], check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no C compiler here (or no glibc): disks that fail are not tested")
+    return library
+
+
+def on_faulty_disk(what: str, config: Config, library: Path) -> tuple[dict[str, int], str]:
+    folder = Path(str(config.run.output_dir))
+    path = folder.with_name("faulty.yaml")
+    path.write_text(to_yaml(config), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.disk_worker", what, str(path)],
+        cwd=ROOT,
+        env=environment(LD_PRELOAD=str(library), FAULTY_DISK=str(folder)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    return json.loads(done.stdout.splitlines()[-1]), done.stdout
+
+
+def test_whichever_call_of_a_save_fails_the_newest_checkpoint_is_whole(tiny, tmp_path: Path, faulty_disk: Path) -> None:
+    run = {"total_steps": 2, "save_every": 1, "eval_samples": 0, "output_dir": str(tmp_path / "run")}
+    config = tiny(run={**run, "max_failed_saves": 1000}, lora={"r": 2})
+    counts, _ = on_faulty_disk("every", config, faulty_disk)
+    assert counts.keys() == {"ENOSPC", "EIO"}
+    assert min(counts.values()) > 25  # five files, each made, written and flushed; folders, renames
+
+
+def test_a_full_disk_does_not_end_a_run_and_loses_nothing(tiny, tmp_path: Path, faulty_disk: Path) -> None:
+    run = {"total_steps": 6, "save_every": 1, "eval_every": 1, "sample_every": 1, "trackers": ["tensorboard"]}
+    PPOTrainer(tiny(run={**run, "output_dir": str(tmp_path / "whole")})).fit()
+    config = tiny(run={**run, "output_dir": str(tmp_path / "run"), "max_failed_saves": 4})
+    counts, said = on_faulty_disk("full", config, faulty_disk)
+    assert counts["calls"] > 10
+    assert said.count("could not be written: No space left on device") == 3
+    assert "warning: the checkpoint of step 3 could not be written" in said
+    assert "2 more such failures end the run" in said
+    assert lines(tmp_path / "whole" / "metrics.jsonl") == lines(tmp_path / "run" / "metrics.jsonl")
+    assert (tmp_path / "whole" / "samples.jsonl").read_bytes() == (tmp_path / "run" / "samples.jsonl").read_bytes()
+    for name, weight in load_file(tmp_path / "whole" / "final" / "model.safetensors").items():
+        assert torch.equal(load_file(tmp_path / "run" / "final" / "model.safetensors")[name], weight)
+
+
+def test_too_many_failed_saves_end_a_run(tiny, tmp_path: Path) -> None:
+    run = {"total_steps": 6, "save_every": 1, "eval_samples": 0, "output_dir": str(tmp_path / "run")}
+    trainer = PPOTrainer(tiny(run={**run, "max_failed_saves": 2}))
+    failures = iter([None, "rank 1: No space left on device", "rank 1: No space left on device"])
+    trainer.runtime.save_state = lambda folder, save=trainer.runtime.save_state: save(folder) or next(failures)
+    with pytest.raises(RunFailed) as stopped:
+        trainer.fit()
+    assert str(stopped.value) == (
+        "the checkpoint of step 3 could not be written: rank 1: No space left on device; run.max_failed_saves=2 have "
+        f"failed in a row; the last checkpoint is {tmp_path}/run/checkpoints/step-000001, go on with --run.output_dir "
+        f"{tmp_path}/run --run.resume latest"
+    )
+    PPOTrainer(replace(trainer.config, run=replace(trainer.config.run, resume="latest"))).fit()
+    assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 6

@@ -1,0 +1,251 @@
+"""reward.url and the reference server: the right scores, and nothing but the contract on either side."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import logging
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import pytest
+
+from rlhf_accel import reward as rewards
+from rlhf_accel.config import Config, ConfigError, RewardConfig, load, parse
+from rlhf_accel.reward import Reward, RewardError, load_reward
+from rlhf_accel.trainer import PPOTrainer
+from scripts.reward_server import RewardServer
+from tests.conftest import share_of_o
+
+pytestmark = pytest.mark.usefixtures("exact_fp32")
+
+
+def number_of(prompts: list[str], responses: list[str], number: list[float], **columns: Any) -> list[float]:
+    return [float(n) for n in number]
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., str]]:
+    """A function that serves a reward and returns its address."""
+    servers = []
+
+    def start(function: Callable[..., Any], max_bytes: int = 10_000) -> str:
+        server = RewardServer(("127.0.0.1", 0), Reward(terms=(("served", 1.0, function),)), max_bytes)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_address[1]}/"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def answering() -> Iterator[Callable[..., str]]:
+    """A function that serves these bytes to whoever posts anything, with a status and headers."""
+    servers = []
+
+    def start(body: bytes, status: int = 200, seconds: float = 0.0, **headers: str) -> str:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                done.wait(seconds)
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        done = threading.Event()
+        server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append((server, done))
+        return f"http://127.0.0.1:{server.server_address[1]}/score"
+
+    yield start
+    for server, done in servers:
+        done.set()
+        server.shutdown()
+        server.server_close()
+
+
+def remote(url: str, **settings: Any) -> Reward:
+    return load_reward(parse(RewardConfig, {"url": url, "retries": 0, **settings}), None, None)  # type: ignore[arg-type]
+
+
+def test_scores_cross_the_wire(serve) -> None:
+    reward = remote(serve(number_of))
+    scores = reward(["a", "ü\u2028"], ["b", "\x00\U0001f600"], {"number": [0.5, -2]})
+    assert scores.tolist() == [0.5, -2.0]
+
+
+def test_a_run_learns_from_a_server_what_it_learns_from_the_function(serve, tiny, tmp_path) -> None:
+    rows = []
+    for name, reward in (("remote", {"function": [], "url": serve(share_of_o, 100_000)}), ("local", {})):
+        folder = tmp_path / name
+        PPOTrainer(tiny(run={"output_dir": str(folder)}, reward=reward)).fit()
+        rows.append([json.loads(line)["objective/score"] for line in (folder / "metrics.jsonl").open()])
+    assert rows[0] == rows[1]
+
+
+def test_a_sum_of_all_three_kinds(serve, classifier_folder) -> None:
+    tree = {"model": str(classifier_folder), "label": "1", "url": serve(number_of), "weights": [0.0, 2.0, 10.0]}
+    config = parse(RewardConfig, {**tree, "function": "tests.conftest:share_of_o"})
+    import torch
+
+    reward = load_reward(config, str(classifier_folder), torch.device("cpu"))
+    assert reward(["a"], ["of"], {"number": [3.0]}).tolist() == [2 * 3.0 + 10 * 0.5]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        (b"", 400, "body"),
+        (b"[]", 400, "body"),
+        (b"{", 400, "body"),
+        (b"[" * 9_000, 400, "body"),
+        (b"\xff\xfe", 400, "body"),
+        (b'{"prompts": ["a"]}', 400, "responses: Field required"),
+        (b'{"prompts": ["a"], "responses": ["b", "c"]}', 400, "as many as the 1 prompts"),
+        (b'{"prompts": ["a"], "responses": ["b"], "columns": {"number": [1, 2]}}', 400, "as many as"),
+        (b'{"prompts": ["a"], "responses": [1]}', 400, "responses.0"),
+        (b'{"prompts": "a", "responses": "b"}', 400, "prompts"),
+        (b'{"prompts": ["a"], "responses": ["b"], "pickle": "x"}', 400, "pickle: Extra"),
+        (b'{"prompts": ["a"], "responses": ["b"]}', 500, "number"),
+        (b" " * 10_001, 413, "max_bytes=10000"),
+    ],
+)
+def test_the_server_answers_bad_requests(serve, body: bytes, status: int, said: str) -> None:
+    with pytest.raises(HTTPError) as refused:
+        urlopen(Request(serve(number_of), body))
+    assert refused.value.code == status
+    assert said in json.loads(refused.value.read())["error"]
+
+
+def test_the_server_reads_no_body_without_a_length(serve) -> None:
+    with socket.create_connection(("127.0.0.1", int(serve(number_of).split(":")[2][:-1]))) as client:
+        client.sendall(b"POST / HTTP/1.1\r\nHost: here\r\n\r\n")
+        assert b"411" in client.recv(1000)
+
+
+def test_a_token_is_asked_for_and_sent(serve, monkeypatch) -> None:
+    url = serve(number_of)
+    monkeypatch.setenv(rewards.TOKEN_VARIABLE, "sesame")
+    assert remote(url)(["a"], ["b"], {"number": [1.0]}).tolist() == [1.0]
+    with pytest.raises(HTTPError) as refused:
+        urlopen(Request(url, b"{}", {"Authorization": "Bearer other"}))
+    assert refused.value.code == 401
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"no json", "JSONDecodeError"),
+        (b"[1.0]", "TypeError"),
+        (b'{"score": [1.0]}', "KeyError: 'scores'"),
+        (b'{"scores": 1.0}', 'expected {"scores": [number, …]}'),
+        (b'{"scores": ["1.0"]}', "expected"),
+        (b'{"scores": [true]}', "expected"),
+        (b'{"scores": [null]}', "expected"),
+        (b'{"scores": [1.0, 2.0]}', "returned 2 scores for 1 responses"),
+        (b'{"scores": []}', "returned 0 scores for 1 responses"),
+    ],
+)
+def test_answers_that_are_none(answering, body: bytes, said: str) -> None:
+    url = answering(body)
+    with pytest.raises(RewardError) as failed:
+        remote(url)(["a"], ["b"], {})
+    assert str(failed.value).startswith(f"reward.url={url} ")
+    assert said in str(failed.value)
+
+
+def test_an_answer_without_end_is_not_read(answering, monkeypatch) -> None:
+    monkeypatch.setattr(rewards, "LARGEST_ANSWER", 1 << 20)
+    with pytest.raises(RewardError, match="more than 1 MiB"):
+        remote(answering(b'{"scores": [1' + b"0" * (1 << 20) + b"]}"))(["a"], ["b"], {})
+
+
+def test_a_redirection_is_not_followed(answering, serve, monkeypatch) -> None:
+    """It would carry the token to somebody else."""
+    monkeypatch.setenv(rewards.TOKEN_VARIABLE, "sesame")
+    with pytest.raises(RewardError, match="the server answered 307"):
+        remote(answering(b"", 307, Location=serve(number_of)))(["a"], ["b"], {"number": [1.0]})
+
+
+def test_a_server_that_does_not_answer(answering) -> None:
+    with pytest.raises(RewardError, match="timed out|TimeoutError"):
+        remote(answering(b"", seconds=20.0), timeout=0.2)(["a"], ["b"], {})
+
+
+def test_nobody_listens(caplog) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and listens not
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/"
+        with caplog.at_level(logging.WARNING), pytest.raises(RewardError, match="Connection refused"):
+            remote(url, retries=2, retry_wait=0.01)(["a"], ["b"], {})
+    assert [record.getMessage().partition("; ")[2] for record in caplog.records] == [
+        "trying again in 0.01 s (1 of 2)",
+        "trying again in 0.02 s (2 of 2)",
+    ]
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["127.0.0.1:8000", "file:///etc/passwd", "ftp://host/", "http://", "http://host:99999/", "http://[::1", "", "x y"],
+)
+def test_what_is_no_address(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"^reward\.url is not an address; expected http://HOST:PORT/PATH"):
+        load(Config, None, ["--reward.url", f"'{url}'"])
+
+
+@pytest.mark.parametrize("url", ["http://me:hunter2@host/", "https://host/?key=hunter2", "https://hunter2@host/"])
+def test_a_secret_in_an_address_is_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(ConfigError, match=rewards.TOKEN_VARIABLE) as refused:
+        load(Config, None, ["--reward.url", url])
+    assert "hunter2" not in str(refused.value)
+
+
+# Patience
+
+
+def failing(times: int, error: Exception) -> Callable[..., list[float]]:
+    left = [error] * times
+
+    def reward(prompts: list[str], responses: list[str]) -> list[float]:
+        if left:
+            raise left.pop()
+        return [1.0] * len(prompts)
+
+    return reward
+
+
+def test_a_function_that_fails_is_tried_again_with_longer_waits(monkeypatch, caplog) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(rewards.time, "sleep", waits.append)
+    patient = {"retries": 3, "retry_wait": 0.5}
+    assert Reward(terms=(("f", 1.0, failing(3, OSError("gone"))),), **patient)(["a"], ["b"], {}).tolist() == [1.0]
+    assert waits == [0.5, 1.0, 2.0]
+    with pytest.raises(RewardError, match="f raised OSError: gone"):
+        Reward(terms=(("f", 1.0, failing(4, OSError("gone"))),), **patient)(["a"], ["b"], {})
+    assert len(waits) == 6
+
+
+def test_a_function_that_takes_too_long() -> None:
+    done = threading.Event()
+
+    def sleeps(prompts: list[str], responses: list[str]) -> list[float]:
+        done.wait(20)
+        return [1.0]
+
+    with pytest.raises(RewardError, match=r"f raised TimeoutError: no answer within reward\.timeout=0\.1 s"):
+        Reward(terms=(("f", 1.0, sleeps),), timeout=0.1)(["a"], ["b"], {})
+    done.set()
+    assert Reward(terms=(("f", 1.0, sleeps),), timeout=20.0)(["a"], ["b"], {}).tolist() == [1.0]
