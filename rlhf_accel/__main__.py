@@ -11,6 +11,7 @@ from typing import NoReturn
 from rlhf_accel.config import DEFAULT_RECIPE, Config, ConfigError, RunFailed, from_command_line, recipe_names
 
 _OTHERS_WAIT = 20.0  # seconds; other processes of the launch may still be importing torch
+_SPEAKER_NEEDS = 2.0  # seconds, to say it once it is known who does
 
 USAGE = f"""usage: python -m rlhf_accel COMMAND [options]
 
@@ -92,7 +93,7 @@ def _leave(error: Exception, status: int) -> NoReturn:
     else:
         speaks, silent = os.environ.get("LOCAL_RANK", "0") == "0", False
     if not speaks:
-        time.sleep(_OTHERS_WAIT)
+        time.sleep(_SPEAKER_NEEDS if silent else _OTHERS_WAIT)
     if not silent:
         print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(status)

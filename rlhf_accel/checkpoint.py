@@ -236,7 +236,13 @@ def save_checkpoint(folder: Path, progress: Progress, config: Config, runtime: R
 
 
 def load_progress(checkpoint: Path) -> Progress:
-    return Progress(**json.loads((checkpoint / "progress.json").read_text(encoding="utf-8")))
+    """Raises `ConfigError` if another version wrote it."""
+    try:
+        return Progress(**json.loads((checkpoint / "progress.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"run.resume: {checkpoint / 'progress.json'} is not what this version writes ({error})"
+        ) from None
 
 
 def newest(folder: Path) -> Path | None:
@@ -408,6 +414,8 @@ def read_dump(folder: Path) -> Dump:
     """Raises `ConfigError` if there is none."""
     try:
         facts = json.loads((folder / "dump.json").read_bytes())
+        if not isinstance(facts, dict) or not {"phase", "message", "prompts", "responses"} <= facts.keys():
+            raise ValueError("dump.json names no phase, message, prompts and responses")
         tensors = [
             load_file(path) if (path := folder / f"{name}.safetensors").is_file() else {}
             for name in ("experience", "weights")
@@ -420,7 +428,8 @@ def read_dump(folder: Path) -> Dump:
 def model_card(config: Config, results: Mapping[str, Any]) -> str:
     """A model card with what the run was and what came out."""
     lines = [f"| {key} | {value:.3f} |" for key, value in results.items() if isinstance(value, (int, float))]
-    reward = config.reward.model or ", ".join(config.reward.function) or "a Python function"
+    named = (config.reward.model, config.reward.url, *config.reward.function)
+    reward = ", ".join(name for name in named if name is not None) or "a Python function"
     peft = config.lora.r > 0
     front = [
         "---",

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import json
 import os
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -277,22 +278,25 @@ class Runtime:
         # gloo gathers no booleans.
         padded = torch.zeros(longest, *rows.shape[1:], dtype=_sendable(rows.dtype), device=self.device)
         padded[: len(rows)] = rows.to(self.device)
-        gathered = self._accelerator.gather(padded).cpu().reshape(self.world_size, longest, *rows.shape[1:])
+        with self._waiting():
+            gathered = self._accelerator.gather(padded).cpu().reshape(self.world_size, longest, *rows.shape[1:])
         sizes = [len(part) for part in np.array_split(np.arange(count), self.world_size)]
         return torch.cat([gathered[rank, :size] for rank, size in enumerate(sizes)]).to(rows.dtype)
 
     def gather_list(self, items: Sequence[B]) -> list[B]:
         """The lists of all ranks, in order, on every rank."""
-        return gather_object(list(items)) if self.world_size > 1 else list(items)
+        with self._waiting():
+            return gather_object(list(items)) if self.world_size > 1 else list(items)
 
     def sum(self, values: Tensor) -> Tensor:
         """Elementwise sum over ranks, on the CPU."""
-        return self._accelerator.reduce(values.to(self.device), "sum").cpu()
+        with self._waiting():
+            return self._accelerator.reduce(values.to(self.device), "sum").cpu()
 
     def max(self, values: Tensor) -> Tensor:
         """Elementwise maximum over ranks, on the CPU."""
-        gathered = self._accelerator.gather(values.to(self.device)[None])
-        return gathered.amax(0).cpu()
+        with self._waiting():
+            return self._accelerator.gather(values.to(self.device)[None]).amax(0).cpu()
 
     def peak_memory_mib(self) -> float:
         """The largest peak of any rank in MiB: of allocated GPU memory, or of the process's resident memory."""
@@ -425,7 +429,8 @@ class Runtime:
             except ConfigError as error:
                 outcome = [error]
         if self.world_size > 1:
-            broadcast_object_list(outcome)
+            with self._waiting():
+                broadcast_object_list(outcome)
         if isinstance(outcome[0], ConfigError):
             raise outcome[0]
         return outcome[0]
@@ -437,7 +442,17 @@ class Runtime:
             yield
 
     def barrier(self) -> None:
-        self._accelerator.wait_for_everyone()
+        with self._waiting():
+            self._accelerator.wait_for_everyone()
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Around a collective: the others can see whether this rank is in it."""
+        if self.world_size > 1:
+            _tell("waits", "1")
+        yield
+        if self.world_size > 1:
+            _tell("waits", "")
 
     def start_trackers(self, name: str, config: dict[str, Any], folder: Path) -> None:
         self._accelerator.project_configuration.logging_dir = str(folder / "trackers")
@@ -544,17 +559,28 @@ def cut_micro_batches(
 
 
 def post(what: str) -> None:
-    """Let the other processes of the launch read this with `posted`; nothing in a process of its own."""
-    with contextlib.suppress(RuntimeError, ValueError):
-        _store().set(f"rlhf_accel/post/{torch.distributed.get_rank()}", what)
+    """Let the other processes of the launch read this with `missing`; nothing in a process of its own."""
+    _tell("post", what)
 
 
-def posted() -> list[str]:
-    """What each process of the launch posted last, as far as its store can still be asked."""
+def missing() -> dict[int, str]:
+    """What the processes posted last for which others wait, by their ranks; empty if nobody can be asked any more."""
+    found = {}
     with contextlib.suppress(RuntimeError, ValueError):
-        keys = [f"rlhf_accel/post/{rank}" for rank in range(torch.distributed.get_world_size())]
-        return [_store().get(key).decode() if _store().check([key]) else "" for key in keys]
-    return []
+        for rank in range(torch.distributed.get_world_size()):
+            said, waits = (_asked(f"rlhf_accel/{what}/{rank}") for what in ("post", "waits"))
+            if said and not waits:
+                found[rank] = said
+    return found
+
+
+def _tell(what: str, text: str) -> None:
+    with contextlib.suppress(RuntimeError, ValueError):
+        _store().set(f"rlhf_accel/{what}/{torch.distributed.get_rank()}", text)
+
+
+def _asked(key: str) -> str:
+    return _store().get(key).decode() if _store().check([key]) else ""
 
 
 def _store() -> Any:
@@ -681,8 +707,12 @@ def _shard_files() -> Any:
             self.failure = self.failure or failure(lambda: super(ShardFiles, self).save(state_dict, path))
 
         def load(self, path: str, map_location: Any = None) -> Any:
-            with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-                return torch.load(path, map_location=map_location, weights_only=True)
+            try:
+                with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+                    return torch.load(path, map_location=map_location, weights_only=True)
+            except pickle.UnpicklingError as error:
+                reason = str(error).splitlines()[0]
+                raise ConfigError(f"run.resume: {path} holds what no checkpoint does: not read ({reason})") from error
 
     return ShardFiles()
 

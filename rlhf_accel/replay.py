@@ -78,7 +78,7 @@ def replay_model(dump: Dump, folder: Path) -> list[dict[str, Any]]:
             loss = trainer.loss_of(part)
             loss.backward()
             norm = torch.stack([p.grad.norm() for p in learned if p.grad is not None]).norm()
-            figures = {"loss": float(loss), "gradient norm": float(norm)}
+            figures = {"loss": float(loss.detach()), "gradient norm": float(norm)}
         texts = {"prompt": dump.facts["prompts"][row], "response": dump.facts["responses"][row]}
         rows.append({"sample": row, **texts, **figures})
     return rows

@@ -18,7 +18,7 @@ from torch import Tensor
 from rlhf_accel import assets, checkpoint, data, models, ppo
 from rlhf_accel.checkpoint import Dump, Progress, SaveError
 from rlhf_accel.config import BatchSizes, Config, ConfigError, OptimConfig, RunFailed, flatten, to_yaml
-from rlhf_accel.distributed import Runtime, cut_micro_batches, each_once, failure, post, posted
+from rlhf_accel.distributed import Runtime, cut_micro_batches, each_once, failure, missing, post
 from rlhf_accel.evaluation import Evaluation, compare, evaluate, first_samples, sample_pairs
 from rlhf_accel.experience import make_experience
 from rlhf_accel.metrics import Journal, Progressline, Stopwatch
@@ -131,7 +131,7 @@ class PPOTrainer:
             except RuntimeError as error:
                 if self.runtime.world_size > 1 and is_lost_contact(error):
                     raise RunFailed(
-                        f"{who_is_missing(self.runtime.rank, self.heartbeat, posted())} ({str(error).splitlines()[0]})"
+                        f"{who_is_missing(self.runtime.rank, self.heartbeat, missing())} ({str(error).splitlines()[0]})"
                     ) from error
                 raise
             finally:

@@ -92,12 +92,12 @@ class Heartbeat:
                     file.write(f"{_clock()} {text}\n")
 
 
-def who_is_missing(rank: int, heartbeat: Heartbeat, posted: list[str]) -> str:
-    """What this process was doing when others left it waiting, and what they said they were doing."""
-    others = "; ".join(f"rank {other} in {said}" for other, said in enumerate(posted) if said and other != rank)
+def who_is_missing(rank: int, heartbeat: Heartbeat, missing: dict[int, str]) -> str:
+    """What this process was doing when others left it waiting, and which they are by what they posted."""
+    others = ", ".join(f"rank {other} (in {said})" for other, said in missing.items() if other != rank)
     return (
-        f"rank {rank} had been in {heartbeat.now} for {heartbeat.seconds():.0f} s when it lost the other processes: "
-        f"{others or 'they cannot be asked any more, their logs/rank-*.log say where they were'}"
+        f"rank {rank} lost contact after {heartbeat.seconds():.0f} s in {heartbeat.now}; missing: "
+        f"{others or 'unknown, logs/rank-*.log say where each was'}"
     )
 
 

@@ -123,7 +123,7 @@ def main(arguments: list[str]) -> None:
     except (OSError, OverflowError) as error:
         raise ConfigError(f"--host {options.host} --port {options.port}: cannot listen there ({error})") from None
     host, port = server.server_address[:2]
-    print(f"reward.url: http://{str(host)}:{port}/", flush=True)
+    print(f"reward.url: http://{host!s}:{port}/", flush=True)
     if options.host not in LOOPBACK and not os.environ.get(TOKEN_VARIABLE):
         print(f"warning: anybody who reaches {options.host} may ask; set {TOKEN_VARIABLE}", file=sys.stderr)
     with server:

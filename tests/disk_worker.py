@@ -1,4 +1,4 @@
-"""What tests/test_faults.py runs on a disk that fails: `python disk_worker.py every|full CONFIG`, under faulty_disk.c."""
+"""What test_faults.py runs on a disk that fails, under faulty_disk.c: `python disk_worker.py every|full CONFIG`."""
 
 from __future__ import annotations
 

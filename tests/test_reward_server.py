@@ -181,7 +181,7 @@ def test_a_redirection_is_not_followed(answering, serve, monkeypatch) -> None:
 
 
 def test_a_server_that_does_not_answer(answering) -> None:
-    with pytest.raises(RewardError, match="timed out|TimeoutError"):
+    with pytest.raises(RewardError, match=r"timed out|TimeoutError"):
         remote(answering(b"", seconds=20.0), timeout=0.2)(["a"], ["b"], {})
 
 

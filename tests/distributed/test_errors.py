@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,25 @@ def test_one_rank_that_fails_ends_all_with_its_error(config_file: Path) -> None:
     done = run(launched("ddp", 2, TRAIN, "--config", str(config_file), "--reward.function", reward))
     assert done.returncode != 0
     assert "the scorer of rank one is gone" in done.stderr
+
+
+def rank_one_hangs(prompts: list[str], responses: list[str], **columns: list) -> list[float]:
+    if os.environ["RANK"] == "1" and len(responses) > 2:
+        time.sleep(12)
+    return [float(len(response)) for response in responses]
+
+
+def test_a_rank_that_hangs_is_named_with_its_phase(config_file: Path) -> None:
+    options = ["--reward.function", "tests.distributed.test_errors:rank_one_hangs", "--run.collective_timeout", "4"]
+    done = run(launched("ddp", 2, TRAIN, "--config", str(config_file), "--run.eval_samples", "0", *options))
+    assert done.returncode != 0
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert re.match(
+        r"error: rank 0 lost contact after \d s in score of step 1; missing: rank 1 \(in score of step 1 since 20", said
+    )
+    for rank in (0, 1):
+        log = (config_file.parent / "run" / "logs" / f"rank-{rank}.log").read_text()
+        assert [line.split(" ", 1)[1] for line in log.splitlines()] == ["rollout of step 1", "score of step 1"]
 
 
 def test_a_deepspeed_config_that_disagrees_names_both_keys(config_file: Path, tmp_path: Path) -> None:

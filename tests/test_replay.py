@@ -1,0 +1,217 @@
+"""Numbers that are not finite, rewards that fail for good, and what a dump of either says when it is run again."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_accel import __main__ as command_line
+from rlhf_accel import models, replay
+from rlhf_accel.checkpoint import read_dump
+from rlhf_accel.config import ConfigError, RunFailed
+from rlhf_accel.trainer import PPOTrainer, explain, rollout_fault
+from rlhf_accel.types import Fault
+from tests.conftest import share_of_o
+from tests.test_types import make_rollout
+
+pytestmark = pytest.mark.usefixtures("exact_fp32")
+
+
+def nan_for_vowels(prompts: list[str], responses: list[str], **columns: Any) -> list[float]:
+    """Finite for the two that it is tried out on; else not for those with a vowel."""
+    return [math.nan if len(prompts) != 2 and has_vowel(response) else 1.0 for response in responses]
+
+
+def has_vowel(text: str) -> bool:
+    return any(vowel in text for vowel in "aeiou")
+
+
+def needs_a_number(prompts: list[str], responses: list[str], number: list[int], **columns: Any) -> list[float]:
+    if len(prompts) == 8 or -1 in number:
+        raise KeyError("minus one")
+    return [float(n) for n in number]
+
+
+def skipped(folder: Path) -> list[int]:
+    return [json.loads(line)["optim/skipped_steps"] for line in (folder / "metrics.jsonl").open()]
+
+
+def test_scores_that_are_not_finite_skip_the_step_and_end_the_run_in_the_end(tiny, tmp_path, capsys) -> None:
+    config = tiny(
+        run={"output_dir": str(tmp_path / "run"), "total_steps": 9, "eval_samples": 0, "max_skipped_steps": 3},
+        reward={"function": "tests.test_replay:nan_for_vowels"},
+    )
+    trainer = PPOTrainer(config)
+    before = {name: value.clone() for name, value in trainer.runtime.plain_module.state_dict().items()}
+    with pytest.raises(RunFailed) as stopped:
+        trainer.fit()
+    place = tmp_path / "run" / "dumps" / "step-000003"
+    assert (
+        f"3 steps in a row were skipped (run.max_skipped_steps); look with python -m rlhf_accel replay {place}"
+        in str(stopped.value)
+    )
+    said = capsys.readouterr().out
+    assert "warning: scores are not finite in the score of step 1: samples " in said
+    assert "skipped, 1 in a row of run.max_skipped_steps=3" in said
+    assert all(torch.equal(before[name], value) for name, value in trainer.runtime.plain_module.state_dict().items())
+    assert skipped(tmp_path / "run") == [1, 2]
+
+    dump = read_dump(place)
+    rows = dump.facts["rows"]
+    assert rows == [i for i, response in enumerate(dump.facts["responses"]) if has_vowel(response)]
+    found = replay.replay_reward(dump)
+    assert [row["sample"] for row in found if math.isnan(row["score"])] == rows
+    command_line.main(["replay", str(place)])
+    output = capsys.readouterr().out
+    assert f"again: {len(rows)} of 8 samples, each by itself, are not finite or fail" in output
+    assert {path.name for path in place.iterdir()} == {
+        "config.yaml",
+        "dump.json",
+        "experience.safetensors",
+        "weights.safetensors",
+    }
+
+
+def test_a_step_that_is_taken_ends_the_row(tiny, tmp_path) -> None:
+    """Two are bad, one is good, and so on: never three in a row."""
+    calls: list[int] = []
+
+    def moody(prompts: list[str], responses: list[str], **columns: Any) -> list[float]:
+        calls.append(len(prompts))
+        return [math.nan if len(calls) % 3 != 1 else 1.0] * len(prompts)
+
+    run = {"output_dir": str(tmp_path / "run"), "total_steps": 7, "eval_samples": 0, "max_skipped_steps": 3}
+    PPOTrainer(tiny(run=run, reward={"function": []}), reward=moody).fit()
+    assert skipped(tmp_path / "run") == [1, 2, 2, 3, 4, 4, 5]
+
+
+def test_the_row_outlives_a_stop(tiny, tmp_path) -> None:
+    def nan(prompts: list[str], responses: list[str], **columns: Any) -> list[float]:
+        return [math.nan if len(prompts) == 8 else 1.0] * len(prompts)
+
+    run = {"output_dir": str(tmp_path / "run"), "total_steps": 2, "save_every": 1, "eval_samples": 0}
+    PPOTrainer(tiny(run={**run, "max_skipped_steps": 3}, reward={"function": []}), reward=nan).fit()
+    run |= {"total_steps": 5, "resume": "latest"}
+    with pytest.raises(RunFailed, match="3 steps in a row"):
+        PPOTrainer(tiny(run={**run, "max_skipped_steps": 3}, reward={"function": []}), reward=nan).fit()
+    assert skipped(tmp_path / "run") == [1, 2]
+
+
+@pytest.mark.parametrize("lora", [{}, {"lora": {"r": 2}}], ids=["full", "lora"])
+def test_a_gradient_that_is_not_finite_is_dumped_and_found_again(lora, tiny, tmp_path, capsys, monkeypatch) -> None:
+    """The root of what is 0 has no finite slope: a loss that is finite, and a gradient that is not, for one sample."""
+    forward = models.PolicyWithValue.forward
+
+    def spiked(self: Any, *inputs: torch.Tensor, **settings: Any) -> Any:
+        said = forward(self, *inputs, **settings)
+        if not torch.is_grad_enabled():
+            return said
+        rows = (inputs[2][:, :2] == bad).all(1).nonzero()[:, 0]
+        values = said.values[rows]
+        return said._replace(values=said.values.index_add(0, rows, (values - values.detach()).abs().sqrt()))
+
+    run = {"output_dir": str(tmp_path / "run"), "total_steps": 2, "eval_samples": 0, "max_skipped_steps": 1}
+    trainer = PPOTrainer(tiny(run=run, ppo={"num_minibatches": 1}, **lora))
+    prompts = trainer.prompts.batch(1, 8)
+    rollout = trainer.sampler.sample(prompts, seed=trainer.config.run.seed, step=1)
+    bad = rollout.sequences.responses[5, :2]
+    monkeypatch.setattr(models.PolicyWithValue, "forward", spiked)
+    with pytest.raises(
+        RunFailed, match=r"gradient is not finite in the update of step 1, epoch 1, minibatch 1: samples"
+    ):
+        trainer.fit()
+    place = tmp_path / "run" / "dumps" / "step-000001"
+    found = replay.replay_model(read_dump(place), place)
+    assert sorted(row["sample"] for row in found) == list(range(8))
+    assert [row["sample"] for row in found if not math.isfinite(row["gradient norm"])] == [5]
+    command_line.main(["replay", str(place)])
+    assert "again: 1 of 8 samples" in capsys.readouterr().out
+    monkeypatch.undo()
+    command_line.main(["replay", str(place)])
+    assert "not again: each of the 8 samples" in capsys.readouterr().out
+    assert not (place / "replay").exists()
+
+
+def test_logits_that_are_not_finite_while_sampling_are_never_learnt_from(tiny, tmp_path, capsys) -> None:
+    """Though the model is itself again when its log-probabilities are noted."""
+    run = {"output_dir": str(tmp_path / "run"), "total_steps": 2, "eval_samples": 0}
+    trainer = PPOTrainer(tiny(run=run))
+    calls: list[int] = []
+
+    def once(module: Any, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
+        calls.append(len(logits))
+        return logits.index_fill(0, torch.tensor([2, 6]), math.nan) if len(calls) == 3 else logits
+
+    trainer.runtime.plain_module.policy.lm_head.register_forward_hook(once)
+    trainer.fit()
+    assert skipped(tmp_path / "run") == [1, 1]
+    assert "logprobs are not finite in the rollout of step 1: samples 2, 6; the first: " in capsys.readouterr().out
+
+
+def test_weights_that_went_bad_are_found_again(tiny, tmp_path, capsys) -> None:
+    run = {"output_dir": str(tmp_path / "run"), "total_steps": 2, "eval_samples": 0, "max_skipped_steps": 1}
+    trainer = PPOTrainer(tiny(run=run))
+    with torch.no_grad():
+        trainer.runtime.plain_module.value_head.bias.fill_(math.nan)
+    with pytest.raises(RunFailed, match="values are not finite in the rollout of step 1"):
+        trainer.fit()
+    command_line.main(["replay", str(tmp_path / "run" / "dumps" / "step-000001")])
+    assert "again: 8 of 8 samples" in capsys.readouterr().out
+
+
+def test_a_reward_that_fails_for_good_leaves_a_checkpoint_and_its_inputs(tiny, tmp_path, capsys) -> None:
+    config = tiny(
+        run={"output_dir": str(tmp_path / "run"), "eval_samples": 0},
+        reward={"function": "tests.test_replay:needs_a_number", "retries": 1, "retry_wait": 0.01},
+    )
+    with pytest.raises(RunFailed) as stopped:
+        PPOTrainer(config).fit()
+    place = tmp_path / "run" / "dumps" / "step-000001"
+    assert str(stopped.value) == (
+        f"reward.function=tests.test_replay:needs_a_number raised KeyError: 'minus one'; what it was given: {place}; "
+        f"the last checkpoint is {tmp_path}/run/checkpoints/step-000000, go on with --run.output_dir {tmp_path}/run "
+        "--run.resume latest"
+    )
+    dump = read_dump(place)
+    assert len(dump.facts["prompts"]) == len(dump.facts["responses"]) == len(dump.facts["columns"]["number"]) == 8
+    assert 'raise KeyError("minus one")' in dump.facts["traceback"]
+    dump.facts["columns"]["number"] = [-1, *range(7)]
+    (place / "dump.json").write_text(json.dumps(dump.facts))
+    capsys.readouterr()
+    command_line.main(["replay", str(place)])
+    said = capsys.readouterr().out
+    assert "again: 1 of 8 samples" in said
+    assert "KeyError: 'minus one'" in said
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "[1]"])
+def test_what_is_no_dump(content, tmp_path, capsys) -> None:
+    if content is not None:
+        (tmp_path / "dump.json").write_text(content)
+    with pytest.raises(SystemExit) as left:
+        command_line.main(["replay", str(tmp_path)])
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path} is no dump of a run")
+
+
+def test_a_fault_names_the_first_quantity_and_its_samples() -> None:
+    rollout = make_rollout()
+    assert rollout_fault(rollout, 4) is None
+    rollout.values[2, 1] = math.inf
+    rollout.values[0, 0] = math.nan
+    assert rollout_fault(rollout, 4) == Fault(step=4, phase="rollout", what="values", rows=(0, 2))
+    rollout.scores[1] = -math.inf
+    fault = rollout_fault(rollout, 4)
+    assert fault == Fault(step=4, phase="score", what="scores", rows=(1,))
+    assert explain(fault, rollout) == ("scores are not finite in the score of step 4: samples 1; the first: 'b' -> 'e'")
+
+
+def test_dumps_are_read_as_they_were_written(tiny, tmp_path) -> None:
+    with pytest.raises(ConfigError, match="is no dump"):
+        read_dump(tmp_path)
+    assert share_of_o([""], ["of"]) == [0.5]
