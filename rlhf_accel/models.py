@@ -232,10 +232,10 @@ def _continued(model: LanguageModel, config: Config, path: str) -> LanguageModel
             )
         model = PeftModel.from_pretrained(model, path, adapter_name=POLICY, is_trainable=True)
         model.load_adapter(path, adapter_name=REFERENCE)
-    except (ValueError, OSError, AttributeError, RuntimeError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        reason = str(error).splitlines()[0]
+    except ConfigError:
+        raise
+    except Exception as error:  # a missing, broken or foreign file raises many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"lora.adapter={path}: no LoRA adapter for this model ({reason})") from error
     return _without_dropout(model) if config.lora.dropout == 0 else model
 

@@ -7,13 +7,19 @@ import shutil
 import subprocess
 import sys
 
+import datasets
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from rlhf_accel import __main__ as command_line
 from rlhf_accel import distributed
-from rlhf_accel.config import to_yaml
+from rlhf_accel.config import Config, ConfigError, DataConfig, key_names, load, parse, to_yaml
+from rlhf_accel.data import split_rows
 
 pytestmark = pytest.mark.usefixtures("exact_fp32")
 
@@ -87,6 +93,39 @@ def refused(place, tiny, capfd):
         (["--reward.label", "POSITIVE"], ["reward.label", "reward.model"]),
         (["--run.trackers", "carrier_pigeon"], ["run.trackers", "carrier_pigeon"]),
         (["--run.resume", "latest"], ["run.resume=latest", "no checkpoint"]),
+        (["--run.resume", "nowhere"], ["run.resume=nowhere", "manifest.json"]),
+        (["--run.output_dir", "null", "--run.resume", "auto"], ["run.resume=auto", "run.output_dir"]),
+        (["--run.changes", "optim.lrr"], ["run.changes", "did you mean optim.lr?"]),
+        (["--run.max_skipped_steps", "0"], ["run.max_skipped_steps=0"]),
+        (["--run.max_failed_saves", "-1"], ["run.max_failed_saves=-1"]),
+        (["--run.collective_timeout", "0"], ["run.collective_timeout=0"]),
+        (["--run.keep_checkpoints", "-1"], ["run.keep_checkpoints=-1"]),
+        (["--run.checkpoint", "pickle"], ["run.checkpoint='pickle'", "portable"]),
+        (["--run.total_steps", "0"], ["run.total_steps=0"]),
+        (["--run.seed", "true"], ["run.seed=True"]),
+        (["--run.precision", "fp8"], ["run.precision='fp8'"]),
+        (["--model.critic", "adapter"], ["model.critic=adapter", "lora.r"]),
+        (["--lora.r", "4", "--lora.adapter", "nowhere"], ["lora.adapter=nowhere"]),
+        (["--model.load_in_4bit", "true", "--lora.r", "4"], ["model.load_in_4bit=true", "CUDA"]),
+        (
+            ["--rollout.max_new_tokens", "60", "--ppo.micro_batch_tokens", "99"],
+            ["rollout.max_new_tokens=60", "64 positions"],
+        ),
+        (["--rollout.top_p", "0"], ["rollout.top_p=0"]),
+        (["--rollout.temperature", ".nan"], ["rollout.temperature"]),
+        (["--rollout.stop", "['']"], ["rollout.stop"]),
+        (["--data.prompt_tokens", "[6, 2]"], ["data.prompt_tokens=[6, 2]"]),
+        (["--data.prompt_tokens", "[1]"], ["data.prompt_tokens"]),
+        (["--data.split", "test"], ["data.split=test", "no splits"]),
+        (["--data.eval_split", "test"], ["data.eval_split=test", "no splits"]),
+        (["--reward.url", "http://me:hunter2@host/"], ["reward.url", "RLHF_ACCEL_REWARD_TOKEN"]),
+        (["--reward.url", "http://127.0.0.1:9/"], ["reward.url=http://127.0.0.1:9/", "Connection refused"]),
+        (["--reward.weights", "[1, 2]"], ["reward.weights", "for 1 rewards"]),
+        (["--reward.retries", "-1"], ["reward.retries=-1"]),
+        (["--ppo.gamma", "1.5"], ["ppo.gamma=1.5"]),
+        (["--ppo.kl_target", "1", "--ppo.kl_coef", "0"], ["ppo.kl_target", "ppo.kl_coef=0"]),
+        (["--optim.betas", "[0.9]"], ["optim.betas"]),
+        (["--optim.schedule", "linaer"], ["optim.schedule='linaer'"]),
     ],
 )
 def test_bad_settings(refused, options, words):
@@ -138,6 +177,112 @@ def test_a_policy_without_weights(refused, place, gpt2_folder):
     shutil.copytree(gpt2_folder, place / "in" / "model")
     (place / "in" / "model" / "model.safetensors").unlink()
     refused("--model.name_or_path", place / "in" / "model", words=["model.name_or_path="])
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\x00garbage", "half", "folder"])
+@pytest.mark.parametrize("part", ["policy", "reward"])
+def test_a_model_folder_with_a_bad_file(refused, place, gpt2_folder, classifier_folder, name, content, part):
+    if (name, content) == ("tokenizer_config.json", "folder"):
+        pytest.skip("what is no file is not looked for, and without this one a tokenizer is whole")
+    folder = place / "in" / "model"
+    shutil.copytree(gpt2_folder if part == "policy" else classifier_folder, folder)
+    whole = (folder / name).read_bytes()
+    (folder / name).unlink()
+    if content == "folder":
+        (folder / name).mkdir()
+    else:
+        (folder / name).write_bytes(whole[: len(whole) // 2] if content == "half" else content)
+    options = ["--model.name_or_path", folder]
+    if part == "reward":
+        options = ["--reward.function", "[]", "--reward.label", "POSITIVE", "--reward.model", folder]
+    refused(*options, words=["model.name_or_path=" if part == "policy" else "reward.model="])
+
+
+class Boom:
+    """An object that, unpickled, leaves a mark."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("part", ["policy", "reward", "adapter"])
+def test_a_pickle_that_would_run_code_is_refused(
+    refused, place, tmp_path_factory, gpt2_folder, classifier_folder, part
+):
+    folder, mark = place / "in" / "model", tmp_path_factory.mktemp("mark") / "boom"
+    if part == "adapter":
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(gpt2_folder), LoraConfig(r=2, fan_in_fan_out=True))
+        model.save_pretrained(folder)
+        (folder / "adapter_model.safetensors").unlink()
+        torch.save({"weight": Boom(mark)}, folder / "adapter_model.bin")
+    else:
+        shutil.copytree(gpt2_folder if part == "policy" else classifier_folder, folder)
+        (folder / "model.safetensors").unlink()
+        torch.save({"weight": Boom(mark)}, folder / "pytorch_model.bin")
+    options, key = {
+        "policy": (["--model.name_or_path", folder], "model.name_or_path="),
+        "reward": (
+            ["--reward.function", "[]", "--reward.label", "POSITIVE", "--reward.model", folder],
+            "reward.model=",
+        ),
+        "adapter": (["--lora.r", "2", "--lora.adapter", folder], "lora.adapter="),
+    }[part]
+    refused(*options, words=[key])
+    assert not mark.exists()
+    # And it would have left its mark where pickles are trusted.
+    torch.load(next(folder.glob("*.bin")), weights_only=False)
+    assert mark.exists()
+
+
+def test_code_that_comes_with_a_model_is_not_run(refused, place, tmp_path_factory, gpt2_folder):
+    folder, mark = place / "in" / "model", tmp_path_factory.mktemp("mark") / "boom"
+    shutil.copytree(gpt2_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "theirs",
+        "auto_map": {"AutoConfig": "theirs.Theirs", "AutoModelForCausalLM": "theirs.Model"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "theirs.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n")
+    refused("--model.name_or_path", folder, words=["model.name_or_path="])
+    assert not mark.exists()
+
+
+# Any bytes as a data file, any text as a value: an error has one line and names the key.
+
+SLOW = hypothesis.settings(
+    max_examples=60, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+
+
+@SLOW
+@hypothesis.given(st.binary(max_size=60), st.sampled_from([".jsonl", ".csv", ".parquet", ".txt"]))
+def test_no_data_file_is_a_traceback(tmp_path, monkeypatch, content, suffix):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / f"data{suffix}"
+    path.write_bytes(content)
+    try:
+        rows, held = split_rows(parse(DataConfig, {"source": str(path)}))
+    except ConfigError as error:
+        assert str(error).startswith("data.") and "\n" not in str(error)
+    else:
+        assert len(rows) + len(held) > 0
+
+
+@SLOW
+@hypothesis.given(
+    st.sampled_from(key_names(Config)), st.text(max_size=20) | st.floats().map(str) | st.integers().map(str)
+)
+def test_no_value_is_a_traceback(key, value):
+    try:
+        load(Config, "movie_reviews", [f"--{key}={value}"])
+    except ConfigError as error:
+        assert "\n" not in str(error)
+        assert key.partition(".")[0] in str(error) or key.rpartition(".")[2] in str(error)
 
 
 @pytest.mark.parametrize("family", ["gpt2_folder", "llama_folder"])
