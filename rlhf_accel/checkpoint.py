@@ -192,7 +192,7 @@ def check(place: Path) -> Manifest:
     return manifest
 
 
-def save_checkpoint(folder: Path, progress: Progress, config: Config, runtime: Runtime) -> Path:
+def save_checkpoint(folder: Path, progress: Progress, runtime: Runtime, config: Config) -> None:
     """Write checkpoints/step-NNNNNN beside its place, rename it there, let `latest` name it, and remove what
     run.keep_checkpoints leaves out; called by every rank.
 
@@ -232,7 +232,6 @@ def save_checkpoint(folder: Path, progress: Progress, config: Config, runtime: R
         if runtime.is_main:
             shutil.rmtree(beside, ignore_errors=True)  # its room may be what the disk lacks
         raise
-    return place
 
 
 def load_progress(checkpoint: Path) -> Progress:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +15,24 @@ from jaxtyping import Int
 from torch import Tensor
 
 from rlhf_accel import assets, checkpoint, data, models, ppo
-from rlhf_accel.checkpoint import Dump, Progress, SaveError
-from rlhf_accel.config import BatchSizes, Config, ConfigError, OptimConfig, RunFailed, flatten, to_yaml
-from rlhf_accel.distributed import Runtime, cut_micro_batches, each_once, failure, missing, post
+from rlhf_accel.checkpoint import Progress, SaveError
+from rlhf_accel.config import BatchSizes, Config, ConfigError, OptimConfig, RunFailed
+from rlhf_accel.distributed import Runtime, cut_micro_batches, missing
 from rlhf_accel.evaluation import Evaluation, compare, evaluate, first_samples, sample_pairs
 from rlhf_accel.experience import make_experience
-from rlhf_accel.metrics import Journal, Progressline, Stopwatch
+from rlhf_accel.keeper import Keeper
+from rlhf_accel.metrics import Progressline, Stopwatch
 from rlhf_accel.reward import Reward, RewardError, RewardFunction, load_reward, reward_of
 from rlhf_accel.rollout import FailedScoring, Sampler
 from rlhf_accel.runtime import computes_in_bf16, reseed
 from rlhf_accel.tokens import Tokens
 from rlhf_accel.types import Experience, Fault, LossStats, PromptBatch, Rollout
-from rlhf_accel.vigil import STOPPED, Heartbeat, StopRequest, is_lost_contact, who_is_missing
+from rlhf_accel.vigil import STOPPED, StopRequest, is_lost_contact, who_is_missing
 
 _MINIBATCHES = 4  # stream of random numbers, beside those of data.py
 _CALIBRATION_STEP = 0  # training steps count from 1
 _STEP, _EVALUATION = 0, 1  # global random numbers, by what draws them
 _SHOWN = 10  # held-out samples that the summary shows before and after
-_RETRY_EXPORT = 60.0  # seconds
 
 
 class _Stop(Exception):
@@ -68,15 +67,11 @@ class PPOTrainer:
             lambda: checkpoint.resume_folder(config, self.folder, self.line.say, zero_stage=stage, world_size=size)
         )
         self.progress = Progress(kl_coef=config.ppo.kl_coef)
+        self.keeper = Keeper(config, self.folder, self.runtime, self.line)
         self.rollout: Rollout | None = None  # of the last step
-        self.journal = Journal(self.folder, self.line)
-        self.heartbeat = Heartbeat(post)
+        self._columns: Mapping[str, Sequence[Any]] = {}  # of its prompts
+        self._evaluation: Evaluation | None = None  # the last one
         self._stop = StopRequest()
-        self._columns: Mapping[str, Sequence[Any]] = {}  # of the last step's prompts
-        self._saved: Progress | None = None  # what the last checkpoint of this process holds
-        self._failed_saves = 0
-        self._last: Evaluation | None = None
-        self._started = time.perf_counter()
 
         # What is quick to check comes first, what may be trained on first use comes last.
         train_rows, held_rows = self._on_main_first(lambda: data.split_rows(config.data))
@@ -117,26 +112,23 @@ class PPOTrainer:
         with StopRequest() as self._stop:
             try:
                 self._prepare()
-                self._open_folder()
+                self.keeper.open(self.progress, self.resume_from)
                 return self._train()
             except _Stop:
-                self._leave_as_asked()
+                raise self._stopped() from None
             except FailedScoring as error:
-                self._give_up_scoring(error)
+                raise self._gave_up_scoring(error) from error
             except KeyboardInterrupt:
-                if self.runtime.is_main:
-                    where = f"stopped by Ctrl-C in {self.heartbeat.now} (of {self.config.run.total_steps})"
-                    raise KeyboardInterrupt(f"{where}; {self._how_to_go_on()}") from None
-                raise SystemExit(130) from None
+                raise self._interrupted() from None
+            except RunFailed:
+                raise
             except RuntimeError as error:
                 if self.runtime.world_size > 1 and is_lost_contact(error):
-                    raise RunFailed(
-                        f"{who_is_missing(self.runtime.rank, self.heartbeat, missing())} ({str(error).splitlines()[0]})"
-                    ) from error
+                    found = who_is_missing(self.runtime.rank, self.keeper.heartbeat, missing())
+                    raise RunFailed(f"{found} ({str(error).splitlines()[0]})") from error
                 raise
             finally:
-                self.heartbeat.close()
-        raise AssertionError("every way out was taken above")
+                self.keeper.heartbeat.close()
 
     def _train(self) -> dict[str, Any]:
         if self.progress.base is None:
@@ -149,7 +141,8 @@ class PPOTrainer:
             self._conclude()
             for step in range(self.progress.step + 1, total + 1):
                 metrics = self.step(self.prompts.batch(step, self.sizes.rollout))
-                self._log_samples(step)
+                if step == 1 or _due(step, self.config.run.sample_every):
+                    self._log_samples(step)
                 self.progress = replace(self.progress, unrecorded=metrics)
                 if self._evaluates_after(step):
                     self._stop_if_asked()
@@ -164,14 +157,14 @@ class PPOTrainer:
             return
         step = int(metrics["step"])
         if self._evaluates_after(step):
-            self._last = self._evaluate()
-            if self._last is not None:
-                metrics = metrics | {"eval/score": self._last.score, "eval/kl": self._last.kl}
-                self._keep_best(self._last)
+            self._evaluation = self._evaluate()
+            if self._evaluation is not None:
+                metrics = metrics | {"eval/score": self._evaluation.score, "eval/kl": self._evaluation.kl}
+                self._keep_best(self._evaluation)
         self.progress = replace(self.progress, unrecorded=None)
-        self._record(metrics)
+        self.keeper.record(metrics)
         if _due(step, self.config.run.save_every):
-            self._save()
+            self.keeper.save(self.progress)
 
     def step(self, prompts: PromptBatch | Sequence[str]) -> dict[str, float]:
         """One PPO step: sample, score, learn. Returns the step's metrics, the same on every rank."""
@@ -184,7 +177,7 @@ class PPOTrainer:
                 f"ppo.num_minibatches={minibatches} is above this step's {len(prompts)} prompts; lower it"
             )
         step = self.progress.step + 1
-        watch = Stopwatch(entering=lambda phase: self.heartbeat(f"{phase} of step {step}"))
+        watch = Stopwatch(entering=lambda phase: self.keeper.heartbeat(f"{phase} of step {step}"))
         reseed(self.config.run.seed, step, self.runtime.rank, _STEP)
         self.runtime.set_lr_factor(lr_factor(self.config.optim, step, self.config.run.total_steps))
         rollout = self.rollout = self.sampler.rollout(
@@ -415,19 +408,9 @@ class PPOTrainer:
             self.reward = self.reward.calibrated(self._reference_scores(self.config.reward.calibrate_samples))
             self.progress = replace(self.progress, reward_mean=self.reward.mean, reward_std=self.reward.std)
 
-    def _open_folder(self) -> None:
-        resumes = self.config.run.resume is not None
-        self.runtime.from_main(lambda: checkpoint.make_folder(self.folder, to_yaml(self.config), resumes=resumes))
-        if resumes and self.runtime.is_main:
-            self.journal.rewind(self.progress.step, recorded=self.progress.unrecorded is None)
-        self.heartbeat.open(self.folder / "logs" / f"rank-{self.runtime.rank}.log")
-        settings = flatten(asdict(self.config))
-        told = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in settings.items()}
-        self.runtime.start_trackers(self.config.run.name, told, self.folder)
-
     def _reference_scores(self, count: int) -> Tensor:
         """Raw scores of the policy before training, on training prompts."""
-        self.heartbeat("calibration")
+        self.keeper.heartbeat("calibration")
         reseed(self.config.run.seed, _CALIBRATION_STEP, self.runtime.rank, _STEP)
         prompts = self.prompts.batch(1, count)
         with self.runtime.gathered():
@@ -439,7 +422,7 @@ class PPOTrainer:
             return None
         prompts = self.held_out.fixed(self.config.run.eval_samples)
         self.line.say(f"evaluating on {len(prompts)} held-out prompts")
-        self.heartbeat(f"evaluation after step {self.progress.step}")
+        self.keeper.heartbeat(f"evaluation after step {self.progress.step}")
         reseed(self.config.run.seed, self.progress.step, self.runtime.rank, _EVALUATION)
         return evaluate(self.sampler, self.reward, prompts)
 
@@ -450,81 +433,51 @@ class PPOTrainer:
         best = self.progress.best_score
         if not math.isfinite(evaluation.score) or (best is not None and evaluation.score <= best):
             return
-        problem = self._export("best", {"eval/score": evaluation.score, "eval/kl": evaluation.kl})
-        if problem is None:
-            self.progress = replace(self.progress, best_score=evaluation.score)
+        try:
+            self.keeper.export("best", {"eval/score": evaluation.score, "eval/kl": evaluation.kl}, self.tokens)
+        except SaveError as error:
+            self.line.say(f"warning: best/ could not be written: {error}")
         else:
-            self.line.say(f"warning: best/ could not be written ({problem})")
-
-    def _record(self, metrics: dict[str, float]) -> None:
-        """Metrics to every sink."""
-        step = int(metrics["step"])
-        tracked = {key: value for key, value in metrics.items() if key != "step"}
-        problem = failure(lambda: self.runtime.track(tracked, step))
-        if problem is not None:
-            self.line.say(f"warning: run.trackers could not write ({problem})")
-        if self.runtime.is_main:
-            self.journal.record(metrics)
-        if self._failed_saves:
-            self.line.say(f"warning: there is no checkpoint of late, {self._failed_saves} could not be written")
+            self.progress = replace(self.progress, best_score=evaluation.score)
 
     def _log_samples(self, step: int) -> None:
-        every = self.config.run.sample_every
-        if self.runtime.is_main and self.rollout is not None and every and (step == 1 or _due(step, every)):
-            self.journal.samples(step, logged_samples(self.rollout, self.config.run.sample_count))
+        if self.rollout is not None and self.config.run.sample_every:
+            self.keeper.samples(step, logged_samples(self.rollout, self.config.run.sample_count))
 
     def _stop_if_asked(self) -> None:
         """Between phases, on all ranks together if any was asked."""
         if self.runtime.anywhere(self._stop.received is not None):
             raise _Stop
 
-    def _save(self) -> bool:
-        """Write a checkpoint of where the run stands, and say whether it is there.
-
-        One that fails is said, and the run goes on, until run.max_failed_saves have failed in a row: `RunFailed`.
-        """
-        if self._saved == self.progress:
-            return True
-        self.heartbeat(f"saving after step {self.progress.step}")
-        progress = replace(self.progress, seconds=self._seconds())
-        try:
-            problem = self.runtime.first_failure(failure(self.journal.flush) if self.runtime.is_main else None)
-            if problem is not None:
-                raise SaveError(problem)
-            checkpoint.save_checkpoint(self.folder, progress, self.config, self.runtime)
-        except SaveError as error:
-            self._failed_saves += 1
-            most = self.config.run.max_failed_saves
-            said = f"the checkpoint of step {progress.step} could not be written: {error}"
-            if self._failed_saves >= most:
-                raise RunFailed(
-                    f"{said}; run.max_failed_saves={most} have failed in a row; {self._how_to_go_on()}"
-                ) from error
-            self.line.say(f"warning: {said}; {most - self._failed_saves} more such failures end the run")
-            return False
-        self._failed_saves, self._saved = 0, self.progress
-        return True
-
-    def _leave_as_asked(self) -> None:
-        saved = self._save()
+    def _stopped(self) -> SystemExit:
+        saved = self.keeper.save(self.progress)
         self.line.say(
             f"stopped by {self._stop.received or 'a signal to another process'} after step {self.progress.step} of "
-            f"{self.config.run.total_steps}; {self._how_to_go_on()}"
+            f"{self.config.run.total_steps}; {self.keeper.how_to_go_on()}"
         )
-        raise SystemExit(STOPPED if saved else 1)
+        return SystemExit(STOPPED if saved else 1)
 
-    def _give_up_scoring(self, error: FailedScoring) -> None:
-        cause = error.__cause__ or error
+    def _interrupted(self) -> BaseException:
+        """By Ctrl-C, which waits for nobody: what is said and how to go on, on the main process."""
+        if not self.runtime.is_main:
+            return SystemExit(130)
+        where = f"{self.keeper.heartbeat.now} (of {self.config.run.total_steps})"
+        return KeyboardInterrupt(f"stopped by Ctrl-C in {where}; {self.keeper.how_to_go_on()}")
+
+    def _gave_up_scoring(self, error: FailedScoring) -> RunFailed:
+        """What stops the run, after a checkpoint and the inputs that the reward failed on were written."""
+        if not self.keeper.is_open:  # while calibrating: nothing was learnt, and nothing is left behind
+            return RunFailed(str(error))
         facts = {
             "phase": "score",
             "step": self.progress.step + 1,
             "message": str(error),
-            "traceback": "".join(traceback.format_exception(cause)),
+            "traceback": "".join(traceback.format_exception(error.__cause__ or error)),
             **error.inputs,
         }
-        place = self._dump(facts, None)
-        self._save()
-        raise RunFailed(f"{error}; what it was given: {place}; {self._how_to_go_on()}") from error
+        place = self.keeper.dump(facts, None)
+        self.keeper.save(self.progress)
+        return RunFailed(f"{error}; what it was given: {place}; {self.keeper.how_to_go_on()}")
 
     def _skip(self, fault: Fault, experience: Experience) -> None:
         """Count a step that is not taken and say why; raises `RunFailed` if it is one too many in a row."""
@@ -538,96 +491,33 @@ class PPOTrainer:
         if self.rollout is not None:
             facts |= {"prompts": self.rollout.prompts, "responses": self.rollout.texts}
             facts |= {"scores": self.rollout.scores.tolist(), "columns": self._columns}
-        place = self._dump(facts, experience)
+        place = self.keeper.dump(facts, experience)
         raise RunFailed(
             f"{said}; {count} steps in a row were skipped (run.max_skipped_steps); look with python -m rlhf_accel "
-            f"replay {place}; {self._how_to_go_on()}"
+            f"replay {place}; {self.keeper.how_to_go_on()}"
         )
 
-    def _dump(self, facts: dict[str, Any], experience: Experience | None) -> Path:
-        """Leave what is at fault in the run's folder; with an experience, the weights too, so all ranks call this."""
-        place = self.folder / "dumps" / f"step-{facts['step']:06d}"
-        tensors: dict[str, Tensor] = {}
-        weights = {} if experience is None else each_once(self.runtime.learned_weights())
-        for batch in () if experience is None else (experience, experience.sequences):
-            for field in fields(batch):
-                if isinstance(getattr(batch, field.name), Tensor):
-                    tensors[field.name] = getattr(batch, field.name)
-        dump = Dump(config=self.config, facts=facts, experience=tensors, weights=weights)
-        problem = failure(lambda: checkpoint.write_dump(place, dump)) if self.runtime.is_main else None
-        if problem is not None:
-            self.line.say(f"warning: {place} could not be written ({problem})")
-        return place
-
-    def _how_to_go_on(self) -> str:
-        place = checkpoint.newest(self.folder)
-        if place is None:
-            return "no checkpoint was written, the same command with --run.resume auto starts anew"
-        return f"the last checkpoint is {place}, go on with --run.output_dir {self.folder} --run.resume latest"
-
-    def _seconds(self) -> float:
-        return self.progress.seconds + time.perf_counter() - self._started
-
     def _resume(self, place: Path) -> None:
-        self.progress = self._saved = checkpoint.load_progress(place)
+        self.progress = checkpoint.load_progress(place)
         if not self.runtime.from_main((self.folder / "best").is_dir):  # another run's best, in another folder
             self.progress = replace(self.progress, best_score=None)
         self.kl_controller = self._kl_controller()
         self.reward = replace(self.reward, mean=self.progress.reward_mean, std=self.progress.reward_std)
         self.line.say(f"going on after step {self.progress.step} from {place}")
 
-    def _export(self, name: str, results: dict[str, Any]) -> str | None:
-        """Write the policy for others to load. Returns why that failed, on every rank, None if it did not."""
-        self.heartbeat(f"writing {name}/ after step {self.progress.step}")
-        weights = self.runtime.learned_weights()
-        problem = None
-        if self.runtime.is_main:
-            card = checkpoint.model_card(self.config, results)
-            module = self.runtime.plain_module
-            problem = failure(lambda: checkpoint.export(self.folder / name, module, weights, self.tokens, card))
-        return self.runtime.first_failure(problem)
-
     def _finish(self) -> dict[str, Any]:
         """Export the policy and write what the run did to the held-out score."""
-        last = self._last or self._evaluate()
-        calibration = {"mean": self.reward.mean, "std": self.reward.std}
+        last = self._evaluation or self._evaluate()
         summary: dict[str, Any] = {
             "steps": self.progress.step,
-            "seconds": self._seconds(),
-            "calibration": calibration,
+            "seconds": self.keeper.seconds(self.progress),
+            "calibration": {"mean": self.reward.mean, "std": self.reward.std},
         }
         if last is not None and self.progress.base is not None:
             summary |= compare(self.progress.base, last)
             summary["samples"] = sample_pairs(self.progress.base_samples or [], last)
-        self._insist(lambda: self._export("final", summary), "final/")
-        self._insist(lambda: self.runtime.first_failure(self._write_summary(summary)), "summary.json")
-        self.runtime.close()
-        if self.runtime.is_main:
-            self.journal.finish(summary)
+        self.keeper.finish(summary, self.tokens)
         return summary
-
-    def _write_summary(self, summary: dict[str, Any]) -> str | None:
-        if not self.runtime.is_main:
-            return None
-
-        def write() -> None:
-            self.journal.flush()
-            checkpoint.write_summary(self.folder, summary)
-
-        return failure(write)
-
-    def _insist(self, write: Callable[[], str | None], what: str) -> None:
-        """Write what a run is for; on a full disk there is time to make room."""
-        most = self.config.run.max_failed_saves
-        for attempt in range(1, most + 1):
-            problem = write()
-            if problem is None:
-                return
-            said = f"{what} could not be written: {problem}"
-            if attempt < most:
-                self.line.say(f"warning: {said}; trying again in {_RETRY_EXPORT:.0f} s ({attempt} of {most})")
-                time.sleep(_RETRY_EXPORT)
-        raise RunFailed(f"{said}; {self._how_to_go_on()}")
 
     def _say_what_runs(self, module: models.PolicyWithValue) -> None:
         trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)

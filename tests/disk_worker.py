@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from rlhf_accel import checkpoint, trainer
+from rlhf_accel import checkpoint, keeper
 from rlhf_accel.config import Config, load
 from rlhf_accel.trainer import PPOTrainer
 
@@ -39,7 +39,7 @@ def every_call(config: Config) -> dict[str, int]:
         while True:
             nth += 1
             disk.disk_arm(nth, error, 0)
-            saved = run._save()
+            saved = run.keeper.save(run.progress)
             reached = disk.disk_calls()
             disk.disk_arm(0, 0, 0)
             place = checkpoint.resume_folder(resumed, run.folder, lambda said: None)
@@ -55,7 +55,7 @@ def every_call(config: Config) -> dict[str, int]:
             assert found.keys() == expected[place.name].keys()
             assert all(torch.equal(found[name], tensor) for name, tensor in expected[place.name].items()), nth
         counts[errno.errorcode[error]] = nth - 1
-        run._saved = None
+        run.keeper._saved = None
         run.folder.joinpath("checkpoints", "latest").write_text(old.name)
     return counts
 
@@ -76,7 +76,7 @@ def full_disk(config: Config) -> dict[str, int]:
 
     failed: dict[str, int] = {}
     run.step = fill_and_free
-    trainer._RETRY_EXPORT = 0.0
+    keeper._RETRY = 0.0
     run.fit()
     return failed
 

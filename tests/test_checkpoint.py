@@ -116,7 +116,7 @@ class OnDisk:
 def save(folder, step, text="whole", **run):
     progress = checkpoint.Progress(step=step, kl_coef=0.25 * step)
     config = run_config(output_dir=str(folder), **run)
-    checkpoint.save_checkpoint(folder, progress, config, OnDisk(text))
+    checkpoint.save_checkpoint(folder, progress, OnDisk(text), config)
 
 
 def found(folder, resume="latest", said=None, **run):
@@ -470,7 +470,7 @@ def test_best_of_another_folder_is_not_ours(tiny, tmp_path):
     PPOTrainer(tiny(run=run)).fit()
     place = tmp_path / "a" / "checkpoints" / "step-000001"
     progress, other = checkpoint.load_progress(place), PPOTrainer(tiny(run={**run, "output_dir": str(tmp_path / "c")}))
-    checkpoint.save_checkpoint(tmp_path / "a", replace(progress, best_score=1e9), other.config, other.runtime)
+    checkpoint.save_checkpoint(tmp_path / "a", replace(progress, best_score=1e9), other.runtime, other.config)
     PPOTrainer(tiny(run={**run, "total_steps": 2, "output_dir": str(tmp_path / "b"), "resume": str(place)})).fit()
     assert (tmp_path / "b" / "best").is_dir()
 

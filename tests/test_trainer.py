@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_accel import metrics as metrics_module
 from rlhf_accel.config import Config, ConfigError, OptimConfig, RunFailed, load
+from rlhf_accel.keeper import Keeper
 from rlhf_accel.trainer import PPOTrainer, lr_factor
 from tests.conftest import share_of_o
 
@@ -171,13 +172,13 @@ def test_config_yaml_is_the_run(fit):
 
 def test_best_is_the_model_with_the_best_evaluation(fit, monkeypatch):
     kept = []
-    export = PPOTrainer._export
+    export = Keeper.export
 
-    def spy(self, name, results):
+    def spy(self, name, results, tokens):
         kept.append((name, results.get("eval/score")))
-        export(self, name, results)
+        export(self, name, results, tokens)
 
-    monkeypatch.setattr(PPOTrainer, "_export", spy)
+    monkeypatch.setattr(Keeper, "export", spy)
     trainer, rows = fit(run={"eval_samples": 4, "eval_every": 1, "total_steps": 6}, optim={"lr": 0.02})
     best, expected = -math.inf, []
     for row in rows:

@@ -63,7 +63,7 @@ def poison(trainer: PPOTrainer, what: str) -> None:
     gradient."""
 
     def in_step_one() -> bool:
-        return trainer.heartbeat.now.endswith("of step 1")
+        return trainer.keeper.heartbeat.now.endswith("of step 1")
 
     if what == "gradient":
         trainer.runtime.plain_module.value_head.bias.register_hook(once_nan(lambda gradient: gradient))
@@ -79,11 +79,14 @@ def stop(trainer: PPOTrainer, phase: str) -> None:
     """Sends this process SIGTERM once, at the beginning of a phase of its second step."""
 
     def on_entering(said: str) -> None:
-        if said.startswith((f"{phase} of step 2", f"{phase} after step 2")) and trainer.heartbeat._post is on_entering:
-            trainer.heartbeat._post = lambda _: None
+        if (
+            said.startswith((f"{phase} of step 2", f"{phase} after step 2"))
+            and trainer.keeper.heartbeat._post is on_entering
+        ):
+            trainer.keeper.heartbeat._post = lambda _: None
             os.kill(os.getpid(), signal.SIGTERM)
 
-    trainer.heartbeat._post = on_entering
+    trainer.keeper.heartbeat._post = on_entering
 
 
 class _Seen(Exception):

@@ -1,0 +1,167 @@
+"""What a run keeps on disk while it goes, and how it outlives a disk that fails.
+
+Knows files, and what to tell whoever reads the console. Every public method is called by all ranks, of which the main
+one writes. Knows no step of PPO.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rlhf_accel import checkpoint
+from rlhf_accel.checkpoint import Dump, Progress, SaveError
+from rlhf_accel.config import Config, RunFailed, flatten, to_yaml
+from rlhf_accel.distributed import Runtime, each_once, failure, post
+from rlhf_accel.metrics import Journal, Progressline
+from rlhf_accel.tokens import Tokens
+from rlhf_accel.types import Experience
+from rlhf_accel.vigil import Heartbeat
+
+_RETRY = 60.0  # seconds until what a run is for is written again, in which somebody may make room
+
+
+class Keeper:
+    """Writes a run's folder: rows, checkpoints, models, dumps, and each process's log."""
+
+    def __init__(self, config: Config, folder: Path, runtime: Runtime, line: Progressline) -> None:
+        self.config = config
+        self.folder = folder
+        self.runtime = runtime
+        self.line = line
+        self.journal = Journal(folder, line)
+        self.heartbeat = Heartbeat(post)
+        self.is_open = False
+        self._failed = 0  # saves in a row
+        self._saved: Progress | None = None  # what the last checkpoint in this folder holds
+        self._started = time.perf_counter()
+
+    def open(self, progress: Progress, place: Path | None) -> None:
+        """Make the folder, or go on in it from the checkpoint at `place`. Raises `ConfigError` if it cannot be."""
+        resumes = self.config.run.resume is not None
+        self.runtime.from_main(lambda: checkpoint.make_folder(self.folder, to_yaml(self.config), resumes=resumes))
+        self.is_open = True
+        if resumes and self.runtime.is_main:
+            self.journal.rewind(progress.step, recorded=progress.unrecorded is None)
+        if place is not None and place.parent.parent == self.folder:
+            self._saved = progress
+        self.heartbeat.open(self.folder / "logs" / f"rank-{self.runtime.rank}.log")
+        settings = flatten(asdict(self.config))
+        told = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in settings.items()}
+        self.runtime.start_trackers(self.config.run.name, told, self.folder)
+
+    def record(self, metrics: Mapping[str, float]) -> None:
+        """Metrics to every sink; what cannot be written is said."""
+        tracked = {key: value for key, value in metrics.items() if key != "step"}
+        problem = failure(lambda: self.runtime.track(tracked, int(metrics["step"])))
+        if problem is not None:
+            self.line.say(f"warning: run.trackers could not write ({problem})")
+        if self.runtime.is_main:
+            self.journal.record(metrics)
+        if self._failed:
+            self.line.say(f"warning: there is no checkpoint of late, {self._failed} could not be written")
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        if self.runtime.is_main:
+            self.journal.samples(step, rows)
+
+    def save(self, progress: Progress) -> bool:
+        """Write a checkpoint of where the run stands, and say whether it is there.
+
+        One that fails is said, and the run goes on, until run.max_failed_saves have failed in a row: `RunFailed`.
+        """
+        if self._saved == progress:
+            return True
+        self.heartbeat(f"saving after step {progress.step}")
+        try:
+            self._all_or_none(self.journal.flush)
+            checkpoint.save_checkpoint(
+                self.folder, replace(progress, seconds=self.seconds(progress)), self.runtime, self.config
+            )
+        except SaveError as error:
+            self._failed += 1
+            most = self.config.run.max_failed_saves
+            said = f"the checkpoint of step {progress.step} could not be written: {error}"
+            if self._failed >= most:
+                raise RunFailed(
+                    f"{said}; run.max_failed_saves={most} have failed in a row; {self.how_to_go_on()}"
+                ) from error
+            self.line.say(f"warning: {said}; {most - self._failed} more such failures end the run")
+            return False
+        self._failed, self._saved = 0, progress
+        return True
+
+    def export(self, name: str, results: Mapping[str, Any], tokens: Tokens) -> None:
+        """Write the policy for others to load, as NAME/ in the run's folder. Raises `SaveError`, on every rank."""
+        self.heartbeat(f"writing {name}/")
+        weights = self.runtime.learned_weights()
+        module, card = self.runtime.plain_module, checkpoint.model_card(self.config, results)
+        self._all_or_none(lambda: checkpoint.export(self.folder / name, module, weights, tokens, card))
+
+    def finish(self, summary: Mapping[str, Any], tokens: Tokens) -> None:
+        """Write final/ and, as the last thing of all, the summary; on a full disk it is tried again for some minutes.
+
+        Raises `RunFailed` if that does not help.
+        """
+        self._insist(lambda: self.export("final", summary, tokens), "final/")
+        self.runtime.close()
+
+        def write() -> None:
+            self.journal.flush()
+            checkpoint.write_summary(self.folder, summary)
+
+        self._insist(lambda: self._all_or_none(write), "summary.json")
+        if self.runtime.is_main:
+            self.journal.finish(summary)
+
+    def dump(self, facts: Mapping[str, Any], experience: Experience | None) -> Path:
+        """Leave what is at fault in dumps/; with an experience, the weights too. A disk that refuses is only said."""
+        place = self.folder / "dumps" / f"step-{facts['step']:06d}"
+        batches = () if experience is None else (experience, experience.sequences)
+        tensors = {field.name: getattr(batch, field.name) for batch in batches for field in fields(batch)}
+        dump = Dump(
+            config=self.config,
+            facts=dict(facts),
+            experience={name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)},
+            weights={} if experience is None else each_once(self.runtime.learned_weights()),
+        )
+        problem = failure(lambda: checkpoint.write_dump(place, dump)) if self.runtime.is_main else None
+        if problem is not None:
+            self.line.say(f"warning: {place} could not be written ({problem})")
+        return place
+
+    def how_to_go_on(self) -> str:
+        """For whoever reads that the run has stopped."""
+        place = checkpoint.newest(self.folder)
+        if place is not None:
+            return f"the last checkpoint is {place}, go on with --run.output_dir {self.folder} --run.resume latest"
+        if self.is_open:
+            return f"no checkpoint was written, --run.output_dir {self.folder} --run.resume auto starts anew"
+        return "nothing was written"
+
+    def seconds(self, progress: Progress) -> float:
+        """Of training so far, in all the processes that the run went on in."""
+        return progress.seconds + time.perf_counter() - self._started
+
+    def _all_or_none(self, write: Callable[[], None]) -> None:
+        """The main process writes; raises `SaveError` on every rank if it could not."""
+        problem = self.runtime.first_failure(failure(write) if self.runtime.is_main else None)
+        if problem is not None:
+            raise SaveError(problem)
+
+    def _insist(self, write: Callable[[], None], what: str) -> None:
+        most = self.config.run.max_failed_saves
+        for attempt in range(1, most + 1):
+            try:
+                return write()
+            except SaveError as error:
+                said = f"{what} could not be written: {error}"
+            if attempt < most:
+                self.line.say(f"warning: {said}; trying again in {_RETRY:.0f} s ({attempt} of {most})")
+                time.sleep(_RETRY)
+        raise RunFailed(f"{said}; {self.how_to_go_on()}")
