@@ -109,13 +109,13 @@ class Keeper:
         Raises `RunFailed` if that does not help.
         """
         self._insist(lambda: self.export("final", summary, tokens), "final/")
-        self.runtime.close()
 
         def write() -> None:
             self.journal.flush()
             checkpoint.write_summary(self.folder, summary)
 
         self._insist(lambda: self._all_or_none(write), "summary.json")
+        self.runtime.close()  # after which processes do not meet any more
         if self.runtime.is_main:
             self.journal.finish(summary)
 
