@@ -56,7 +56,12 @@ METRICS = (
     Metric("rollout/eos_fraction", "", "responses that a stop ended", "mean over responses"),
     Metric("optim/lr", "", "learning rate of the policy in this step", "same on all ranks"),
     Metric("optim/grad_norm", "", "norm of the gradient before clipping", "mean over updates"),
-    Metric("optim/skipped_steps", "updates", "updates dropped for a gradient that was not finite", "sum over steps"),
+    Metric(
+        "optim/skipped_steps",
+        "",
+        "optimizer steps, or whole steps, skipped: something was not finite",
+        "sum over steps",
+    ),
     Metric("time/rollout", "s", "sampling, log-probabilities, values, reference", "main process"),
     Metric("time/score", "s", "rewards", "main process"),
     Metric("time/update", "s", "forward and backward passes and optimizer steps", "main process"),
