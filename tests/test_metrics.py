@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,28 @@ def test_rewind_survives_a_row_that_a_crash_cut_short(tmp_path: Path) -> None:
     lines.path.write_bytes(b'{"step": 1}\n{"step": 2, "text": "\xc3')
     lines.rewind(2)
     assert lines.path.read_text(encoding="utf-8") == '{"step": 1}\n'
+
+
+def test_a_row_that_the_disk_takes_half_of_is_kept_for_later(tmp_path: Path) -> None:
+    """A limit on the size of files stands for a full disk: the kernel writes what fits, then refuses."""
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines.write({"step": 1})
+    whole = lines.path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 5, hard))
+    try:
+        for step in (2, 3):
+            with pytest.raises(OSError, match="File too large"):
+                lines.write({"step": step})
+            assert lines.path.read_bytes() == whole
+        with pytest.raises(OSError, match="File too large"):
+            lines.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    lines.flush()
+    assert lines.path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+    lines.flush()
+    assert len(lines.path.read_text().splitlines()) == 3
 
 
 def test_rewind_of_nothing(tmp_path: Path) -> None:
