@@ -130,7 +130,9 @@ def command_for(config: dict[str, Any], folder: Path, launch: Callable[..., list
 
 
 @pytest.mark.parametrize(
-    ("kills", "steps", "most"), [(3, 12, 1.0), pytest.param(30, 60, 2.0, marks=pytest.mark.long)], ids=["short", "long"]
+    ("kills", "steps", "most"),
+    [(3, 12, 1.0), pytest.param(30, 240, 1.0, marks=pytest.mark.long)],
+    ids=["short", "long"],
 )
 def test_killed_at_any_moment_it_is_the_run_that_never_was(
     kills: int, steps: int, most: float, gpt2_folder: Path, prompts_file: Path, tmp_path: Path
@@ -145,19 +147,19 @@ def test_killed_at_any_moment_it_is_the_run_that_never_was(
 def test_two_processes_killed_at_any_moment(config: str, gpt2_folder: Path, prompts_file: Path, tmp_path: Path) -> None:
     from tests.distributed.test_world_size import assert_same_row, assert_same_weights, rows
 
-    settings = tree(gpt2_folder, prompts_file, {"run": {"total_steps": 16, "save_every": 2, "eval_every": 3}})
+    settings = tree(gpt2_folder, prompts_file, {"run": {"total_steps": 40, "save_every": 2, "eval_every": 3}})
     options = truly_cut(tmp_path, config) if config == "zero3" else []
 
     def same(one: Path, other: Path) -> None:
         assert (one / "samples.jsonl").read_bytes() == (other / "samples.jsonl").read_bytes()
         metrics, others = rows(one / "metrics.jsonl"), rows(other / "metrics.jsonl")
-        assert [row["step"] for row in others] == list(range(1, 17))
+        assert [row["step"] for row in others] == list(range(1, 41))
         for row, other_row in zip(metrics, others, strict=True):
             assert_same_row(row, other_row, rel=1e-6, floor=1e-7)
         assert_same_weights(one / "final", other / "final", 1e-6)
 
     command = command_for(settings, tmp_path, lambda *rest: launched(config, 2, TRAIN, *rest, options=options))
-    kill_and_go_on(command, tmp_path / "runs", 5, 4.0, same)
+    kill_and_go_on(command, tmp_path / "runs", 5, 3.0, same)
 
 
 # Signals
@@ -214,11 +216,28 @@ def test_a_signal_in_any_phase_ends_with_a_checkpoint_and_nothing_is_lost(
     assert f"stopped by {signal.Signals(number).name} after step" in output.out
     assert "--run.resume latest" in output.out
     assert [signal.getsignal(number) for number in vigil.SIGNALS] == before
+    if phase == "update of step 2":  # the evaluation that is due then waits for the run to go on
+        assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 1
     PPOTrainer(tiny(run={**run, "output_dir": str(tmp_path / "run"), "resume": "latest"})).fit()
     assert_same_bytes(whole_run, tmp_path / "run")
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (whole_run, tmp_path / "run")]
     assert [{**summary, "seconds": 0} for summary in summaries] == [{**summaries[0], "seconds": 0}] * 2
     assert len(summaries[1]["samples"]) > 0
+
+
+def test_a_step_whose_evaluation_waited_is_recorded_once(tiny, tmp_path: Path, whole_run: Path, signalled) -> None:
+    """Though the run is killed after it was recorded, and before the next checkpoint."""
+    run = {"total_steps": 4, "save_every": 4, "eval_every": 2, "sample_every": 1, "output_dir": str(tmp_path / "run")}
+    signalled("update of step 2", signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        PPOTrainer(tiny(run=run)).fit()
+    killed = PPOTrainer(tiny(run={**run, "resume": "latest"}))
+    killed._prepare()
+    killed.keeper.open(killed.progress, killed.resume_from)
+    killed._conclude()
+    assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 2
+    PPOTrainer(tiny(run={**run, "resume": "latest"})).fit()
+    assert [json.loads(row)["step"] for row in lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
 def test_the_status_as_seen_from_outside(gpt2_folder: Path, prompts_file: Path, tmp_path: Path) -> None:
