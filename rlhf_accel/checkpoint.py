@@ -10,10 +10,11 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from rlhf_accel import __version__
 from rlhf_accel.assets import sha256
 from rlhf_accel.config import Config, ConfigError, RunFailed, changed_keys, load, to_yaml
 from rlhf_accel.distributed import Runtime, failure
+from rlhf_accel.metrics import finite_or_none
 from rlhf_accel.models import CRITIC, POLICY, PolicyWithValue
 from rlhf_accel.tokens import Tokens
 
@@ -33,6 +35,7 @@ VALUE_HEAD = "value_head.safetensors"
 MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"
 _LATEST = "latest"
+_NAME = re.compile(r"step-(\d+)(\.old)?")
 
 
 class SaveError(RunFailed):
@@ -91,16 +94,16 @@ def choose_folder(config: Config) -> Path:
     return folder
 
 
-def make_folder(folder: Path, config: str, *, resumes: bool = False) -> None:
+def make_folder(folder: Path, config: Config) -> None:
     """Make the run's folder with its config.yaml; raises `ConfigError` if the system refuses, or if another run took
     the folder since it was chosen."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if resumes:
-            _replace(folder / "config.yaml", config)
+        if config.run.resume is not None:
+            _replace(folder / "config.yaml", to_yaml(_of_the_run(config)))
         else:
             with (folder / "config.yaml").open("x", encoding="utf-8") as file:
-                file.write(config)
+                file.write(to_yaml(config))
     except FileExistsError:
         raise ConfigError(f"run.output_dir={folder} was taken by another run meanwhile; name another folder") from None
     except OSError as error:
@@ -124,8 +127,8 @@ def resume_folder(
         return None
     if resume in ("latest", "auto"):
         found = _newest_whole(folder, say)
-        if found is None and resume == "latest":
-            raise ConfigError(_no_checkpoint(folder))
+        if found is None and (resume == "latest" or _checkpoints(folder / CHECKPOINTS)):
+            raise ConfigError(f"run.resume={resume}: {_why_none(folder)}")
         if found is None:
             _check_unchanged(config, folder)
             say(f"run.resume=auto: {folder} holds no checkpoint, so the run starts")
@@ -133,6 +136,11 @@ def resume_folder(
         place, manifest = found
     else:
         place = Path(resume)
+        if place.absolute().parent != (folder / CHECKPOINTS).absolute() and holds_run(folder):
+            raise ConfigError(
+                f"run.output_dir={folder} holds another run than run.resume={resume}; name that run's folder or a new "
+                "one"
+            )
         try:
             manifest = check(place)
         except _Damaged as error:
@@ -157,7 +165,7 @@ def resume_folder(
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     """The last that a run writes: after it the run is finished. Raises `OSError`."""
-    _replace(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False))
+    _replace(folder / "summary.json", json.dumps(finite_or_none(summary), indent=2, ensure_ascii=False))
 
 
 def is_finished(folder: Path, steps: int) -> bool:
@@ -193,8 +201,7 @@ def check(place: Path) -> Manifest:
 
 
 def save_checkpoint(folder: Path, progress: Progress, runtime: Runtime, config: Config) -> None:
-    """Write checkpoints/step-NNNNNN beside its place, rename it there, let `latest` name it, and remove what
-    run.keep_checkpoints leaves out; called by every rank.
+    """Write checkpoints/step-NNNNNN beside its place, rename it there and let `latest` name it; called by every rank.
 
     Raises `SaveError`, on every rank, if any rank could not write its part; what was there before stays as it was.
     """
@@ -202,23 +209,20 @@ def save_checkpoint(folder: Path, progress: Progress, runtime: Runtime, config: 
     beside = place.with_name(f".{place.name}")
 
     def begin() -> None:
-        for left in list(place.parent.glob(".*")):  # of a process that was killed
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        for left in place.parent.glob(".step-*"):  # of a process that was killed
+            shutil.rmtree(left)
         beside.mkdir(parents=True)
 
     def finish() -> None:
         (beside / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
-        (beside / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        _write_manifest(beside, runtime, sharded=runtime.writes_shards)
+        (beside / "config.yaml").write_text(to_yaml(_of_the_run(config)), encoding="utf-8")
+        parts = len(list(beside.rglob("*_optim_states.pt")))
+        if runtime.writes_shards and parts != runtime.world_size:
+            raise OSError(f"{parts} of {runtime.world_size} processes' parts are here; they need one folder")
+        _write_manifest(beside, runtime)
         _flush(beside)
-        if place.exists():
-            shutil.rmtree(place)
-        beside.rename(place)
-        _flush(place.parent, below=False)
+        _move(beside, place)
         _replace(place.parent / _LATEST, place.name)
-        if config.run.keep_checkpoints:
-            for old in _checkpoints(place.parent, below=progress.step)[config.run.keep_checkpoints - 1 :]:
-                shutil.rmtree(old)
 
     def on_main(work: Callable[[], None]) -> str | None:
         return failure(work) if runtime.is_main else None
@@ -234,6 +238,21 @@ def save_checkpoint(folder: Path, progress: Progress, runtime: Runtime, config: 
         raise
 
 
+def prune(folder: Path, step: int, keep: int) -> None:
+    """Remove the checkpoints before a step's but for the newest, `keep` of them with that step's own; 0 keeps all.
+
+    Raises `OSError` if one cannot be removed.
+    """
+    if keep:
+        for old in _checkpoints(folder / CHECKPOINTS, below=step)[keep - 1 :]:
+            shutil.rmtree(old)
+
+
+def go_back_to(place: Path) -> None:
+    """Let `latest` name this checkpoint: newer ones are of steps that the run, which goes on here, takes again."""
+    _replace(place.parent / _LATEST, place.name)
+
+
 def load_progress(checkpoint: Path) -> Progress:
     """Raises `ConfigError` if another version wrote it."""
     try:
@@ -245,19 +264,20 @@ def load_progress(checkpoint: Path) -> Progress:
 
 
 def newest(folder: Path) -> Path | None:
-    """The checkpoint that `latest` names, if there is one; not checked."""
+    """The checkpoint that `latest` names, or else the one of the last step; not checked."""
+    return next(iter(_candidates(folder)), None)
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """Checkpoints to go on from: what `latest` names and those before it, or all if it names none; newest first."""
+    found, named = _checkpoints(folder / CHECKPOINTS), None
     with suppress(OSError, ValueError):
-        place = folder / CHECKPOINTS / (folder / CHECKPOINTS / _LATEST).read_text(encoding="utf-8").strip()
-        return place if place.is_dir() and place.parent == folder / CHECKPOINTS else None
-    return None
+        named = folder / CHECKPOINTS / (folder / CHECKPOINTS / _LATEST).read_text(encoding="utf-8").strip()
+    return found[found.index(named) :] if named in found else found
 
 
 def _newest_whole(folder: Path, say: Callable[[str], None]) -> tuple[Path, Manifest] | None:
-    """The checkpoint that `latest` names, or the newest before it that is whole."""
-    named = newest(folder)
-    found = _checkpoints(folder / CHECKPOINTS)
-    candidates = found if named not in found else found[found.index(named) :]
-    for place in candidates:
+    for place in _candidates(folder):
         try:
             return place, check(place)
         except _Damaged as error:
@@ -265,23 +285,21 @@ def _newest_whole(folder: Path, say: Callable[[str], None]) -> tuple[Path, Manif
     return None
 
 
-def _no_checkpoint(folder: Path) -> str:
+def _why_none(folder: Path) -> str:
     if _checkpoints(folder / CHECKPOINTS):
-        return (
-            f"run.resume=latest: all checkpoints in {folder / CHECKPOINTS} are damaged; --run.resume auto starts anew"
-        )
+        return f"no checkpoint in {folder / CHECKPOINTS} is whole or can be read; mend the disk, or name a new folder"
     if holds_run(folder):
         return (
-            f"run.resume=latest: the run in {folder} ended before its first checkpoint and left no checkpoint; "
-            "--run.resume auto starts it anew"
+            f"the run in {folder} ended before its first checkpoint and left no checkpoint; --run.resume auto starts "
+            "it anew"
         )
-    return f"run.resume=latest: {folder} holds no checkpoint; name the folder of a run in run.output_dir"
+    return f"{folder} holds no checkpoint; name the folder of a run in run.output_dir"
 
 
 def _checkpoints(parent: Path, below: int | None = None) -> list[Path]:
     """The checkpoints in a folder, newest first; of those before a step if `below` is given."""
-    numbered = [(int(path.name[5:]), path) for path in parent.glob("step-*") if path.name[5:].isdigit()]
-    return [path for step, path in sorted(numbered, reverse=True) if below is None or step < below]
+    found = [(int(match[1]), path) for path in parent.glob("step-*") if (match := _NAME.fullmatch(path.name))]
+    return [path for step, path in sorted(found, reverse=True) if below is None or step < below]
 
 
 def _check_unchanged(config: Config, folder: Path) -> None:
@@ -301,7 +319,12 @@ def _check_unchanged(config: Config, folder: Path) -> None:
         )
 
 
-def _write_manifest(folder: Path, runtime: Runtime, *, sharded: bool) -> None:
+def _of_the_run(config: Config) -> Config:
+    """Without how this process came to it, which a run that starts from config.yaml must not repeat."""
+    return replace(config, run=replace(config.run, resume=None, changes=()))
+
+
+def _write_manifest(folder: Path, runtime: Runtime) -> None:
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.rglob("*"))
@@ -311,7 +334,7 @@ def _write_manifest(folder: Path, runtime: Runtime, *, sharded: bool) -> None:
         files=files,
         zero_stage=runtime.zero_stage,
         world_size=runtime.world_size,
-        sharded=sharded,
+        sharded=runtime.writes_shards,
         versions=_versions(),
     )
     tree = asdict(manifest)
@@ -340,6 +363,22 @@ def _flush(folder: Path, *, below: bool = True) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _move(beside: Path, place: Path) -> None:
+    """Rename a folder to its place. What is there goes last, and until then is whole, under its name or `NAME.old`."""
+    old = place.with_name(f"{place.name}.old")
+    if place.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        place.rename(old)
+    try:
+        beside.rename(place)
+    except OSError:
+        if old.exists():
+            old.rename(place)
+        raise
+    _flush(place.parent, below=False)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _replace(path: Path, text: str) -> None:
@@ -372,9 +411,7 @@ def export(folder: Path, module: PolicyWithValue, weights: Mapping[str, Tensor],
     save_file(critic, beside / VALUE_HEAD)
     (beside / "README.md").write_text(card, encoding="utf-8")
     _flush(beside)
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
-    _flush(folder.parent, below=False)
+    _move(beside, folder)
 
 
 def load_value_head(folder: Path) -> dict[str, Tensor]:
@@ -411,10 +448,11 @@ def write_dump(folder: Path, dump: Dump) -> None:
 
 def read_dump(folder: Path) -> Dump:
     """Raises `ConfigError` if there is none."""
+    needed = {"phase", "message", "rows", "prompts", "responses"}
     try:
         facts = json.loads((folder / "dump.json").read_bytes())
-        if not isinstance(facts, dict) or not {"phase", "message", "prompts", "responses"} <= facts.keys():
-            raise ValueError("dump.json names no phase, message, prompts and responses")
+        if not isinstance(facts, dict) or not needed <= facts.keys():
+            raise ValueError(f"dump.json lacks one of {', '.join(sorted(needed))}")
         tensors = [
             load_file(path) if (path := folder / f"{name}.safetensors").is_file() else {}
             for name in ("experience", "weights")

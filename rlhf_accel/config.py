@@ -67,14 +67,21 @@ class ConfigError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(line.strip() for line in message.splitlines()))
+        super().__init__(_one_line(message))
 
 
 class RunFailed(RuntimeError):
     """A run that cannot go on, after what could be saved was saved: one line with what happened and how to go on.
 
-    The commands print it and exit with status 1.
+    The commands print it and exit with status 1. Line breaks become spaces.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_one_line(message))
+
+
+def _one_line(message: str) -> str:
+    return " ".join(line.strip() for line in message.splitlines())
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -613,6 +620,12 @@ def _contradictions(config: Config) -> list[str]:
         )
     if reward.url is not None:
         problems += _url_problems(reward.url)
+    patience = (reward.timeout or 0.0) * (reward.retries + 1) + reward.retry_wait * (2**reward.retries - 1)
+    if reward.timeout is not None and patience >= run.collective_timeout:
+        problems.append(
+            f"reward.timeout={reward.timeout:g} with reward.retries={reward.retries} may take {patience:g} s, and "
+            f"others wait for run.collective_timeout={run.collective_timeout:g} s; raise the latter"
+        )
     if reward.model is None and reward.label is not None:
         problems.append("reward.label is set without reward.model; name the model or remove the label")
     problems += _model_contradictions(config)

@@ -90,6 +90,7 @@ class Runtime:
         self._deepspeed = deepspeed
         self._max_grad_norm = max_grad_norm
         self._gather_parameters = gather_parameters
+        self._trackers = run.trackers
         self.writes_shards = deepspeed is not None and run.checkpoint == "sharded"
         self._module: Any = None
         self._optimizer: Any = None
@@ -146,10 +147,14 @@ class Runtime:
         self._module, self._optimizer = self._accelerator.prepare(module, optimizer)
         if self._deepspeed is not None:
             self._module.checkpoint_engine = _shard_files()
+            # A script that rank 0 would copy beside the shards, unheeded if that fails; portable checkpoints serve.
+            self._module._copy_recovery_script = lambda folder: None
         if resume is not None and portable:
             self._load_moments(resume)
         elif resume is not None:
-            self._module.load_checkpoint(str(resume), tag=_ENGINE, load_module_strict=False)
+            read, _ = self._module.load_checkpoint(str(resume), tag=_ENGINE, load_module_strict=False)
+            if read is None:
+                raise ConfigError(f"run.resume={resume}: DeepSpeed finds no checkpoint there for rank {self.rank}")
 
     def prepare_frozen(self, module: nn.Module) -> nn.Module:
         """A module that does not learn: sharded with ZeRO-3 (and offloaded where parameters are), else whole."""
@@ -257,14 +262,15 @@ class Runtime:
         """
         if self.zero_stage != 3 or self._whole is not None:
             return fact
-        return self._on_all(fact)
+        return self._on_all(fact)  # for every token: without telling others each time
 
     def anywhere(self, fact: bool) -> bool:
         """Whether it holds on any rank; asked by all."""
         return bool(self.sum(torch.tensor(int(fact))) > 0)
 
     def _on_all(self, fact: bool) -> bool:
-        return bool(self.sum(torch.tensor(int(fact))) == self.world_size)
+        count = self._accelerator.reduce(torch.tensor(int(fact), device=self.device), "sum")
+        return bool(count == self.world_size)
 
     def share(self, count: int) -> Int[Tensor, " n"]:
         """This rank's rows of `count`: contiguous, the first ranks one longer where it does not divide."""
@@ -441,10 +447,6 @@ class Runtime:
         with self._accelerator.local_main_process_first():
             yield
 
-    def barrier(self) -> None:
-        with self._waiting():
-            self._accelerator.wait_for_everyone()
-
     @contextlib.contextmanager
     def _waiting(self) -> Iterator[None]:
         """Around a collective: the others can see whether this rank is in it."""
@@ -456,13 +458,27 @@ class Runtime:
 
     def start_trackers(self, name: str, config: dict[str, Any], folder: Path) -> None:
         self._accelerator.project_configuration.logging_dir = str(folder / "trackers")
-        self._accelerator.init_trackers(name, config=config)
+        try:
+            problem = failure(lambda: self._accelerator.init_trackers(name, config=config))
+        except Exception as error:  # trackers are many, and some ask a server
+            problem = f"{type(error).__name__}: {error}"
+        problem = self.first_failure(problem)
+        if problem is not None:
+            raise ConfigError(f"run.trackers={list(self._trackers)} cannot be started: {problem}")
 
     def track(self, metrics: dict[str, float], step: int) -> None:
         self._accelerator.log(metrics, step=step)
 
+    def end_trackers(self) -> None:
+        """Have them write what they hold back, if they can. Processes go on meeting each other."""
+        for tracker in self._accelerator.trackers:
+            failure(tracker.finish)
+        self._accelerator.trackers = []
+
     def close(self) -> None:
-        failure(self._accelerator.end_training)  # of trackers, which may have no room to write what they hold back
+        """After this, processes do not meet any more."""
+        self.end_trackers()
+        self._accelerator.end_training()
 
     def _whole_weights(self, copy_of: Callable[[Tensor], Tensor | None], learned: bool = False) -> dict[str, Tensor]:
         """A copy of each parameter by its names, of those that learn only if `learned`; parameters that are shared have
@@ -564,7 +580,7 @@ def post(what: str) -> None:
 
 
 def missing() -> dict[int, str]:
-    """What the processes posted last for which others wait, by their ranks; empty if nobody can be asked any more."""
+    """What the processes posted last that wait for nobody, by their ranks; empty if nobody can be asked any more."""
     found = {}
     with contextlib.suppress(RuntimeError, ValueError):
         for rank in range(torch.distributed.get_world_size()):
@@ -674,11 +690,13 @@ def failure(work: Callable[[], None]) -> str | None:
 
 def _load_weights(module: nn.Module, folder: Path) -> None:
     weights = load_file(folder / _WEIGHTS)
-    report = module.load_state_dict(weights, strict=False)
+    ours = dict(module.named_parameters(remove_duplicate=False))
     # Of parameters that are shared the file holds one.
     lacking = [name for name, p in module.named_parameters() if p.requires_grad and name not in weights]
-    for name in (*report.unexpected_keys, *lacking):
+    foreign = [name for name, weight in weights.items() if name not in ours or ours[name].shape != weight.shape]
+    for name in (*lacking, *foreign):
         raise ConfigError(f"run.resume={folder}: holds weights of another model ({name}, …)")
+    module.load_state_dict(weights, strict=False)
 
 
 def each_once(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -704,7 +722,13 @@ def _shard_files() -> Any:
             self.failure = self.failure or failure(lambda: os.makedirs(path, exist_ok=exist_ok))
 
         def save(self, state_dict: Any, path: str) -> None:
-            self.failure = self.failure or failure(lambda: super(ShardFiles, self).save(state_dict, path))
+            def write() -> None:
+                try:
+                    super(ShardFiles, self).save(state_dict, path)
+                except RuntimeError as error:  # so torch says that the disk did not take it
+                    raise OSError(str(error).splitlines()[0]) from error
+
+            self.failure = self.failure or failure(write)
 
         def load(self, path: str, map_location: Any = None) -> Any:
             try:

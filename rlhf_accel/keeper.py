@@ -16,8 +16,8 @@ from torch import Tensor
 
 from rlhf_accel import checkpoint
 from rlhf_accel.checkpoint import Dump, Progress, SaveError
-from rlhf_accel.config import Config, RunFailed, flatten, to_yaml
-from rlhf_accel.distributed import Runtime, each_once, failure, post
+from rlhf_accel.config import Config, ConfigError, RunFailed, flatten
+from rlhf_accel.distributed import Runtime, each_once, failure, missing, post
 from rlhf_accel.metrics import Journal, Progressline
 from rlhf_accel.tokens import Tokens
 from rlhf_accel.types import Experience
@@ -35,7 +35,7 @@ class Keeper:
         self.runtime = runtime
         self.line = line
         self.journal = Journal(folder, line)
-        self.heartbeat = Heartbeat(post)
+        self.heartbeat = Heartbeat(post, missing)
         self.is_open = False
         self._failed = 0  # saves in a row
         self._saved: Progress | None = None  # what the last checkpoint in this folder holds
@@ -43,17 +43,25 @@ class Keeper:
 
     def open(self, progress: Progress, place: Path | None) -> None:
         """Make the folder, or go on in it from the checkpoint at `place`. Raises `ConfigError` if it cannot be."""
-        resumes = self.config.run.resume is not None
-        self.runtime.from_main(lambda: checkpoint.make_folder(self.folder, to_yaml(self.config), resumes=resumes))
+        ours = place is not None and place.absolute().parent.parent == self.folder.absolute()
+        self.runtime.from_main(lambda: self._open_files(progress, place if ours else None))
         self.is_open = True
-        if resumes and self.runtime.is_main:
-            self.journal.rewind(progress.step, recorded=progress.unrecorded is None)
-        if place is not None and place.parent.parent == self.folder:
-            self._saved = progress
+        self._saved = progress if ours else None
         self.heartbeat.open(self.folder / "logs" / f"rank-{self.runtime.rank}.log")
         settings = flatten(asdict(self.config))
         told = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in settings.items()}
         self.runtime.start_trackers(self.config.run.name, told, self.folder)
+
+    def _open_files(self, progress: Progress, place: Path | None) -> None:
+        checkpoint.make_folder(self.folder, self.config)
+        if self.config.run.resume is None:
+            return
+        try:
+            if place is not None:  # before rows go: `latest` must not name a step whose rows are gone
+                checkpoint.go_back_to(place)
+            self.journal.rewind(progress.step, recorded=progress.unrecorded is None)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"run.output_dir={self.folder} cannot be gone on in: {error}") from error
 
     def record(self, metrics: Mapping[str, float]) -> None:
         """Metrics to every sink; what cannot be written is said."""
@@ -94,6 +102,10 @@ class Keeper:
             self.line.say(f"warning: {said}; {most - self._failed} more such failures end the run")
             return False
         self._failed, self._saved = 0, progress
+        keep = self.config.run.keep_checkpoints
+        problem = failure(lambda: checkpoint.prune(self.folder, progress.step, keep)) if self.runtime.is_main else None
+        if problem is not None:
+            self.line.say(f"warning: an old checkpoint could not be removed: {problem}")
         return True
 
     def export(self, name: str, results: Mapping[str, Any], tokens: Tokens) -> None:
@@ -135,11 +147,18 @@ class Keeper:
             self.line.say(f"warning: {place} could not be written ({problem})")
         return place
 
+    def close(self) -> None:
+        """End the log and the trackers, also of a run that failed; each process for itself."""
+        self.heartbeat.close()
+        self.runtime.end_trackers()
+
     def how_to_go_on(self) -> str:
         """For whoever reads that the run has stopped."""
         place = checkpoint.newest(self.folder)
         if place is not None:
             return f"the last checkpoint is {place}, go on with --run.output_dir {self.folder} --run.resume latest"
+        if self.is_open and self.config.run.resume not in (None, "latest", "auto"):
+            return f"no checkpoint was written, go on with --run.resume {self.config.run.resume} and another folder"
         if self.is_open:
             return f"no checkpoint was written, --run.output_dir {self.folder} --run.resume auto starts anew"
         return "nothing was written"

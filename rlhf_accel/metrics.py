@@ -109,8 +109,21 @@ class Stopwatch:
         return time.perf_counter() - self.started
 
 
+def finite_or_none(value: Any) -> Any:
+    """The value with each figure in it that is not finite as None: JSON has no word for it.
+
+    >>> finite_or_none({"a": [1.0, float("nan")], "b": "x"})
+    {'a': [1.0, None], 'b': 'x'}
+    """
+    if isinstance(value, Mapping):
+        return {key: finite_or_none(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_or_none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class JsonLines:
-    """Appends one JSON object a line. A figure that is not finite is written as null: JSON has no word for it.
+    """Appends one JSON object a line; figures that are not finite as null.
 
     Rows that the disk did not take are kept, and go first at the next write.
     """
@@ -118,11 +131,11 @@ class JsonLines:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._pending: list[str] = []
+        self._whole: int | None = None  # bytes that end with a whole row, while the disk may hold more
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Raises `OSError` if the disk does not take the row; the file then ends with a whole one nevertheless."""
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._pending.append(json.dumps(finite, ensure_ascii=False) + "\n")
+        self._pending.append(json.dumps(finite_or_none(row), ensure_ascii=False) + "\n")
         self._append()
 
     def flush(self) -> None:
@@ -135,27 +148,41 @@ class JsonLines:
 
     def _append(self) -> None:
         with self.path.open("ab", buffering=0) as file:
-            whole = file.tell()
+            size = os.fstat(file.fileno()).st_size
+            if self._whole is not None and size > self._whole:
+                file.truncate(self._whole)
+            self._whole = size if self._whole is None else min(size, self._whole)
             text = memoryview("".join(self._pending).encode())
             try:
                 while text:
                     text = text[file.write(text) :]
             except OSError:
                 with suppress(OSError):
-                    file.truncate(whole)
+                    file.truncate(self._whole)
                 raise
+        self._whole = None
         self._pending.clear()
 
     def rewind(self, step: int) -> None:
-        """Drop the rows after `step`, which a resumed run writes again, and a last row that a crash cut short.
+        """Drop the rows after `step`, which a resumed run writes again, and whatever a crash left torn behind them.
 
-        The file is replaced as a whole, so that a crash leaves the old one or the new one.
+        The file is replaced as a whole, so that a crash leaves the old one or the new one. Raises `ValueError` if a row
+        up to `step` is torn, `OSError` if the file cannot be replaced.
         """
         if not self.path.exists():
             return
+        kept, torn = [], 0
         # Not splitlines: texts may hold line breaks that JSON does not escape (U+2028).
-        *lines, _torn = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
-        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
+        for number, line in enumerate(self.path.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
+            try:
+                if json.loads(line)["step"] > step:
+                    continue
+            except (ValueError, TypeError, KeyError):
+                torn = torn or number
+                continue
+            if torn:
+                raise ValueError(f"line {torn} is torn, and rows up to step {step} follow it")
+            kept.append(line + "\n")
         new = self.path.with_name(self.path.name + ".new")
         with new.open("w", encoding="utf-8") as file:
             file.write("".join(kept))

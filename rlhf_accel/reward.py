@@ -91,14 +91,13 @@ class Reward:
         responses: Sequence[str],
         columns: Mapping[str, Sequence[Any]],
     ) -> Float[Tensor, " B"]:
-        if isinstance(function, Classifier):  # a failure of ours: the same again
-            return _call(name, function, prompts, responses, columns, None)
-        for attempt in range(self.retries):
+        retries = 0 if isinstance(function, Classifier) else self.retries  # which would fail in the same way again
+        for attempt in range(retries):
             try:
                 return _call(name, function, prompts, responses, columns, self.timeout)
             except RewardError as error:
                 wait = self.retry_wait * 2**attempt
-                logger.warning("%s; trying again in %g s (%d of %d)", error, wait, attempt + 1, self.retries)
+                logger.warning("%s; trying again in %g s (%d of %d)", error, wait, attempt + 1, retries)
                 time.sleep(wait)
         return _call(name, function, prompts, responses, columns, self.timeout)
 
@@ -187,6 +186,9 @@ class RemoteReward:
     def __init__(self, url: str, timeout: float | None) -> None:
         self.url = url
         self.timeout = timeout or 60.0
+        self._token = os.environ.get(TOKEN_VARIABLE, "")
+        if not all("!" <= character <= "~" for character in self._token):
+            raise ConfigError(f"{TOKEN_VARIABLE} holds white space or what is not ASCII; look how it was set")
         loopback = urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
         # A proxy of the environment cannot reach this machine's own loopback.
         self._opener = build_opener(_NoRedirection, *([ProxyHandler({})] if loopback else []))
@@ -194,8 +196,8 @@ class RemoteReward:
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Sequence[Any]) -> list[float]:
         body = json.dumps({"prompts": list(prompts), "responses": list(responses), "columns": columns}, default=str)
         headers = {"Content-Type": "application/json"}
-        if os.environ.get(TOKEN_VARIABLE):
-            headers["Authorization"] = f"Bearer {os.environ[TOKEN_VARIABLE]}"
+        if self._token:
+            headers["Authorization"] = f"Bearer {self._token}"
         try:
             with self._opener.open(Request(self.url, body.encode(), headers), timeout=self.timeout) as answer:
                 text = answer.read(LARGEST_ANSWER + 1)
@@ -205,9 +207,9 @@ class RemoteReward:
         if len(text) > LARGEST_ANSWER:
             raise ValueError(f"the answer has more than {LARGEST_ANSWER >> 20} MiB")
         scores = json.loads(text)["scores"]
-        if not isinstance(scores, list) or not all(type(score) in (int, float) for score in scores):
-            raise TypeError('expected {"scores": [number, …]}')
-        return scores
+        if not isinstance(scores, list) or not all(score is None or type(score) in (int, float) for score in scores):
+            raise TypeError('expected {"scores": [number, …]}, null for one that is not finite')
+        return [math.nan if score is None else score for score in scores]
 
 
 class _NoRedirection(HTTPRedirectHandler):
@@ -297,16 +299,18 @@ def _call(
 ) -> Float[Tensor, " B"]:
     if not prompts:  # a rank without a share: a user's function need not know what to make of nothing
         return torch.zeros(0, dtype=torch.float64)
+    if isinstance(function, RemoteReward):
+        timeout = timeout or function.timeout
     try:
         values = _within(
-            timeout,
+            None if isinstance(function, Classifier) else timeout,
             lambda: function(list(prompts), list(responses), **{key: list(value) for key, value in columns.items()}),
         )
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RewardError(f"{name} raised {type(error).__name__}: {error}") from error
     try:
         scores = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise RewardError(f"{name} returned {values!r:.80}; return one number for each response") from error
     if scores.shape != (len(prompts),):
         raise RewardError(f"{name} returned {_amount(scores)} for {len(prompts)} responses; return one number for each")

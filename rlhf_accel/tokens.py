@@ -107,7 +107,13 @@ class Tokens:
         return StopCondition(self, sorted(ids), tuple(text for text in stop if text not in special))
 
     def save(self, folder: Path) -> None:
-        self.tokenizer.save_pretrained(folder)
+        """Raises `OSError` if the disk does not take it."""
+        try:
+            self.tokenizer.save_pretrained(folder)
+        except Exception as error:
+            if type(error) is not Exception:
+                raise
+            raise OSError(str(error)) from error  # tokenizers knows no other kind
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of these ids, special tokens left out."""

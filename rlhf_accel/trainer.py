@@ -20,13 +20,14 @@ from rlhf_accel.config import BatchSizes, Config, ConfigError, OptimConfig, RunF
 from rlhf_accel.distributed import Runtime, cut_micro_batches, missing
 from rlhf_accel.evaluation import Evaluation, compare, evaluate, first_samples, sample_pairs
 from rlhf_accel.experience import make_experience
+from rlhf_accel.faults import Fault, explain, rollout_fault
 from rlhf_accel.keeper import Keeper
 from rlhf_accel.metrics import Progressline, Stopwatch
 from rlhf_accel.reward import Reward, RewardError, RewardFunction, load_reward, reward_of
 from rlhf_accel.rollout import FailedScoring, Sampler
 from rlhf_accel.runtime import computes_in_bf16, reseed
 from rlhf_accel.tokens import Tokens
-from rlhf_accel.types import Experience, Fault, LossStats, PromptBatch, Rollout
+from rlhf_accel.types import Experience, LossStats, PromptBatch, Rollout
 from rlhf_accel.vigil import STOPPED, StopRequest, is_lost_contact, who_is_missing
 
 _MINIBATCHES = 4  # stream of random numbers, beside those of data.py
@@ -128,10 +129,10 @@ class PPOTrainer:
                     raise RunFailed(f"{found} ({str(error).splitlines()[0]})") from error
                 raise
             finally:
-                self.keeper.heartbeat.close()
+                self.keeper.close()
 
     def _train(self) -> dict[str, Any]:
-        if self.progress.base is None:
+        if self.progress.step == 0 and self.progress.base is None:
             base = self._evaluate()
             if base is not None:
                 self.progress = replace(self.progress, base=base.figures(), base_samples=first_samples(base, _SHOWN))
@@ -252,20 +253,25 @@ class PPOTrainer:
         maxima: list[Tensor] = []
         losses = [self._loss(experience, part, tokens, sums, maxima) for part in micro_batches[self.runtime.rank]]
 
-        def moved_too_far() -> bool:
+        def no_step() -> bool:
+            """It moved too far, or the loss is not finite, though its gradient may be."""
             means = self.runtime.sum(torch.stack(sums).sum(0)) / tokens
             totals.add_losses(means, self.runtime.max(torch.stack(maxima).amax(0)))
-            return config.target_kl_stop is not None and bool(means[3] > config.target_kl_stop)
+            too_far = config.target_kl_stop is not None and bool(means[3] > config.target_kl_stop)
+            return too_far or not means[2].isfinite()
 
-        if not self.runtime.backward(losses, unless=moved_too_far):
+        norm, taken = math.nan, False
+        if self.runtime.backward(losses, unless=no_step):
+            norm, taken = self.runtime.optimizer_step()
+        elif totals.means[-1][2].isfinite():
             return False
-        norm, taken = self.runtime.optimizer_step()
+        else:
+            fault = replace(fault, what="loss")
         totals.add_step(norm, taken)
         if taken:
             self.progress = replace(self.progress, skipped_in_a_row=0)
         else:
-            total = totals.means[-1][2]
-            self._skip(fault if total.isfinite() else replace(fault, what="loss"), experience)
+            self._skip(fault, experience)
         return True
 
     def _loss(
@@ -468,16 +474,22 @@ class PPOTrainer:
         """What stops the run, after a checkpoint and the inputs that the reward failed on were written."""
         if not self.keeper.is_open:  # while calibrating: nothing was learnt, and nothing is left behind
             return RunFailed(str(error))
+        evaluating = self.progress.unrecorded is not None
         facts = {
             "phase": "score",
-            "step": self.progress.step + 1,
+            "step": self.progress.step + (not evaluating),
             "message": str(error),
             "traceback": "".join(traceback.format_exception(error.__cause__ or error)),
+            "rows": [],
             **error.inputs,
         }
         place = self.keeper.dump(facts, None)
-        self.keeper.save(self.progress)
-        return RunFailed(f"{error}; what it was given: {place}; {self.keeper.how_to_go_on()}")
+        said = f"{error}; what it was given: {place}"
+        try:
+            self.keeper.save(self.progress)
+        except RunFailed as unsaved:
+            return RunFailed(f"{said}; {unsaved}")
+        return RunFailed(f"{said}; {self.keeper.how_to_go_on()}")
 
     def _skip(self, fault: Fault, experience: Experience) -> None:
         """Count a step that is not taken and say why; raises `RunFailed` if it is one too many in a row."""
@@ -557,10 +569,11 @@ class _UpdateTotals:
             self.norms.append(norm)
 
     def stats(self) -> LossStats:
-        means = torch.stack(self.means) if self.means else torch.full((1, 6), torch.nan)
-        maxima = torch.stack(self.maxima) if self.maxima else torch.full((1, 2), torch.nan)
         # What was not finite was skipped and counted; the others say how the update went.
-        policy, value, total, approx_kl, clipped, value_clipped = means.nanmean(0).tolist()
+        taken = [number for number, means in enumerate(self.means) if means.isfinite().all()]
+        means = torch.stack([self.means[number] for number in taken]) if taken else torch.full((1, 6), torch.nan)
+        maxima = torch.stack([self.maxima[number] for number in taken]) if taken else torch.full((1, 2), torch.nan)
+        policy, value, total, approx_kl, clipped, value_clipped = means.mean(0).tolist()
         return LossStats(
             policy=policy,
             value=value,
@@ -595,27 +608,6 @@ def logged_samples(rollout: Rollout, count: int) -> list[dict[str, Any]]:
     rows = zip(rollout.prompts, rollout.texts, rollout.scores.tolist(), kl.tolist(), strict=True)
     names = ("prompt", "response", "score", "kl")
     return [dict(zip(names, row, strict=True)) for row in rows][:count]
-
-
-def rollout_fault(rollout: Rollout, step: int) -> Fault | None:
-    """The first quantity of a rollout that is not finite for some samples, and which these are."""
-    for name in ("scores", "logprobs", "ref_logprobs", "values", "entropy"):
-        bad = ~getattr(rollout, name).isfinite().reshape(len(rollout), -1).all(1)
-        if bad.any():
-            phase = "score" if name == "scores" else "rollout"
-            return Fault(step=step, phase=phase, what=name, rows=tuple(bad.nonzero()[:, 0].tolist()))
-    return None
-
-
-def explain(fault: Fault, rollout: Rollout | None) -> str:
-    """One line that says what was not finite, where, and for which samples."""
-    shown = ", ".join(map(str, fault.rows[:8])) + (", …" if len(fault.rows) > 8 else "")
-    verb = "is" if fault.what in ("loss", "gradient", "entropy") else "are"
-    said = f"{fault.what} {verb} not finite in the {fault.phase} of step {fault.step}{fault.where}: samples {shown}"
-    if rollout is None or not fault.rows:
-        return said
-    prompt, response = rollout.prompts[fault.rows[0]], rollout.texts[fault.rows[0]]
-    return f"{said}; the first: {prompt!r:.60} -> {response!r:.60}"
 
 
 def _due(step: int, every: int) -> bool:

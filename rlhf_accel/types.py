@@ -205,21 +205,6 @@ class LossStats:
     skipped: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fault:
-    """Something that was not finite, for which a step was skipped; the same on every rank.
-
-    rows are places in the step's global batch: of the samples that are at fault where that is known (scores, rollout),
-    else of the minibatch that was not learnt from.
-    """
-
-    step: int
-    phase: str  # score, rollout or update
-    what: str  # the quantity: scores, logprobs, …, loss, gradient
-    rows: tuple[int, ...]
-    where: str = ""  # of an update: its epoch and minibatch
-
-
 def _select(value: Any, rows: Int[Tensor, " n"]) -> Any:
     if isinstance(value, Tensor):
         return value[rows.to(value.device)]

@@ -23,7 +23,8 @@ _STILL = 60.0  # seconds between notes that a phase goes on
 class StopRequest:
     """SIGTERM, or SIGUSR1 with which Slurm warns, while the block lasts: noted, and at the second the process leaves.
 
-    Outside the main thread no signal can be caught, and none is.
+    Also where the main thread waits for other processes and runs no handler: a thread reads what Python's own handler
+    writes for each signal. Outside the main thread no signal can be caught, and none is.
     """
 
     def __init__(self) -> None:
@@ -32,32 +33,51 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
+            self._read, self._write = os.pipe()
+            os.set_blocking(self._write, False)
+            self._woken_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            threading.Thread(target=self._count, args=(self._read,), daemon=True, name="signals").start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        if self._before:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(self._woken_before)
+            os.close(self._write)  # at which the thread ends
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        # Written as it is: the interrupted code may be printing.
-        if self.received is not None:
-            os.write(2, f"{name} again: leaving at once\n".encode())
-            os._exit(STOPPED)
-        self.received = name
-        os.write(2, f"{name}: finishing this phase, then saving and leaving; once more leaves at once\n".encode())
+        self.received = self.received or signal.Signals(number).name
+
+    def _count(self, read: int) -> None:
+        count = 0
+        while numbers := os.read(read, 64):
+            for name in (signal.Signals(number).name for number in numbers if number in SIGNALS):
+                count += 1
+                # Written as it is: the interrupted code may be printing.
+                if count > 1:
+                    os.write(2, f"{name} again: leaving at once\n".encode())
+                    os._exit(STOPPED)
+                os.write(
+                    2, f"{name}: finishing this phase, then saving and leaving; once more leaves at once\n".encode()
+                )
+        os.close(read)
 
 
 class Heartbeat:
     """Which phase of which step this process is in: a line in its log for each, and one a minute while a phase lasts.
 
-    `post` tells the other processes. Nothing is logged before `open`; a log that cannot be written stays behind.
+    `post` tells the other processes, and `missing` says which of them wait for nobody, so that a log of one that hangs
+    names them. Nothing is logged before `open`; a log that cannot be written stays behind.
     """
 
-    def __init__(self, post: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(
+        self, post: Callable[[str], None] = lambda _: None, missing: Callable[[], dict[int, str]] = dict
+    ) -> None:
         self.now = "start"
         self._post = post
+        self._missing = missing
         self._since = time.monotonic()
         self._path: Path | None = None
         self._done = threading.Event()
@@ -82,7 +102,8 @@ class Heartbeat:
     def _repeat(self) -> None:
         while not self._done.wait(_STILL):
             if self.seconds() >= _STILL:
-                self._log(f"{self.now}: still, for {self.seconds():.0f} s")
+                busy = ", ".join(f"rank {rank} in {said}" for rank, said in self._missing().items())
+                self._log(f"{self.now}: still, for {self.seconds():.0f} s" + (f"; busy: {busy}" if busy else ""))
 
     def _log(self, text: str) -> None:
         if self._path is not None:

@@ -3,7 +3,8 @@
     python scripts/reward_server.py --function my_rewards:brevity --port 8000
     python scripts/train.py --reward.model null --reward.url http://127.0.0.1:8000/
 
-POST `{"prompts": [...], "responses": [...], "columns": {NAME: [...]}}`, answer `{"scores": [...]}` or `{"error": ...}`.
+POST `{"prompts": [...], "responses": [...], "columns": {NAME: [...]}}`, answer `{"scores": [...]}`, in which
+a score that is not finite is null, or `{"error": ...}`. Requests are answered one after the other.
 With RLHF_ACCEL_REWARD_TOKEN set, requests have to bear it.
 """
 
@@ -24,10 +25,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rlhf_accel import assets
 from rlhf_accel.__main__ import run
 from rlhf_accel.config import ConfigError, RewardConfig, parse
+from rlhf_accel.metrics import finite_or_none
 from rlhf_accel.reward import TOKEN_VARIABLE, Reward, RewardError, load_reward
 from rlhf_accel.runtime import quiet_libraries, tune_process
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.0.0.1", "localhost")
 
 
 class BadRequest(Exception):
@@ -53,8 +55,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         try:
             batch = read_batch(self._body())
-            scores = self.server.reward.try_out(batch.prompts, batch.responses, batch.columns).tolist()
-            self._answer(200, {"scores": scores})
+            scores = self.server.reward(batch.prompts, batch.responses, batch.columns).tolist()
+            self._answer(200, {"scores": finite_or_none(scores)})
         except BadRequest as error:
             self._answer(error.status, {"error": str(error)})
         except RewardError as error:
@@ -66,8 +68,8 @@ class _Handler(BaseHTTPRequestHandler):
         if token and not hmac.compare_digest(said.encode(), f"Bearer {token}".encode()):
             raise BadRequest(401, f"the token is not the one in {TOKEN_VARIABLE}")
         length = self.headers.get("Content-Length", "")
-        if not length.isdecimal():
-            raise BadRequest(411, "Content-Length is missing")
+        if not length.isdecimal() or len(length) > 18:
+            raise BadRequest(411, "Content-Length is missing or no length")
         if int(length) > self.server.max_bytes:
             raise BadRequest(413, f"{length} bytes are more than --max_bytes={self.server.max_bytes}")
         return self.rfile.read(int(length))

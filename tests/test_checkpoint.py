@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from rlhf_accel import checkpoint
-from rlhf_accel.config import Config, ConfigError, RunFailed, parse
+from rlhf_accel.config import Config, ConfigError, RunFailed, key_names, load, parse
 from rlhf_accel.tokens import Tokens
 from rlhf_accel.trainer import PPOTrainer
 
@@ -30,7 +31,7 @@ def run_config(**run):
 
 def opened(config):
     folder = checkpoint.choose_folder(config)
-    checkpoint.make_folder(folder, "run: {}\n", resumes=config.run.resume is not None)
+    checkpoint.make_folder(folder, config)
     return folder
 
 
@@ -63,11 +64,12 @@ def test_a_folder_that_holds_a_run_is_refused_but_for_resuming(tmp_path, held):
 def test_a_folder_that_another_run_took_meanwhile_is_refused(tmp_path):
     """It is chosen at the start and made much later, when the reward model is there and calibrated."""
     one, other = (checkpoint.choose_folder(run_config(output_dir=str(tmp_path / "run"))) for _ in range(2))
-    checkpoint.make_folder(one, "run: {seed: 0}\n")
+    checkpoint.make_folder(one, run_config(seed=1))
     with pytest.raises(ConfigError, match=r"^run\.output_dir=.*taken by another run"):
-        checkpoint.make_folder(other, "run: {seed: 1}\n")
-    assert (tmp_path / "run" / "config.yaml").read_text() == "run: {seed: 0}\n"
-    checkpoint.make_folder(other, "run: {seed: 1}\n", resumes=True)
+        checkpoint.make_folder(other, run_config(seed=2))
+    assert load(Config, tmp_path / "run" / "config.yaml") == run_config(seed=1)
+    checkpoint.make_folder(other, run_config(seed=3, resume="auto", changes=["run.seed"], output_dir=str(other)))
+    assert load(Config, tmp_path / "run" / "config.yaml") == run_config(seed=3, output_dir=str(other))
 
 
 @pytest.mark.parametrize("below", ["", "run", "a/b"])
@@ -117,6 +119,7 @@ def save(folder, step, text="whole", **run):
     progress = checkpoint.Progress(step=step, kl_coef=0.25 * step)
     config = run_config(output_dir=str(folder), **run)
     checkpoint.save_checkpoint(folder, progress, OnDisk(text), config)
+    checkpoint.prune(folder, step, config.run.keep_checkpoints)
 
 
 def found(folder, resume="latest", said=None, **run):
@@ -163,6 +166,37 @@ def test_older_checkpoints_go_when_the_new_one_is_whole(tmp_path, keep, left):
     save(tmp_path, 4, keep_checkpoints=keep)
     names = [f"step-{step:06d}" for step in left]
     assert sorted(path.name for path in (tmp_path / "checkpoints").glob("*")) == ["latest", *names]
+
+
+def test_a_step_that_is_saved_again_is_never_absent(tmp_path, monkeypatch):
+    """Killed between any two calls there is a whole one of this step, under one name or the other."""
+    save(tmp_path, 1)
+    seen, rename, rmtree = [], Path.rename, shutil.rmtree
+
+    def looked(call):
+        def wrapped(path, *rest, **settings):
+            seen.append(found(tmp_path, said=[]).name)
+            call(path, *rest, **settings)
+            seen.append(found(tmp_path, said=[]).name)
+
+        return wrapped
+
+    monkeypatch.setattr(Path, "rename", looked(rename))
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", looked(rmtree))
+    save(tmp_path, 1, keep_checkpoints=1)
+    assert set(seen) == {"step-000001", "step-000001.old"}
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-000001"]
+
+    def fail(path, target):
+        if path.name.startswith("."):
+            raise OSError(5, "Input/output error")
+        rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(checkpoint.SaveError, match="Input/output error"):
+        save(tmp_path, 1, keep_checkpoints=1)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-000001"]
+    assert found(tmp_path).name == "step-000001"
 
 
 def test_a_checkpoint_newer_than_the_one_named_latest_is_not_ours_to_remove_or_take(tmp_path):
@@ -219,8 +253,9 @@ def test_every_damage_to_every_file_is_recognised_named_and_passed_over(tiny, tm
 def test_when_all_are_damaged_there_is_none(tmp_path):
     save(tmp_path, 1)
     (tmp_path / "checkpoints" / "step-000001" / "learned.safetensors").write_text("other")
-    with pytest.raises(ConfigError, match=r"^run\.resume=latest: all checkpoints in .* are damaged"):
-        found(tmp_path)
+    for resume in ("latest", "auto"):  # which would start anew, over the rows of the run
+        with pytest.raises(ConfigError, match=rf"^run\.resume={resume}: no checkpoint in .* is whole or can be read"):
+            found(tmp_path, resume)
 
 
 def test_a_changed_config_is_refused_with_the_keys_that_differ(tmp_path):
@@ -430,6 +465,78 @@ def test_a_checkpoint_can_be_named(tiny, tmp_path):
     trainer = PPOTrainer(tiny(run={**run, "output_dir": str(tmp_path / "b"), "resume": str(place)}))
     trainer.fit()
     assert rows_of(tmp_path / "b") == rows_of(tmp_path / "a")[1:]
+
+
+def test_going_back_to_an_older_checkpoint_leaves_no_gap(tiny, tmp_path):
+    """Though newer ones are still there when the run is killed again before it saves."""
+    run = {
+        "total_steps": 4,
+        "save_every": 1,
+        "keep_checkpoints": 0,
+        "eval_samples": 0,
+        "output_dir": str(tmp_path / "a"),
+    }
+    PPOTrainer(tiny(run=run)).fit()
+    expected = rows_of(tmp_path / "a")
+    (tmp_path / "a" / "summary.json").unlink()
+    back = {**run, "resume": str(tmp_path / "a" / "checkpoints" / "step-000002")}
+    killed = PPOTrainer(tiny(run=back))
+    killed._prepare()
+    killed.keeper.open(killed.progress, killed.resume_from)
+    assert len(rows_of(tmp_path / "a")) == 2
+    PPOTrainer(tiny(run={**run, "resume": "latest"})).fit()
+    assert rows_of(tmp_path / "a") == expected
+
+
+def test_going_on_from_one_run_in_the_folder_of_another_is_refused(tiny, tmp_path):
+    run = {"total_steps": 2, "save_every": 1, "eval_samples": 0}
+    for name in ("a", "b"):
+        PPOTrainer(tiny(run={**run, "output_dir": str(tmp_path / name)})).fit()
+    place = tmp_path / "a" / "checkpoints" / "step-000001"
+    with pytest.raises(ConfigError, match=r"^run\.output_dir=.*b holds another run than run\.resume=.*a/checkpoints"):
+        PPOTrainer(tiny(run={**run, "output_dir": str(tmp_path / "b"), "resume": str(place)}))
+
+
+def test_rows_that_are_torn_before_the_checkpoint_are_said(tiny, tmp_path):
+    run = {"total_steps": 3, "save_every": 2, "eval_samples": 0, "output_dir": str(tmp_path / "a")}
+    PPOTrainer(tiny(run=run)).fit()
+    metrics = tmp_path / "a" / "metrics.jsonl"
+    first, second, third = metrics.read_text().splitlines(keepends=True)
+    resumed = tiny(run={**run, "total_steps": 4, "resume": "latest"})
+    metrics.write_text(first + "\0\0\0\n" + second)
+    with pytest.raises(ConfigError, match=r"cannot be gone on in: line 2 is torn, and rows up to step 2 follow it$"):
+        PPOTrainer(resumed).fit()
+    metrics.write_text(first + second + third[:9] + "\n" + third + third[:5])
+    PPOTrainer(resumed).fit()
+    assert [row["step"] for row in rows_of(tmp_path / "a")] == [1, 2, 3, 4]
+
+
+def test_weights_of_another_shape_are_refused_though_the_change_is_meant(tiny, tmp_path):
+    run = {"total_steps": 1, "save_every": 1, "eval_samples": 0, "output_dir": str(tmp_path / "a")}
+    PPOTrainer(tiny(run=run, lora={"r": 4})).fit()
+    run |= {"total_steps": 2, "resume": "latest", "changes": ["lora.r"]}
+    with pytest.raises(ConfigError, match=r"holds weights of another model \(policy.*lora_A"):
+        PPOTrainer(tiny(run=run, lora={"r": 2}))
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_fails_nothing(tiny, tmp_path, monkeypatch, capsys):
+    def stuck(path, *rest, **settings):
+        if path.name == "step-000001":
+            raise OSError(16, "Device or resource busy", str(path))
+        rmtree(path, *rest, **settings)
+
+    rmtree = shutil.rmtree
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", stuck)
+    run = {
+        "total_steps": 4,
+        "save_every": 1,
+        "eval_samples": 0,
+        "output_dir": str(tmp_path / "a"),
+        "max_failed_saves": 1,
+    }
+    PPOTrainer(tiny(run={**run, "keep_checkpoints": 1})).fit()
+    assert "warning: an old checkpoint could not be removed: Device or resource busy" in capsys.readouterr().out
+    assert found(tmp_path / "a", total_steps=9, changes=list(key_names(Config))).name == "step-000004"
 
 
 def test_a_run_that_crashes_can_go_on(tiny, tmp_path):

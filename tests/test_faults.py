@@ -259,17 +259,23 @@ def test_the_status_as_seen_from_outside(gpt2_folder: Path, prompts_file: Path, 
 
 
 def test_a_second_signal_is_obeyed_at_once() -> None:
+    """Also in a call that no handler interrupts, such as one that waits for other processes: a lock that is held."""
     script = """
-import os, signal
+import ctypes, os, signal, threading, time
 from rlhf_accel.vigil import StopRequest
 with StopRequest() as request:
     os.kill(os.getpid(), signal.SIGUSR1)
     assert request.received == "SIGUSR1"
     print("still here", flush=True)
-    os.kill(os.getpid(), signal.SIGTERM)
+    threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+    mutex = ctypes.create_string_buffer(128)
+    lock = ctypes.CDLL(None).pthread_mutex_lock
+    lock(mutex), lock(mutex)
     print("not any more", flush=True)
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
+    )
     assert (done.returncode, done.stdout) == (143, "still here\n")
     assert done.stderr.splitlines()[-1] == "SIGTERM again: leaving at once"
 

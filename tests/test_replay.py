@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,11 @@ import pytest
 import torch
 
 from rlhf_accel import __main__ as command_line
-from rlhf_accel import models, replay
+from rlhf_accel import models, ppo, replay
 from rlhf_accel.checkpoint import read_dump
-from rlhf_accel.config import ConfigError, RunFailed
-from rlhf_accel.trainer import PPOTrainer, explain, rollout_fault
-from rlhf_accel.types import Fault
-from tests.conftest import share_of_o
+from rlhf_accel.config import RunFailed
+from rlhf_accel.faults import Fault, explain, rollout_fault
+from rlhf_accel.trainer import PPOTrainer
 from tests.test_types import make_rollout
 
 pytestmark = pytest.mark.usefixtures("exact_fp32")
@@ -211,7 +211,37 @@ def test_a_fault_names_the_first_quantity_and_its_samples() -> None:
     assert explain(fault, rollout) == ("scores are not finite in the score of step 4: samples 1; the first: 'b' -> 'e'")
 
 
-def test_dumps_are_read_as_they_were_written(tiny, tmp_path) -> None:
-    with pytest.raises(ConfigError, match="is no dump"):
-        read_dump(tmp_path)
-    assert share_of_o([""], ["of"]) == [0.5]
+def test_a_loss_that_is_not_finite_is_dropped_though_its_gradient_is_finite(
+    tiny, tmp_path, capsys, monkeypatch
+) -> None:
+    """What is added to the loss as a constant has no gradient."""
+    value_loss, calls = ppo.value_loss, []
+
+    def infinite_once(*inputs: Any) -> Any:
+        calls.append(len(inputs))
+        loss = value_loss(*inputs)
+        return replace(loss, loss=loss.loss + math.inf) if len(calls) == 1 else loss
+
+    monkeypatch.setattr(ppo, "value_loss", infinite_once)
+    run = {"output_dir": str(tmp_path / "run"), "total_steps": 1, "eval_samples": 0}
+    PPOTrainer(tiny(run=run, ppo={"micro_batch_tokens": 9999})).fit()
+    assert skipped(tmp_path / "run") == [1]
+    assert "loss is not finite in the update of step 1, epoch 1, minibatch 1: samples " in capsys.readouterr().out
+    (row,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert row["loss/total"] is not None and row["optim/grad_norm"] > 0
+
+
+def test_a_reward_that_fails_while_evaluating_is_dumped_for_the_step_before(tiny, tmp_path) -> None:
+    def fails_for_four(prompts: list[str], responses: list[str], **columns: Any) -> list[float]:
+        calls.append(len(prompts))
+        if len(prompts) not in (2, 8) and calls.count(8):
+            raise OSError("two\nlines")
+        return [0.0] * len(prompts)
+
+    calls: list[int] = []
+    config = tiny(run={"output_dir": str(tmp_path / "run"), "eval_every": 1}, reward={"function": [], "retries": 0})
+    with pytest.raises(RunFailed) as stopped:
+        PPOTrainer(config, reward=fails_for_four).fit()
+    assert "raised OSError: two lines; what it was given: " in str(stopped.value)
+    assert [path.name for path in (tmp_path / "run" / "dumps").iterdir()] == ["step-000001"]
+    assert (tmp_path / "run" / "checkpoints" / "step-000001").is_dir()

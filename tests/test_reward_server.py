@@ -130,9 +130,16 @@ def test_the_server_answers_bad_requests(serve, body: bytes, status: int, said: 
     assert said in json.loads(refused.value.read())["error"]
 
 
-def test_the_server_reads_no_body_without_a_length(serve) -> None:
+def test_a_score_that_is_not_finite_crosses_the_wire(serve) -> None:
+    """For the trainer to skip, as that of a function is."""
+    scores = remote(serve(number_of))(["a", "b"], ["c", "d"], {"number": ["nan", 1.0]})
+    assert scores.isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("length", ["", "Content-Length: -1\r\n", "Content-Length: " + "1" * 5000 + "\r\n"])
+def test_the_server_reads_no_body_without_a_length(serve, length: str) -> None:
     with socket.create_connection(("127.0.0.1", int(serve(number_of).split(":")[2][:-1]))) as client:
-        client.sendall(b"POST / HTTP/1.1\r\nHost: here\r\n\r\n")
+        client.sendall(f"POST / HTTP/1.1\r\nHost: here\r\n{length}\r\n".encode())
         assert b"411" in client.recv(1000)
 
 
@@ -145,6 +152,14 @@ def test_a_token_is_asked_for_and_sent(serve, monkeypatch) -> None:
     assert refused.value.code == 401
 
 
+@pytest.mark.parametrize("token", ["hunter2\r", "hunter2 ", "hünter2"])
+def test_a_token_that_cannot_be_sent_is_refused_and_not_repeated(token: str, monkeypatch) -> None:
+    monkeypatch.setenv(rewards.TOKEN_VARIABLE, token)
+    with pytest.raises(ConfigError, match=rewards.TOKEN_VARIABLE) as refused:
+        remote("http://127.0.0.1:9/")
+    assert "nter2" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("body", "said"),
     [
@@ -154,7 +169,8 @@ def test_a_token_is_asked_for_and_sent(serve, monkeypatch) -> None:
         (b'{"scores": 1.0}', 'expected {"scores": [number, …]}'),
         (b'{"scores": ["1.0"]}', "expected"),
         (b'{"scores": [true]}', "expected"),
-        (b'{"scores": [null]}', "expected"),
+        (b'{"scores": ["nan"]}', "expected"),
+        (b'{"scores": [1' + b"0" * 400 + b"]}", "returned [1000"),
         (b'{"scores": [1.0, 2.0]}', "returned 2 scores for 1 responses"),
         (b'{"scores": []}', "returned 0 scores for 1 responses"),
     ],
@@ -236,6 +252,22 @@ def test_a_function_that_fails_is_tried_again_with_longer_waits(monkeypatch, cap
     with pytest.raises(RewardError, match="f raised OSError: gone"):
         Reward(terms=(("f", 1.0, failing(4, OSError("gone"))),), **patient)(["a"], ["b"], {})
     assert len(waits) == 6
+
+
+def leaves(prompts: list[str], responses: list[str]) -> list[float]:
+    raise SystemExit(0)
+
+
+def test_a_function_that_leaves_is_one_that_fails() -> None:
+    with pytest.raises(RewardError, match="f raised SystemExit: 0"):
+        Reward(terms=(("f", 1.0, leaves),))(["a"], ["b"], {})
+
+
+def test_patience_has_to_end_before_that_of_the_other_processes() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^reward\.timeout=1800 .* may take 5403 s, .*run\.collective_timeout=3600 s"
+    ):
+        load(Config, None, ["--reward.timeout", "1800"])
 
 
 def test_a_function_that_takes_too_long() -> None:

@@ -36,6 +36,7 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
 # The worker makes these not finite, once, on the last rank; and sends SIGTERM there in these phases of step 2.
 POISONS = ("gradient", "reward", "logits")
 PHASES = ("rollout", "score", "update", "saving")
+RUNS["no_room"] = {"run": {**SAVED, "save_every": 1, "keep_checkpoints": 0}}
 RUNS |= {f"poisoned_{what}": {"run": {"total_steps": 2}} for what in POISONS}
 RUNS |= {f"stopped_in_{phase}": {"run": SAVED} for phase in PHASES}
 # These round to 8 bits, differently in each batch: they only have to run and to stay close. Llama's layers are
@@ -64,7 +65,7 @@ LAUNCHES: dict[tuple[str | None, int], list[str]] = {
     ("ddp", 2): [*BOTH, "saved", "from_one", *(f"stopped_in_{phase}" for phase in PHASES)],
     ("cpu", 3): ["uneven", "few"],
     ("zero1", 2): ["full", "poisoned_gradient"],
-    ("zero2", 2): [*BOTH, "saved_lora", "saved_portable", "from_one_lora", "bf16_base"],
+    ("zero2", 2): [*BOTH, "saved_lora", "saved_portable", "from_one_lora", "no_room", "bf16_base"],
     ("zero3", 2): [
         *BOTH,
         *("few", "in_step", "separate", "classifier", "saved", "saved_lora", "bf16_base", "bf16_base_in_step"),
@@ -114,6 +115,8 @@ def launched_runs(
                 out["run"]["resume"] = str(resume)
             kind, _, what = name.partition("_")
             runs: list[dict[str, Any]] = [{"config": tree(gpt2_folder, prompts_file, RUNS[name], out)}]
+            if name == "no_room":
+                runs[0]["no_room"] = True
             if kind == "poisoned":
                 runs[0]["poison"] = what
             if what.startswith("in_") and kind == "stopped":

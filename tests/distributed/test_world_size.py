@@ -53,7 +53,11 @@ def test_a_run_is_the_same_on_any_number_of_processes(config: str, processes: in
     alone, folder = launched_runs(None, 1), launched_runs(config, processes)
     for name in LAUNCHES[config, processes]:
         kind = name.partition("_")[0]
-        if name not in ROUNDED and kind not in ("gradient", "saved", "from") and not name.startswith("stopped_in"):
+        if (
+            name not in ROUNDED
+            and kind not in ("gradient", "saved", "from", "no")
+            and not name.startswith("stopped_in")
+        ):
             base = alone / ("full" if name == "in_step" else name)
             assert_same_run(base, folder / name)
             for which in ("final", "best"):
@@ -163,6 +167,13 @@ def test_a_signal_to_one_rank_stops_all_and_nothing_is_lost(config: str, phase: 
     alone, stopped = launched_runs(None, 1) / "saved", launched_runs(config, 2) / f"stopped_in_{phase}"
     assert_same_run(alone, stopped)
     assert_same_weights(alone / "final", stopped / "final")
+
+
+def test_a_rank_without_room_costs_a_checkpoint_and_not_the_run(launched_runs) -> None:
+    folder = launched_runs("zero2", 2) / "no_room"
+    places = sorted(path.name for path in (folder / "checkpoints").glob("*"))
+    assert places == ["latest", "step-000002", "step-000003"]
+    assert_same_run(launched_runs(None, 1) / "saved", folder)
 
 
 def test_another_launch_is_refused_before_anything_loads(launched_runs, gpt2_folder: Path, prompts_file: Path) -> None:

@@ -3,13 +3,14 @@
     accelerate launch … tests/distributed/worker.py RUNS.json
 
 Each run is `{"config": tree}`. With `"gradient": path` the main process leaves its first gradient there and goes no
-further; with `"poison": what` and `"stop": phase` something happens to the last rank.
+further; with `"poison": what`, `"stop": phase` and `"no_room"` something happens to the last rank.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -75,6 +76,21 @@ def poison(trainer: PPOTrainer, what: str) -> None:
         models.response_logits = once_nan(models.response_logits, in_step_one)
 
 
+def fill_the_disk(trainer: PPOTrainer) -> None:
+    """While the last rank writes its part of the first checkpoint it may write 1,000 bytes to a file."""
+    save, (soft, hard) = trainer.runtime.save_state, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_without_room(folder: Path) -> str | None:
+        trainer.runtime.save_state = save
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try:
+            return save(folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    trainer.runtime.save_state = save_without_room
+
+
 def stop(trainer: PPOTrainer, phase: str) -> None:
     """Sends this process SIGTERM once, at the beginning of a phase of its second step."""
 
@@ -112,12 +128,12 @@ def note_gradient(trainer: PPOTrainer, path: Path) -> None:
     try:
         trainer.step(trainer.prompts.batch(1, trainer.sizes.rollout))
     except _Seen:
-        trainer.runtime.barrier()
+        trainer.runtime.anywhere(False)
 
 
 def main() -> None:
     # The process group has to outlive the first run.
-    Runtime.close = lambda self: self.barrier()
+    Runtime.close = lambda self: self.anywhere(False)
     for run in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         AcceleratorState._reset_state()
         trainer = PPOTrainer(parse(Config, run["config"]))
@@ -126,6 +142,8 @@ def main() -> None:
         if trainer.runtime.rank == trainer.runtime.world_size - 1:
             if "poison" in run:
                 poison(trainer, run["poison"])
+            if "no_room" in run:
+                fill_the_disk(trainer)
             if "stop" in run:
                 stop(trainer, run["stop"])
         if "gradient" in run:
