@@ -131,7 +131,7 @@ def command_for(config: dict[str, Any], folder: Path, launch: Callable[..., list
 
 @pytest.mark.parametrize(
     ("kills", "steps", "most"),
-    [(3, 12, 1.0), pytest.param(30, 240, 1.0, marks=pytest.mark.long)],
+    [(2, 12, 1.0), pytest.param(30, 240, 1.0, marks=pytest.mark.long)],
     ids=["short", "long"],
 )
 def test_killed_at_any_moment_it_is_the_run_that_never_was(
