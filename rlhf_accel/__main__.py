@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from rlhf_accel.config import DEFAULT_RECIPE, Config, ConfigError, RunFailed, from_command_line, recipe_names
+from rlhf_accel.config import DEFAULT_RECIPE, Config, ConfigError, Finished, RunFailed, from_command_line, recipe_names
 
 _OTHERS_WAIT = 20.0  # seconds; other processes of the launch may still be importing torch
 _SPEAKER_NEEDS = 2.0  # seconds, to say it once it is known who does
@@ -69,17 +69,19 @@ def run(command: Callable[[list[str]], None], arguments: list[str]) -> None:
     """Run a command and leave with its status: 0 done, 1 crash, 2 bad config or input, 130 Ctrl-C, 143 stopped."""
     try:
         command(arguments)
+    except Finished as done:
+        _leave(str(done), 0)
     except ConfigError as error:
-        _leave(error, 2)
+        _leave(f"error: {error}", 2)
     except RunFailed as error:
-        _leave(error, 1)
+        _leave(f"error: {error}", 1)
     except KeyboardInterrupt as stop:
         print(str(stop) or "stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
 
 
-def _leave(error: Exception, status: int) -> NoReturn:
-    """Say an error that others of the launch may have met too, once, and end with this status.
+def _leave(said: str, status: int) -> NoReturn:
+    """Say something that others of the launch may have met too, once, and end with this status.
 
     A process that is not the one to say it leaves some time later: the launcher ends all as soon as one has left, which
     has to be the one that spoke. If that one met no error, there is nobody but this one to say it.
@@ -95,7 +97,7 @@ def _leave(error: Exception, status: int) -> NoReturn:
     if not speaks:
         time.sleep(_SPEAKER_NEEDS if silent else _OTHERS_WAIT)
     if not silent:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(said, file=sys.stderr, flush=True)
     sys.exit(status)
 
 

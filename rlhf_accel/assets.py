@@ -86,6 +86,8 @@ def resolve_model(name: str, key: str = "model.name_or_path") -> str:
         if name != "embedded:movie_reviews":
             raise ConfigError(f"{key}={name} does not exist; the embedded reward model is embedded:movie_reviews")
         return str(_embedded_reward_model(key))
+    if (name.startswith(("/", "./", "../", "~")) or name.count("/") > 1) and not Path(name).is_dir():
+        raise ConfigError(f"{key}={name}: no such folder")
     return name
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rlhf_accel import __version__
 from rlhf_accel.assets import sha256
-from rlhf_accel.config import Config, ConfigError, RunFailed, changed_keys, load, to_yaml
+from rlhf_accel.config import Config, ConfigError, Finished, RunFailed, changed_keys, load, to_yaml
 from rlhf_accel.distributed import Runtime, failure
 from rlhf_accel.metrics import finite_or_none
 from rlhf_accel.models import CRITIC, POLICY, PolicyWithValue
@@ -136,6 +136,8 @@ def resume_folder(
         place, manifest = found
     else:
         place = Path(resume)
+        if not place.is_dir():
+            raise ConfigError(f"run.resume={resume}: neither latest, auto nor the folder of a checkpoint")
         if place.absolute().parent != (folder / CHECKPOINTS).absolute() and holds_run(folder):
             raise ConfigError(
                 f"run.output_dir={folder} holds another run than run.resume={resume}; name that run's folder or a new "
@@ -153,10 +155,12 @@ def resume_folder(
             f"processes, and this is {now}; only run.checkpoint=portable serves another launch"
         )
     _check_unchanged(config, place)
-    if progress.step > config.run.total_steps or is_finished(folder, config.run.total_steps):
-        raise ConfigError(
-            f"run.total_steps={config.run.total_steps}: {place} has done {progress.step} steps already; raise it"
-        )
+    total = config.run.total_steps
+    if is_finished(folder, total):
+        done = f"the run in {folder} is finished: {total} steps, its model is {folder / 'final'}"
+        raise (Finished if resume == "auto" else ConfigError)(f"{done}; raise run.total_steps to go on")
+    if progress.step > total:
+        raise ConfigError(f"run.total_steps={total}: {place} has done {progress.step} steps already; raise it")
     other = [f"{name} {old}" for name, old in manifest.versions.items() if old != _versions().get(name)]
     if other:
         say(f"{place} was written with {', '.join(other)}: figures may differ from here on by rounding")
@@ -220,7 +224,7 @@ def save_checkpoint(folder: Path, progress: Progress, runtime: Runtime, config: 
         if runtime.writes_shards and parts != runtime.world_size:
             raise OSError(f"{parts} of {runtime.world_size} processes' parts are here; they need one folder")
         _write_manifest(beside, runtime)
-        _flush(beside)
+        _flush(beside, like=beside / "progress.json")
         _move(beside, place)
         _replace(place.parent / _LATEST, place.name)
 
@@ -355,9 +359,12 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _flush(folder: Path, *, below: bool = True) -> None:
-    """Have the disk hold what was written: the files and the names in the folder, and below it."""
-    for path in (*(folder.rglob("*") if below else ()), folder):
+def _flush(folder: Path, *, like: Path | None = None) -> None:
+    """Have the disk hold what was written: the names in a folder; and with `like`, one of its files, all files below,
+    readable by the same people as that one: safetensors makes files that nobody else may read."""
+    for path in (*(folder.rglob("*") if like is not None else ()), folder):
+        if like is not None and path.is_file():
+            path.chmod(like.stat().st_mode)
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -377,7 +384,7 @@ def _move(beside: Path, place: Path) -> None:
         if old.exists():
             old.rename(place)
         raise
-    _flush(place.parent, below=False)
+    _flush(place.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -389,7 +396,7 @@ def _replace(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
-    _flush(path.parent, below=False)
+    _flush(path.parent)
 
 
 def export(folder: Path, module: PolicyWithValue, weights: Mapping[str, Tensor], tokens: Tokens, card: str) -> None:
@@ -410,7 +417,7 @@ def export(folder: Path, module: PolicyWithValue, weights: Mapping[str, Tensor],
     critic = {name: value.contiguous() for name, value in weights.items() if not name.startswith("policy.")}
     save_file(critic, beside / VALUE_HEAD)
     (beside / "README.md").write_text(card, encoding="utf-8")
-    _flush(beside)
+    _flush(beside, like=beside / "README.md")
     _move(beside, folder)
 
 
@@ -458,7 +465,11 @@ def read_dump(folder: Path) -> Dump:
             for name in ("experience", "weights")
         ]
     except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"{folder} is no dump of a run: {error}") from None
+        dumps = sorted(
+            str(path.parent) for path in (*folder.glob("step-*/dump.json"), *folder.glob("dumps/*/dump.json"))
+        )
+        reason = f"name one of {', '.join(dumps)}" if dumps else str(error)
+        raise ConfigError(f"{folder} is no dump of a run: {reason}") from None
     return Dump(config=load(Config, folder / "config.yaml"), facts=facts, experience=tensors[0], weights=tensors[1])
 
 

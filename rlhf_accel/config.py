@@ -70,6 +70,10 @@ class ConfigError(ValueError):
         super().__init__(_one_line(message))
 
 
+class Finished(ConfigError):
+    """There is nothing left to do: the commands print it and exit with status 0."""
+
+
 class RunFailed(RuntimeError):
     """A run that cannot go on, after what could be saved was saved: one line with what happened and how to go on.
 

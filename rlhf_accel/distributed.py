@@ -657,7 +657,10 @@ def _deepspeed_file(path: str, owned: Mapping[str, tuple[Any, str]]) -> dict[str
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"deepspeed_config_file: {path} cannot be read ({error.strerror})") from error
+        where = (
+            "" if Path(path).is_absolute() else f" from {Path.cwd()}; launch from the checkout, or name its whole path"
+        )
+        raise ConfigError(f"deepspeed_config_file: {path} cannot be read ({error.strerror}){where}") from error
     except ValueError as error:
         raise ConfigError(f"deepspeed_config_file: {path} is no JSON ({error})") from error
     for section in ("optimizer", "scheduler"):

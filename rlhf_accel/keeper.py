@@ -72,7 +72,7 @@ class Keeper:
         if self.runtime.is_main:
             self.journal.record(metrics)
         if self._failed:
-            self.line.say(f"warning: there is no checkpoint of late, {self._failed} could not be written")
+            self.line.say(f"warning: {self._failed} checkpoint(s) in a row could not be written; {self.how_to_go_on()}")
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         if self.runtime.is_main:
@@ -97,7 +97,7 @@ class Keeper:
             said = f"the checkpoint of step {progress.step} could not be written: {error}"
             if self._failed >= most:
                 raise RunFailed(
-                    f"{said}; run.max_failed_saves={most} have failed in a row; {self.how_to_go_on()}"
+                    f"{said}; run.max_failed_saves={most} have failed in a row; make room, then: {self.how_to_go_on()}"
                 ) from error
             self.line.say(f"warning: {said}; {most - self._failed} more such failures end the run")
             return False

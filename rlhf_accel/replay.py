@@ -27,12 +27,15 @@ SHOWN = 20
 
 def main(arguments: list[str]) -> None:
     """The command; raises `ConfigError` for a folder that is no dump, or whose run cannot be set up here."""
-    parser = argparse.ArgumentParser(prog="rlhf_accel replay", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m rlhf_accel replay", description=__doc__)
     parser.add_argument("dump", type=Path, help="a folder dumps/step-NNNNNN of a run")
     options = parser.parse_args(arguments)
     dump = read_dump(options.dump)
     console = Console(soft_wrap=True, emoji=False)
     console.print(f"the run said: {dump.facts['message']}", highlight=False, markup=False)
+    if "traceback" in dump.facts:
+        console.print(dump.facts["traceback"], highlight=False, markup=False)
+    console.print("running each sample by itself", highlight=False)
     tune_process()
     quiet_libraries()
     if dump.experience and dump.facts["phase"] != "score":
@@ -53,7 +56,7 @@ def replay_reward(dump: Dump) -> list[dict[str, Any]]:
         try:
             score, said = float(reward([prompt], [response], columns)[0]), ""
         except RewardError as error:
-            score, said = math.nan, str(error)
+            score, said = math.nan, str(error).partition(" raised ")[2] or str(error)
         rows.append({"sample": i, "prompt": prompt, "response": response, "score": score, "raised": said})
     return rows
 
@@ -104,7 +107,8 @@ def _show(console: Console, rows: list[dict[str, Any]]) -> None:
     for key in rows[0] if rows else ():
         table.add_column(key, justify="right" if isinstance(rows[0][key], float) else "left", overflow="fold")
     for row in (bad or rows)[:SHOWN]:
-        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else plain(str(v)) for v in row.values()))
+        shown = {**row, "score": ""} if row.get("raised") else row
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else plain(str(v)) for v in shown.values()))
     console.print(table)
     if bad:
         console.print(f"again: {len(bad)} of {len(rows)} samples, each by itself, are not finite or fail")

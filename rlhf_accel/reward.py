@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.error import HTTPError
+from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
 
@@ -204,6 +204,8 @@ class RemoteReward:
         except HTTPError as error:
             said = " ".join(error.read(200).decode(errors="replace").split())
             raise RuntimeError(f"the server answered {error.code} {error.reason} ({said})") from None
+        except URLError as error:
+            raise ConnectionError(f"{error.reason}; is the server running?") from None
         if len(text) > LARGEST_ANSWER:
             raise ValueError(f"the answer has more than {LARGEST_ANSWER >> 20} MiB")
         scores = json.loads(text)["scores"]
@@ -280,7 +282,9 @@ def import_function(target: str) -> RewardFunction:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever the module does when it is imported
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigError(f"reward.function={target}: {module_name} cannot be imported ({reason})") from error
+        raise ConfigError(
+            f"reward.function={target}: {module_name} cannot be imported ({reason}) from {Path.cwd()} or PYTHONPATH"
+        ) from error
     if not hasattr(module, name):
         raise ConfigError(f"reward.function={target}: the module {module_name} has no {name}")
     function = getattr(module, name)

@@ -126,7 +126,7 @@ class PPOTrainer:
             except RuntimeError as error:
                 if self.runtime.world_size > 1 and is_lost_contact(error):
                     found = who_is_missing(self.runtime.rank, self.keeper.heartbeat, missing())
-                    raise RunFailed(f"{found} ({str(error).splitlines()[0]})") from error
+                    raise RunFailed(f"{found} ({str(error).splitlines()[0]}); {self.keeper.how_to_go_on()}") from error
                 raise
             finally:
                 self.keeper.close()
@@ -484,7 +484,13 @@ class PPOTrainer:
             **error.inputs,
         }
         place = self.keeper.dump(facts, None)
-        said = f"{error}; what it was given: {place}"
+        raised = error.__cause__.__cause__ if error.__cause__ is not None else None
+        frames = traceback.extract_tb(raised.__traceback__) if raised is not None else []
+        where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+        return self._saved_and_failed(f"{error}{where}; look with python -m rlhf_accel replay {place}")
+
+    def _saved_and_failed(self, said: str) -> RunFailed:
+        """What ends the run between two steps, after a checkpoint; with how to go on."""
         try:
             self.keeper.save(self.progress)
         except RunFailed as unsaved:
@@ -504,10 +510,11 @@ class PPOTrainer:
             facts |= {"prompts": self.rollout.prompts, "responses": self.rollout.texts}
             facts |= {"scores": self.rollout.scores.tolist(), "columns": self._columns}
         place = self.keeper.dump(facts, experience)
-        raise RunFailed(
-            f"{said}; {count} steps in a row were skipped (run.max_skipped_steps); look with python -m rlhf_accel "
-            f"replay {place}; {self.keeper.how_to_go_on()}"
-        )
+        said += f"; {count} steps in a row were skipped (run.max_skipped_steps)"
+        said += f"; look with python -m rlhf_accel replay {place}"
+        if fault.phase == "update":  # a step that is half taken cannot be gone on with
+            raise RunFailed(f"{said}; {self.keeper.how_to_go_on()}")
+        raise self._saved_and_failed(said)
 
     def _resume(self, place: Path) -> None:
         self.progress = checkpoint.load_progress(place)
@@ -537,9 +544,9 @@ class PPOTrainer:
         dtype = str(models.resolve_dtype(self.config, self.runtime.device)).removeprefix("torch.")
         self.line.say(
             f"run folder {self.folder}\n"
-            f"policy {self.config.model.name_or_path} in {dtype}, {trainable / 1e6:.1f} of {held / 1e6:.1f} million "
-            f"parameters learn; critic {self.config.model.critic}; {self.runtime.world_size} process(es) on "
-            f"{self.runtime.device.type} in {self.runtime.precision}; {len(self.prompts)} prompts to train on"
+            f"policy {self.config.model.name_or_path} in {dtype}, {trainable:,} of {held:,} parameters learn; critic "
+            f"{self.config.model.critic}; {self.runtime.world_size} process(es) on {self.runtime.device.type} in "
+            f"{self.runtime.precision}; {len(self.prompts)} prompts to train on"
         )
 
     def _on_main_first(self, make: Callable[[], Any]) -> Any:

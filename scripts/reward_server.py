@@ -114,6 +114,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--max_bytes", type=int, default=16 << 20, help="largest request that is read")
     options = parser.parse_args(arguments)
     keys = {key: value for key in RewardConfig.__dataclass_fields__ if (value := getattr(options, key, None))}
+    if not keys.keys() & {"function", "model"}:
+        parser.error("say which reward: --function or --model")
     config = parse(RewardConfig, keys)
     tune_process()
     quiet_libraries()

@@ -291,10 +291,19 @@ def test_a_failed_download_is_one_line_with_the_mend(pip, cache, error, words):
     assert "\n" not in str(raised.value)
 
 
-def test_names_that_need_nothing_come_back_unchanged(pip):
-    for name in ("gpt2", "org/model", "./folder", "/a/b", "C:\\models"):
+def test_names_that_need_nothing_come_back_unchanged(pip, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder" / "below" / "it").mkdir(parents=True)
+    for name in ("gpt2", "org/model", "./folder", "folder/below/it", str(tmp_path), "C:\\models"):
         assert assets.resolve_model(name) == name
     assert not pip.calls
+
+
+@pytest.mark.parametrize("name", ["/no/model", "./model", "../model", "~/model", "a/b/c"])
+def test_what_can_only_be_a_folder_has_to_be_one(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=rf"^reward\.model={name}: no such folder$"):
+        assets.resolve_model(name, "reward.model")
 
 
 def test_unknown_models_are_refused_with_the_choices(pip):

@@ -355,8 +355,8 @@ def test_too_many_failed_saves_end_a_run(tiny, tmp_path: Path) -> None:
         trainer.fit()
     assert str(stopped.value) == (
         "the checkpoint of step 3 could not be written: rank 1: No space left on device; run.max_failed_saves=2 have "
-        f"failed in a row; the last checkpoint is {tmp_path}/run/checkpoints/step-000001, go on with --run.output_dir "
-        f"{tmp_path}/run --run.resume latest"
+        f"failed in a row; make room, then: the last checkpoint is {tmp_path}/run/checkpoints/step-000001, go on with "
+        f"--run.output_dir {tmp_path}/run --run.resume latest"
     )
     PPOTrainer(replace(trainer.config, run=replace(trainer.config.run, resume="latest"))).fit()
     assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 6

@@ -93,7 +93,7 @@ def refused(place, tiny, capfd):
         (["--reward.label", "POSITIVE"], ["reward.label", "reward.model"]),
         (["--run.trackers", "carrier_pigeon"], ["run.trackers", "carrier_pigeon"]),
         (["--run.resume", "latest"], ["run.resume=latest", "no checkpoint"]),
-        (["--run.resume", "nowhere"], ["run.resume=nowhere", "manifest.json"]),
+        (["--run.resume", "nowhere"], ["run.resume=nowhere", "neither latest, auto nor"]),
         (["--run.output_dir", "null", "--run.resume", "auto"], ["run.resume=auto", "run.output_dir"]),
         (["--run.changes", "optim.lrr"], ["run.changes", "did you mean optim.lr?"]),
         (["--run.max_skipped_steps", "0"], ["run.max_skipped_steps=0"]),
@@ -168,7 +168,7 @@ def test_bad_data(refused, place, name, content, options, words):
 
 
 def test_a_policy_that_cannot_be_used(refused, place, gpt2_folder, classifier_folder):
-    refused("--model.name_or_path", place / "in" / "nowhere", words=["model.name_or_path=", "nowhere"])
+    refused("--model.name_or_path", place / "in" / "nowhere", words=["model.name_or_path=", "nowhere: no such folder"])
     refused("--model.name_or_path", classifier_folder, words=["model.name_or_path=", "lm_head"])
     refused("--lora.r", 4, "--lora.target_modules", "q_proj", words=["lora.target_modules", "q_proj"])
 
@@ -350,8 +350,28 @@ def test_a_run_in_the_way_of_the_output(refused, place, tiny, capfd):
     refused(*more, "latest", *other_reward, words=["run.resume=latest", "reward.function (was", "--run.changes"])
     meant = ("--run.changes", "reward.function")
     refused(*more, "latest", *other_reward, *meant, words=["reward.function=tests.test_main:too_few returned 1 scores"])
-    refused(*more, place / "nowhere", words=["run.resume=", "nowhere", "not a whole checkpoint"])
-    refused("--run.total_steps", "1", "--run.resume", "latest", words=["run.total_steps=1", "done 1 steps already"])
+    refused(*more, place / "nowhere", words=["run.resume=", "nowhere", "neither latest, auto nor the folder"])
+    new = ("--run.output_dir", f"{place}/out/new")
+    refused(*more, place / "in", *new, words=["run.resume=", "not a whole checkpoint", "manifest.json"])
+    refused("--run.total_steps", "1", "--run.resume", "latest", words=["is finished: 1 steps", "raise run.total_steps"])
+
+
+def test_auto_is_content_with_a_run_that_is_finished(place, tiny, refused, capfd):
+    options = ["train", "--config", "in/config.yaml", "--run.total_steps", "1", "--run.save_every", "1"]
+    command_line.main([*options, "--run.resume", "auto"])
+    before = on_disk(place)
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as left:
+        command_line.main([*options, "--run.resume", "auto"])
+    assert left.value.code == 0
+    assert capfd.readouterr().err.startswith(f"the run in {place}/out/run is finished: 1 steps, its model is {place}")
+    assert on_disk(place) == before
+
+
+def test_what_is_written_others_may_read(place, tiny, refused):
+    command_line.main(["train", "--config", "in/config.yaml", "--run.total_steps", "1", "--run.save_every", "1"])
+    modes = {path.stat().st_mode & 0o777 for path in (place / "out" / "run").rglob("*") if path.is_file()}
+    assert modes == {(place / "in" / "config.yaml").stat().st_mode & 0o777}
 
 
 def test_a_bad_config_as_seen_from_outside(place, tiny):

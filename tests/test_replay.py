@@ -60,6 +60,7 @@ def test_scores_that_are_not_finite_skip_the_step_and_end_the_run_in_the_end(tin
     assert "skipped, 1 in a row of run.max_skipped_steps=3" in said
     assert all(torch.equal(before[name], value) for name, value in trainer.runtime.plain_module.state_dict().items())
     assert skipped(tmp_path / "run") == [1, 2]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-000002"]
 
     dump = read_dump(place)
     rows = dump.facts["rows"]
@@ -172,10 +173,11 @@ def test_a_reward_that_fails_for_good_leaves_a_checkpoint_and_its_inputs(tiny, t
     with pytest.raises(RunFailed) as stopped:
         PPOTrainer(config).fit()
     place = tmp_path / "run" / "dumps" / "step-000001"
+    line = needs_a_number.__code__.co_firstlineno + 2
     assert str(stopped.value) == (
-        f"reward.function=tests.test_replay:needs_a_number raised KeyError: 'minus one'; what it was given: {place}; "
-        f"the last checkpoint is {tmp_path}/run/checkpoints/step-000000, go on with --run.output_dir {tmp_path}/run "
-        "--run.resume latest"
+        f"reward.function=tests.test_replay:needs_a_number raised KeyError: 'minus one' (test_replay.py:{line}); look "
+        f"with python -m rlhf_accel replay {place}; the last checkpoint is {tmp_path}/run/checkpoints/step-000000, go on "
+        f"with --run.output_dir {tmp_path}/run --run.resume latest"
     )
     dump = read_dump(place)
     assert len(dump.facts["prompts"]) == len(dump.facts["responses"]) == len(dump.facts["columns"]["number"]) == 8
@@ -242,6 +244,6 @@ def test_a_reward_that_fails_while_evaluating_is_dumped_for_the_step_before(tiny
     config = tiny(run={"output_dir": str(tmp_path / "run"), "eval_every": 1}, reward={"function": [], "retries": 0})
     with pytest.raises(RunFailed) as stopped:
         PPOTrainer(config, reward=fails_for_four).fit()
-    assert "raised OSError: two lines; what it was given: " in str(stopped.value)
+    assert "raised OSError: two lines (test_replay.py:" in str(stopped.value)
     assert [path.name for path in (tmp_path / "run" / "dumps").iterdir()] == ["step-000001"]
     assert (tmp_path / "run" / "checkpoints" / "step-000001").is_dir()

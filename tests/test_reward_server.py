@@ -207,7 +207,7 @@ def test_nobody_listens(caplog) -> None:
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/"
         with caplog.at_level(logging.WARNING), pytest.raises(RewardError, match="Connection refused"):
             remote(url, retries=2, retry_wait=0.01)(["a"], ["b"], {})
-    assert [record.getMessage().partition("; ")[2] for record in caplog.records] == [
+    assert [record.getMessage().rpartition("; ")[2] for record in caplog.records] == [
         "trying again in 0.01 s (1 of 2)",
         "trying again in 0.02 s (2 of 2)",
     ]
