@@ -243,7 +243,7 @@ class RewardConfig:
     timeout: Positive | None = None
     """Seconds that a call of reward.url or reward.function may take; by default 60 for the former, for ever for the
     latter."""
-    retries: NonNegativeInt = 2
+    retries: Annotated[Count, Field(ge=0, le=20)] = 2
     """Times that a failed call of reward.url or reward.function is tried again before the run stops."""
     retry_wait: Positive = 1.0
     """Seconds before the first such retry; doubles with each."""

@@ -505,12 +505,14 @@ class PPOTrainer:
         self.line.say(f"warning: {said}; skipped, {count} in a row of run.max_skipped_steps={most}")
         if count < most:
             return
+        said += f"; {count} steps in a row were skipped (run.max_skipped_steps)"
+        if not self.keeper.is_open:  # step() was called by itself, which writes nothing
+            raise RunFailed(said)
         facts: dict[str, Any] = {**asdict(fault), "message": said}
         if self.rollout is not None:
             facts |= {"prompts": self.rollout.prompts, "responses": self.rollout.texts}
             facts |= {"scores": self.rollout.scores.tolist(), "columns": self._columns}
         place = self.keeper.dump(facts, experience)
-        said += f"; {count} steps in a row were skipped (run.max_skipped_steps)"
         said += f"; look with python -m rlhf_accel replay {place}"
         if fault.phase == "update":  # a step that is half taken cannot be gone on with
             raise RunFailed(f"{said}; {self.keeper.how_to_go_on()}")

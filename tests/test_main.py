@@ -122,6 +122,7 @@ def refused(place, tiny, capfd):
         (["--reward.url", "http://127.0.0.1:9/"], ["reward.url=http://127.0.0.1:9/", "Connection refused"]),
         (["--reward.weights", "[1, 2]"], ["reward.weights", "for 1 rewards"]),
         (["--reward.retries", "-1"], ["reward.retries=-1"]),
+        (["--reward.retries", "99999999999"], ["reward.retries=99999999999"]),
         (["--ppo.gamma", "1.5"], ["ppo.gamma=1.5"]),
         (["--ppo.kl_target", "1", "--ppo.kl_coef", "0"], ["ppo.kl_target", "ppo.kl_coef=0"]),
         (["--optim.betas", "[0.9]"], ["optim.betas"]),

@@ -59,6 +59,6 @@ def test_what_cannot_be_merged_is_refused(trained: Path, gpt2_folder: Path, llam
         merge.merge(trained / "final", tmp_path / "taken")
     with pytest.raises(ConfigError, match="does not fit the base"):
         merge.merge(trained / "final", tmp_path / "merged", base=str(llama_folder))
-    with pytest.raises(ConfigError, match=r"^--base .*no such model"):
+    with pytest.raises(ConfigError, match=r"^--base=.*no such folder"):
         merge.merge(trained / "final", tmp_path / "merged", base=str(tmp_path / "nowhere"))
     assert not (tmp_path / "merged").exists()

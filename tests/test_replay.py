@@ -27,6 +27,10 @@ def nan_for_vowels(prompts: list[str], responses: list[str], **columns: Any) -> 
     return [math.nan if len(prompts) != 2 and has_vowel(response) else 1.0 for response in responses]
 
 
+def nan_beyond_two(prompts: list[str], responses: list[str], **columns: Any) -> list[float]:
+    return [math.nan if len(prompts) > 2 else 1.0] * len(prompts)
+
+
 def has_vowel(text: str) -> bool:
     return any(vowel in text for vowel in "aeiou")
 
@@ -247,3 +251,11 @@ def test_a_reward_that_fails_while_evaluating_is_dumped_for_the_step_before(tiny
     assert "raised OSError: two lines (test_replay.py:" in str(stopped.value)
     assert [path.name for path in (tmp_path / "run" / "dumps").iterdir()] == ["step-000001"]
     assert (tmp_path / "run" / "checkpoints" / "step-000001").is_dir()
+
+
+def test_a_step_by_itself_writes_nothing_when_it_gives_up(tiny, tmp_path) -> None:
+    config = tiny(run={"output_dir": str(tmp_path / "run"), "max_skipped_steps": 1}, reward={"function": []})
+    trainer = PPOTrainer(config, reward=nan_beyond_two)
+    with pytest.raises(RunFailed, match=r"scores are not finite .* 1 steps in a row were skipped"):
+        trainer.step(["The film"] * 8)
+    assert not (tmp_path / "run").exists()
