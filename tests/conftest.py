@@ -31,6 +31,12 @@ from rlhf_accel.config import Config, parse
 # Tiny matrices: a second thread costs more than it brings.
 torch.set_num_threads(1)
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes longest first, so that processes which share the files end together."""
+    items.sort(key=lambda item: "test_world_size" not in item.nodeid)
+
+
 TEXTS = [
     "The film is a quiet triumph, and the cast is very good.",
     "A dull, tired and bad story that goes nowhere.",
