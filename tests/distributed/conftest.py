@@ -68,7 +68,7 @@ LAUNCHES: dict[tuple[str | None, int], list[str]] = {
     ("zero2", 2): [*BOTH, "saved_lora", "saved_portable", "from_one_lora", "no_room", "bf16_base"],
     ("zero3", 2): [
         *BOTH,
-        *("few", "in_step", "separate", "classifier", "saved", "saved_lora", "bf16_base", "bf16_base_in_step"),
+        *("few", "in_step", "separate", "classifier", "saved_lora", "bf16_base", "bf16_base_in_step"),
         *("saved_portable", "saved_lora_portable", "from_one", "stopped_in_update"),
     ],
     ("zero3_offload", 2): ["full", "saved_portable"],

@@ -177,7 +177,7 @@ def test_a_rank_without_room_costs_a_checkpoint_and_not_the_run(launched_runs) -
 
 
 def test_another_launch_is_refused_before_anything_loads(launched_runs, gpt2_folder: Path, prompts_file: Path) -> None:
-    place = launched_runs("zero3", 2) / "saved" / "checkpoints" / "step-000002"
+    place = launched_runs("zero3", 2) / "saved_lora" / "checkpoints" / "step-000002"
     with pytest.raises(
         ConfigError,
         match=r"^run\.resume=.*ZeRO-3 on 2 processes, and this is no DeepSpeed; only run\.checkpoint=portable",
