@@ -126,6 +126,7 @@ def resume_folder(
     if resume is None:
         return None
     if resume in ("latest", "auto"):
+        _check_unfinished(config, folder)  # before checkpoints are looked for: a short run leaves none
         found = _newest_whole(folder, say)
         if found is None and (resume == "latest" or _checkpoints(folder / CHECKPOINTS)):
             raise ConfigError(f"run.resume={resume}: {_why_none(folder)}")
@@ -155,10 +156,8 @@ def resume_folder(
             f"processes, and this is {now}; only run.checkpoint=portable serves another launch"
         )
     _check_unchanged(config, place)
+    _check_unfinished(config, folder)
     total = config.run.total_steps
-    if is_finished(folder, total):
-        done = f"the run in {folder} is finished: {total} steps, its model is {folder / 'final'}"
-        raise (Finished if resume == "auto" else ConfigError)(f"{done}; raise run.total_steps to go on")
     if progress.step > total:
         raise ConfigError(f"run.total_steps={total}: {place} has done {progress.step} steps already; raise it")
     other = [f"{name} {old}" for name, old in manifest.versions.items() if old != _versions().get(name)]
@@ -304,6 +303,15 @@ def _checkpoints(parent: Path, below: int | None = None) -> list[Path]:
     """The checkpoints in a folder, newest first; of those before a step if `below` is given."""
     found = [(int(match[1]), path) for path in parent.glob("step-*") if (match := _NAME.fullmatch(path.name))]
     return [path for step, path in sorted(found, reverse=True) if below is None or step < below]
+
+
+def _check_unfinished(config: Config, folder: Path) -> None:
+    """Raises `Finished`, or `ConfigError` unless run.resume=auto, if all of the run in `folder` is done."""
+    total = config.run.total_steps
+    if is_finished(folder, total):
+        _check_unchanged(config, folder)
+        done = f"the run in {folder} is finished: {total} steps, its model is {folder / 'final'}"
+        raise (Finished if config.run.resume == "auto" else ConfigError)(f"{done}; raise run.total_steps to go on")
 
 
 def _check_unchanged(config: Config, folder: Path) -> None:

@@ -357,8 +357,10 @@ def test_a_run_in_the_way_of_the_output(refused, place, tiny, capfd):
     refused("--run.total_steps", "1", "--run.resume", "latest", words=["is finished: 1 steps", "raise run.total_steps"])
 
 
-def test_auto_is_content_with_a_run_that_is_finished(place, tiny, refused, capfd):
-    options = ["train", "--config", "in/config.yaml", "--run.total_steps", "1", "--run.save_every", "1"]
+@pytest.mark.parametrize("save_every", ["1", "50"])
+def test_auto_is_content_with_a_run_that_is_finished(place, tiny, refused, capfd, save_every):
+    """Also with one that was too short to leave a checkpoint."""
+    options = ["train", "--config", "in/config.yaml", "--run.total_steps", "1", "--run.save_every", save_every]
     command_line.main([*options, "--run.resume", "auto"])
     before = on_disk(place)
     capfd.readouterr()
