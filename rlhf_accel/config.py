@@ -52,6 +52,7 @@ MAY_CHANGE = frozenset(
         *("run.output_dir", "run.name", "run.total_steps", "run.save_every", "run.keep_checkpoints", "run.checkpoint"),
         *("run.max_failed_saves", "run.max_skipped_steps", "run.eval_every", "run.sample_every", "run.sample_count"),
         *("run.resume", "run.changes", "run.collective_timeout", "run.trackers"),
+        *("run.fast_kernels", "rollout.logprobs"),
         *("model.gradient_checkpointing", "rollout.gather_parameters", "rollout.forward_batch_size"),
         *("reward.batch_size", "reward.timeout", "reward.retries", "reward.retry_wait", "ppo.micro_batch_tokens"),
     ]
@@ -128,6 +129,9 @@ class RunConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the forward passes: bf16 is autocast over the weights as loaded; auto is fp32 on a CPU, and bf16
     on a GPU that has it."""
+    fast_kernels: bool = True
+    """On a CPU in fp32: oneDNN's matrix products for the vocabulary layer and, with weights laid out anew for each
+    rollout, while sampling; no result changes beyond rounding."""
     trackers: Strings = ("tensorboard",)
     """Trackers that Accelerate's `log_with` knows, beside metrics.jsonl, which is always written."""
 
@@ -215,7 +219,11 @@ class RolloutConfig:
     gather_parameters: Literal["auto", "always", "never"] = "auto"
     """ZeRO-3: gather all parameters once for a rollout instead of layer by layer; auto does it where they fit."""
     forward_batch_size: PositiveInt = 64
-    """Responses sampled and scored at once on a process; a memory matter only."""
+    """Responses sampled at once on a process; a memory matter only."""
+    logprobs: Literal["auto", "sampled", "recomputed"] = "auto"
+    """Where the log-probabilities that the update's ratio starts from come from, and entropy and values: from sampling
+    itself, or from another forward pass; auto is sampled where arithmetic is fp32, for there both agree but for
+    rounding."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -264,7 +272,8 @@ class PPOConfig:
     num_minibatches: PositiveInt = 1
     """Optimizer steps in each pass; must divide rollout.batch_size."""
     micro_batch_tokens: PositiveInt = 8192
-    """Prompt and response tokens, padding included, of one forward and backward pass; a memory matter only."""
+    """Prompt and response tokens, padding included, of one forward and backward pass, and of a pass of the reference; a
+    memory matter only."""
     gamma: Fraction = 1.0
     """Discount per token."""
     lam: Fraction = 0.95

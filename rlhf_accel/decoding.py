@@ -1,4 +1,4 @@
-"""The batched sampling loop with a KV cache: token ids in, token ids out.
+"""The batched sampling loop with a KV cache: token ids in, token ids out, and what was computed of them on the way.
 
 A response depends on its prompt, the policy and its own row of uniform numbers, not on the batch or the process that it
 is sampled in. Knows nothing about tokenization: when a response ends, a callable says.
@@ -6,8 +6,9 @@ is sampled in. Knows nothing about tokenization: when a response ends, a callabl
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +31,15 @@ class SamplingSettings:
 class Sampled:
     """responses (B, R) int64, R = max_new_tokens, filled up with the pad id; response_mask (B, R), True up to and
     including the stop token; finished (B,), whether a stop ended the response; logprobs (B, R) fp32 in nats of the
-    sampled tokens under the policy at that temperature, before top-k and top-p, 0 where masked."""
+    sampled tokens under the policy at that temperature, before top-k and top-p; entropy (B, R) fp32 in nats of the
+    distribution of which they are; values (B, R) fp32, what `value` said. These three are 0 where masked."""
 
     responses: Int[Tensor, "B R"]
     response_mask: Bool[Tensor, "B R"]
     finished: Bool[Tensor, " B"]
     logprobs: Float[Tensor, "B R"]
+    entropy: Float[Tensor, "B R"]
+    values: Float[Tensor, "B R"]
 
 
 def uniforms(seed: int, step: int, index: Sequence[int], length: int) -> Float[Tensor, "B R"]:
@@ -47,6 +51,10 @@ def uniforms(seed: int, step: int, index: Sequence[int], length: int) -> Float[T
     """
     rows = [np.random.default_rng((seed, step, int(i))).random(length, dtype=np.float32) for i in index]
     return torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, length)
+
+
+# Finished rows leave the batch when so large a share of it is left, since a cache that gets smaller is copied.
+_STILL_FULL = 0.75
 
 
 @torch.no_grad()
@@ -61,66 +69,93 @@ def sample(
     stop_ids: Sequence[int] = (),
     ended: Callable[[Int[Tensor, "B t"]], Bool[Tensor, " B"]],
     everywhere: Callable[[bool], bool] = bool,
+    value: Callable[[Float[Tensor, "n 1 H"]], Float[Tensor, "n 1"]] | None = None,
 ) -> Sampled:
     """Sample a response to each query by the inverse CDF of its own uniform numbers.
 
     `model` is a causal language model of transformers. `stop_ids` are not sampled before min_new_tokens; `ended` says
     of the tokens so far which responses the newest one ended. Stops once all have ended, which `everywhere` may widen
-    to the batches of other processes.
+    to the batches of other processes. `value` maps the states that the vocabulary layer reads to values; without it
+    they are 0.
     """
-    rows, length = uniform.shape
-    responses = torch.full((rows, length), pad_id, dtype=torch.int64, device=queries.device)
-    logprobs = torch.zeros(rows, length, device=queries.device)
-    response_mask = torch.zeros(rows, length, dtype=torch.bool, device=queries.device)
-    finished = torch.zeros(rows, dtype=torch.bool, device=queries.device)
+    count, length = uniform.shape
+    device, width = queries.device, queries.shape[1]
+    responses = torch.full((count, length), pad_id, dtype=torch.int64, device=device)
+    response_mask = torch.zeros(count, length, dtype=torch.bool, device=device)
+    logprobs, entropy, values = (torch.zeros(count, length, device=device) for _ in range(3))
+    finished = torch.zeros(count, dtype=torch.bool, device=device)
     attention_mask = torch.cat([query_mask, torch.ones_like(response_mask)], dim=1).long()
     positions = position_ids(attention_mask)
-    width = queries.shape[1]
+    extras = accepted(model, logits_to_keep=torch.tensor([-1], device=device), position_ids=positions)
+    rows = torch.arange(count, device=device)  # of the batch, those that the model still continues
     tokens, past = queries, None
-    newest = torch.tensor([-1], device=queries.device)
-    for t in range(length):
-        if everywhere(bool(finished.all())):
-            break
-        seen = width + t
-        output = model(
-            input_ids=tokens,
-            attention_mask=attention_mask[:, :seen],
-            past_key_values=past,
-            use_cache=True,
-            **accepted(model, logits_to_keep=newest, position_ids=positions[:, seen - tokens.shape[1] : seen]),
-        )
-        past = output.past_key_values
-        logits = output.logits[:, -1].float() / settings.temperature
-        choice = logits if t >= settings.min_new_tokens else _without(logits, stop_ids)
-        tokens = pick(truncate(choice, settings.top_k, settings.top_p), uniform[:, t]).masked_fill(finished, pad_id)[
-            :, None
-        ]
-        active = ~finished
-        responses[:, t] = tokens[:, 0]
-        response_mask[:, t] = active
-        token_logprobs = logits.gather(1, tokens)[:, 0] - logits.logsumexp(1)
-        logprobs[:, t] = token_logprobs.masked_fill(finished, 0.0)
-        if t + 1 >= settings.min_new_tokens:
-            finished |= active & ended(responses[:, : t + 1])
-    return Sampled(responses=responses, response_mask=response_mask, finished=finished, logprobs=logprobs)
+    with _states(model, value is not None) as states:
+        for t in range(length):
+            if everywhere(bool(finished.all())):
+                break
+            going = ~finished[rows]
+            if past is not None and 0 < int(going.sum()) <= _STILL_FULL * len(rows) and _select(past, going):
+                rows, tokens = rows[going], tokens[going]
+            seen = width + t
+            if "position_ids" in extras:
+                extras["position_ids"] = positions[rows, seen - tokens.shape[1] : seen]
+            output = model(
+                input_ids=tokens,
+                attention_mask=attention_mask[rows, :seen],
+                past_key_values=past,
+                use_cache=True,
+                **extras,
+            )
+            past = output.past_key_values
+            logits = output.logits[:, -1].float()
+            if settings.temperature != 1.0:
+                logits = logits / settings.temperature
+            probabilities = logits.softmax(-1)
+            choice = logits if t >= settings.min_new_tokens else _without(logits, stop_ids)
+            choice = truncate(choice, settings.top_k, settings.top_p)
+            picked = pick(probabilities if choice is logits else choice.softmax(-1), uniform[rows, t])
+            active = ~finished[rows]
+            tokens = picked.masked_fill(~active, pad_id)[:, None]
+            normalizer = logits.amax(-1) - probabilities.amax(-1).log()  # logsumexp, from the softmax that is there
+            said = (
+                (logprobs, logits.gather(1, tokens)[:, 0] - normalizer),
+                (entropy, torch.special.entr(probabilities).sum(-1)),
+                *([(values, value(states.pop()[:, -1:])[:, 0])] if value is not None else []),
+            )
+            for whole, part in said:
+                whole[rows, t] = part.masked_fill(~active, 0.0)
+            responses[rows, t] = tokens[:, 0]
+            response_mask[rows, t] = active
+            if t + 1 >= settings.min_new_tokens:
+                finished |= response_mask[:, t] & ended(responses[:, : t + 1])
+    return Sampled(
+        responses=responses,
+        response_mask=response_mask,
+        finished=finished,
+        logprobs=logprobs,
+        entropy=entropy,
+        values=values,
+    )
 
 
-def pick(logits: Float[Tensor, "B V"], uniform: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
+def pick(probabilities: Float[Tensor, "B V"], uniform: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
     """The token at which the cumulated probability first exceeds the row's uniform number.
 
-    >>> pick(torch.tensor([[0.5, 0.25, 0.25]]).log().expand(3, 3), torch.tensor([0.49, 0.51, 0.99])).tolist()
+    >>> pick(torch.tensor([[0.5, 0.25, 0.25]]).expand(3, 3), torch.tensor([0.49, 0.51, 0.99])).tolist()
     [0, 1, 2]
     """
-    probabilities = logits.float().softmax(-1)
     cumulated = probabilities.cumsum(-1)
     total = cumulated[:, -1:]
     # Rounding may bring the product up to the total itself, beyond which no token lies.
     target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    # Of logits that are not finite comes a token all the same, whose log-probability then is not finite either.
-    tokens = torch.searchsorted(cumulated, target, right=True).clamp(max=logits.shape[-1] - 1)
+    # Of probabilities that are not finite comes a token all the same, whose log-probability then is not finite either.
+    tokens = torch.searchsorted(cumulated, target, right=True).clamp(max=probabilities.shape[-1] - 1)
     # A GPU sums in parallel, and its cumulated sums may waver in the last bit where nothing is added. A token without
     # probability that gets such a bit is replaced: it may be a forbidden one.
-    return torch.where(probabilities.gather(1, tokens) > 0, tokens, probabilities.argmax(-1, keepdim=True))[:, 0]
+    possible = probabilities.gather(1, tokens) > 0
+    if not possible.all():
+        tokens = torch.where(possible, tokens, probabilities.argmax(-1, keepdim=True))
+    return tokens[:, 0]
 
 
 def truncate(logits: Float[Tensor, "B V"], top_k: int, top_p: float) -> Float[Tensor, "B V"]:
@@ -156,6 +191,28 @@ def accepted(model: Any, **extras: Any) -> dict[str, Any]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     known = inspect.signature(base.forward).parameters
     return {name: value for name, value in extras.items() if name in known}
+
+
+@contextlib.contextmanager
+def _states(model: Any, wanted: bool) -> Iterator[list[Tensor]]:
+    """What the vocabulary layer reads in each call of the model, appended to the list."""
+    seen: list[Tensor] = []
+    if not wanted:
+        yield seen
+        return
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _select(cache: Any, rows: Bool[Tensor, " n"]) -> bool:
+    """Keep these rows of a cache, if it is of a kind that can."""
+    if not hasattr(cache, "batch_select_indices"):
+        return False
+    cache.batch_select_indices(rows.nonzero()[:, 0])
+    return True
 
 
 def _without(logits: Float[Tensor, "B V"], ids: Sequence[int]) -> Float[Tensor, "B V"]:

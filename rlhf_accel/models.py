@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from rlhf_accel import ppo
+from rlhf_accel import kernels, ppo
 from rlhf_accel.config import Config, ConfigError, ModelConfig, OptimConfig
 from rlhf_accel.decoding import accepted, position_ids
 from rlhf_accel.runtime import computes_in_bf16
@@ -81,12 +81,23 @@ class PolicyWithValue(nn.Module):
         logits, hidden = response_logits(self.policy, *inputs)
         logprobs = ppo.token_logprobs(logits, responses, self.temperature)
         entropy = ppo.token_entropy(logits, self.temperature) if with_entropy else None
+        values = self.value_head(hidden) if self.critic_reads_policy else self.values(*inputs)
+        return TokenOutputs(logprobs=logprobs, values=values, entropy=entropy)
+
+    @property
+    def critic_reads_policy(self) -> bool:
+        """Whether the value head reads the very states that the policy's vocabulary layer reads."""
+        return self.critic is None and CRITIC not in getattr(self.policy, "peft_config", ())
+
+    def values(
+        self, queries: Tensor, query_mask: Tensor, responses: Tensor, response_mask: Tensor
+    ) -> Float[Tensor, "B R"]:
+        """The values alone, of a critic that has a pass of its own."""
+        inputs = (queries, query_mask, responses, response_mask)
         if self.critic is not None:
-            hidden = response_hidden(self.critic, *inputs)
-        elif CRITIC in getattr(self.policy, "peft_config", ()):
-            with adapter(self.policy, CRITIC):
-                hidden = response_hidden(self.policy.get_base_model().base_model, *inputs)
-        return TokenOutputs(logprobs=logprobs, values=self.value_head(hidden), entropy=entropy)
+            return self.value_head(response_hidden(self.critic, *inputs))
+        with adapter(self.policy, CRITIC):
+            return self.value_head(response_hidden(self.policy.get_base_model().base_model, *inputs))
 
 
 class Reference(nn.Module):
@@ -201,6 +212,8 @@ def load_policy(config: Config, path: str, device: torch.device) -> LanguageMode
         if "Classification" in architecture:  # with tied embeddings nothing is missing: it would load and write noise
             raise ConfigError(f"model.name_or_path={path}: holds a classifier ({architecture}), not a language model")
     model = _checkpointed(model, config)
+    if config.run.fast_kernels:
+        kernels.quicken(model.get_output_embeddings())
     if config.lora.r == 0:
         return model
     if config.lora.adapter is None:

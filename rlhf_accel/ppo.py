@@ -57,20 +57,24 @@ def token_logprobs(
 class _TokenLogprobs(torch.autograd.Function):
     """`logits[token] - logsumexp(logits)`, whose gradient is `onehot(token) - softmax(logits)`.
 
-    Autograd would build that gradient from four (B, R, V) tensors; here the softmax is made once, in place.
+    Autograd would make four (B, R, V) tensors for it. Here the softmax, in which torch takes the maximum, the
+    exponentials and their sum row by row, is the only one: the normalizer is read off it, and it becomes the gradient.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> Tensor:
-        log_normalizer = logits.logsumexp(dim=-1, keepdim=True)
-        ctx.save_for_backward(logits, tokens, log_normalizer)
-        return (logits.gather(-1, tokens.unsqueeze(-1)) - log_normalizer).squeeze(-1)
+        probabilities = logits.softmax(dim=-1)
+        # The likeliest token has the logit `top` and the probability exp(top) / sum of exp(logits).
+        top = logits.amax(dim=-1)
+        log_normalizer = top - probabilities.amax(dim=-1).log()
+        ctx.save_for_backward(probabilities, tokens)
+        return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - log_normalizer
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        logits, tokens, log_normalizer = ctx.saved_tensors
+        probabilities, tokens = ctx.saved_tensors  # nobody else has them; a second backward pass would raise
         grad = grad.unsqueeze(-1)
-        result = (logits - log_normalizer).exp_().mul_(-grad)
+        result = probabilities.mul_(-grad)
         return result.scatter_add_(-1, tokens.unsqueeze(-1), grad), None
 
 

@@ -7,7 +7,7 @@ forward passes, since with ZeRO-3 each is a collective: one whose share is used 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rlhf_accel import decoding
+from rlhf_accel import decoding, kernels
 from rlhf_accel.config import RolloutConfig
 from rlhf_accel.distributed import Runtime
 from rlhf_accel.metrics import Stopwatch
@@ -41,6 +41,9 @@ class Sampler:
     runtime: Runtime
     tokens: Tokens
     reference: nn.Module | None  # None: the policy without its adapter
+    pass_tokens: int  # of a pass of critic and reference, padding included
+    keeps_said: bool  # whether log-probabilities, entropy and values are those of sampling itself
+    fast_kernels: bool = True
 
     def rollout(
         self,
@@ -73,15 +76,19 @@ class Sampler:
         policy = self.runtime.plain_module.policy
         stop = self.tokens.stop_condition(self.config.stop, end_of_text_ids(policy))
         mine = prompts.select(self.runtime.share(len(prompts)))
+        order = torch.arange(len(mine))
         sampled = []
-        for rows in self._chunks(len(prompts)):
-            chunk = mine.select(rows) if len(rows) else prompts.select(torch.tensor([0]))
-            said = self._continue(policy, chunk.to(self.runtime.device), stop, seed, step)
-            kept = slice(None) if len(rows) else slice(0)
-            sound = said.logprobs.isfinite().all(1)
-            parts = (said.responses, said.response_mask, said.finished, sound)
-            sampled.append([part[kept].cpu() for part in parts])
-        responses, response_mask, finished, sound = (torch.cat(parts) for parts in zip(*sampled, strict=True))
+        size = self.config.forward_batch_size
+        layout = kernels.packed(policy, min(size, max(len(mine), 1))) if self.fast_kernels else nullcontext()
+        with self.runtime.autocast(), layout:
+            for rows in self._passes(order, len(prompts), size):
+                chunk = mine.select(rows) if len(rows) else prompts.select(torch.tensor([0]))
+                said = self._continue(policy, chunk.to(self.runtime.device), stop, seed, step)
+                kept = slice(None) if len(rows) else slice(0)
+                parts = (said.responses, said.response_mask, said.finished, said.logprobs, said.entropy, said.values)
+                sampled.append([part[kept].cpu() for part in parts])
+        columns = [torch.cat(parts) for parts in zip(*sampled, strict=True)]
+        responses, response_mask, finished, logprobs, entropy, values = columns
         sequences = Sequences(
             queries=mine.queries, query_mask=mine.query_mask, responses=responses, response_mask=response_mask
         )
@@ -89,7 +96,9 @@ class Sampler:
         return Responses(
             sequences=sequences,
             finished=finished,
-            sound=sound,
+            logprobs=logprobs,
+            entropy=entropy,
+            values=values,
             prompts=texts,
             texts=continuations,
             columns=mine.columns,
@@ -123,21 +132,27 @@ class Sampler:
             responses=gather(own.responses, count),
             response_mask=gather(own.response_mask, count),
         )
-        logprobs, values, entropy, ref_logprobs = (torch.zeros(own.responses.shape) for _ in range(4))
-        for rows in self._chunks(count):
+        sound = responses.logprobs.isfinite().all(1)
+        logprobs, entropy, values = (part.clone() for part in (responses.logprobs, responses.entropy, responses.values))
+        ref_logprobs = torch.zeros(own.responses.shape)
+        trimmed = sequences.trimmed()
+        size = max(self.pass_tokens // (trimmed.queries.shape[1] + trimmed.responses.shape[1]), 1)
+        for rows in self._passes(torch.argsort(own.lengths, descending=True, stable=True), count, size):
             chunk = (own.select(rows) if len(rows) else sequences.select(torch.tensor([0]))).trimmed()
             chunk = chunk.to(self.runtime.device)
+            noted: list[tuple[Tensor, Tensor]] = []
             with self.runtime.autocast():
-                said = module(*model_inputs(chunk), with_entropy=True)
+                inputs = model_inputs(chunk)
+                if not self.keeps_said:
+                    said = module(*inputs, with_entropy=True)
+                    noted += [(logprobs, said.logprobs), (values, said.values), (entropy, said.entropy)]
+                elif not module.critic_reads_policy:
+                    noted += [(values, module.values(*inputs))]
                 with reference_policy(module, self.reference) as reference:
-                    said_by_reference = reference(chunk)
-            if len(rows):
-                length = chunk.responses.shape[1]
-                logprobs[rows, :length] = said.logprobs.cpu()
-                values[rows, :length] = said.values.cpu()
-                entropy[rows, :length] = said.entropy.cpu()
-                ref_logprobs[rows, :length] = said_by_reference.cpu()
-        logprobs[~responses.sound] = torch.nan  # never learnt from, also if the model is itself again by now
+                    noted += [(ref_logprobs, reference(chunk))]
+            for whole, part in noted if len(rows) else ():
+                whole[rows, : part.shape[1]] = part.cpu()
+        logprobs[~sound] = torch.nan  # never learnt from, also if the model is itself again by now
         return Rollout(
             sequences=sequences,
             finished=gather(responses.finished, count),
@@ -153,24 +168,25 @@ class Sampler:
     def _continue(
         self, policy: LanguageModel, prompts: PromptBatch, stop: StopCondition, seed: int, step: int
     ) -> decoding.Sampled:
+        module = self.runtime.plain_module
         uniform = decoding.uniforms(seed, step, prompts.index.tolist(), self.config.max_new_tokens)
-        with self.runtime.autocast():
-            return decoding.sample(
-                policy,
-                prompts.queries,
-                prompts.query_mask,
-                uniform.to(self.runtime.device),
-                sampling_settings(self.config),
-                pad_id=self.tokens.pad_id,
-                stop_ids=stop.ids,
-                ended=stop,
-                everywhere=self.runtime.everywhere,
-            )
+        return decoding.sample(
+            policy,
+            prompts.queries,
+            prompts.query_mask,
+            uniform.to(self.runtime.device),
+            sampling_settings(self.config),
+            pad_id=self.tokens.pad_id,
+            stop_ids=stop.ids,
+            ended=stop,
+            everywhere=self.runtime.everywhere,
+            value=module.value_head if self.keeps_said and module.critic_reads_policy else None,
+        )
 
-    def _chunks(self, count: int) -> Iterator[Int[Tensor, " n"]]:
-        """This rank's share of `count` rows, counted from 0, in passes; as many passes as the longest share needs."""
-        mine = torch.arange(len(self.runtime.share(count)))
-        longest, size = -(-count // self.runtime.world_size), self.config.forward_batch_size
+    def _passes(self, mine: Int[Tensor, " n"], count: int, size: int) -> Iterator[Int[Tensor, " m"]]:
+        """This rank's rows `mine` of `count`, in that order, in passes of `size`; as many passes as the longest share
+        needs."""
+        longest = -(-count // self.runtime.world_size)
         return (mine[start : start + size] for start in range(0, longest, size))
 
 

@@ -6,6 +6,7 @@ Knows torch, the C library and the libraries' switches; knows no config, no mode
 from __future__ import annotations
 
 import ctypes
+import functools
 import random
 import sys
 import warnings
@@ -62,3 +63,13 @@ def computes_in_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@functools.cache
+def multiplies_exactly(device: torch.device) -> bool:
+    """Whether fp32 matrix products on the device are true fp32 with this process's settings, and not rounded to TF32 or
+    bf16 on their way through faster units (`tune_process` allows that)."""
+    left, right = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
+    exact = left.double() @ right.double()
+    error = ((left.to(device) @ right.to(device)).cpu() - exact).abs().max()
+    return bool(error < 1e-5 * exact.abs().max())  # fp32: 3e-7 of it; TF32: 5e-4

@@ -25,7 +25,7 @@ from rlhf_accel.keeper import Keeper
 from rlhf_accel.metrics import Progressline, Stopwatch
 from rlhf_accel.reward import Reward, RewardError, RewardFunction, load_reward, reward_of
 from rlhf_accel.rollout import FailedScoring, Sampler
-from rlhf_accel.runtime import computes_in_bf16, reseed
+from rlhf_accel.runtime import multiplies_exactly, reseed
 from rlhf_accel.tokens import Tokens
 from rlhf_accel.types import Experience, LossStats, PromptBatch, Rollout
 from rlhf_accel.vigil import STOPPED, StopRequest, is_lost_contact, who_is_missing
@@ -94,13 +94,16 @@ class PPOTrainer:
         self._say_what_runs(module)
         optim = config.optim
         groups = models.parameter_groups(module, optim)
-        optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+        optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
         self.runtime.prepare(module, optimizer, self.resume_from)
         self.sampler = Sampler(
             config=config.rollout,
             runtime=self.runtime,
             tokens=self.tokens,
             reference=None if reference is None else self.runtime.prepare_frozen(reference),
+            pass_tokens=config.ppo.micro_batch_tokens,
+            keeps_said=config.rollout.logprobs == "sampled" or (config.rollout.logprobs == "auto" and self._is_exact()),
+            fast_kernels=config.run.fast_kernels,
         )
         self.kl_controller = self._kl_controller()
         self._prepared = False
@@ -360,19 +363,22 @@ class PPOTrainer:
                 f"objective/kl_k3 is {metrics['objective/kl_k3']:.4g} at step 1, where policy and reference are the "
                 "same model: the reference differs in weights, dropout or adapter"
             )
-        # bf16 keeps 8 bits: a logit of 16 is off by up to 0.06, and a ratio with it. Where the device has bf16 or TF32
-        # units, fp32 matrix products may go through them too (runtime.tune_process).
-        exact = (
-            self.runtime.precision == "fp32"
-            and models.resolve_dtype(self.config, self.runtime.device) == torch.float32
-            and not computes_in_bf16(self.runtime.device)
-        )
-        limit = 1e-3 if exact else 0.5
+        # bf16 keeps 8 bits: a logit of 16 is off by up to 0.06, and a ratio with it.
+        limit = 1e-3 if self._is_exact() else 0.5
         if self.config.lora.dropout == 0 and metrics["policy/first_ratio_error"] > limit:
             raise RuntimeError(
                 f"policy/first_ratio_error is {metrics['policy/first_ratio_error']:.4g} at step 1, where the ratio is "
                 "1: the update computes other log-probabilities than the rollout (dropout, padding or positions)"
             )
+
+    def _is_exact(self) -> bool:
+        """Whether the policy computes in fp32 throughout, so that two ways to one figure agree up to rounding."""
+        return (
+            self.runtime.precision == "fp32"
+            and models.resolve_dtype(self.config, self.runtime.device) == torch.float32
+            and not self.config.model.load_in_4bit
+            and multiplies_exactly(self.runtime.device)
+        )
 
     def _reward_path(self) -> str | None:
         name = self.config.reward.model

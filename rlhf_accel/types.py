@@ -124,18 +124,22 @@ class Sequences(_Batch):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Responses(_Batch):
-    """Sampled responses of one process's share of the prompts, with the text that rewards read."""
+    """Sampled responses of one process's share of the prompts, with the text that rewards read, and what the policy and
+    a critic that reads its states said meanwhile."""
 
     sequences: Sequences
     finished: Bool[Tensor, " B"]  # ended by a stop, not by the length limit
-    sound: Bool[Tensor, " B"]  # sampled from logits that were finite
+    logprobs: Float[Tensor, "B R"]
+    entropy: Float[Tensor, "B R"]
+    values: Float[Tensor, "B R"]  # 0 of another critic
     prompts: tuple[str, ...]
     texts: tuple[str, ...]
     columns: Mapping[str, tuple[Any, ...]]
 
     def __post_init__(self) -> None:
         _check("finished", self.finished, torch.bool, (len(self),))
-        _check("sound", self.sound, torch.bool, (len(self),))
+        for name in ("logprobs", "entropy", "values"):
+            _check(name, getattr(self, name), torch.float32, self.sequences.responses.shape)
         _check_rows(len(self), {"prompts": self.prompts, "texts": self.texts})
         _check_rows(len(self), self.columns)
 

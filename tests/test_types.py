@@ -33,7 +33,9 @@ def make_responses() -> Responses:
     return Responses(
         sequences=make_sequences([[1], [2, 3], [4]], [[5], [6, 7], [8]]),
         finished=torch.tensor([True, False, True]),
-        sound=torch.tensor([True, True, False]),
+        logprobs=-torch.rand(3, 3),
+        entropy=torch.rand(3, 3),
+        values=torch.rand(3, 3),
         prompts=("a", "b", "c"),
         texts=("d", "e", "f"),
         columns={"number": (1, 2, 3)},

@@ -197,7 +197,7 @@ def test_what_zero3_writes_is_a_whole_model_that_trains_on(
     trainer = PPOTrainer(parse(Config, tree(final, prompts_file, change)))
     trainer.fit()
     metrics = rows(tmp_path / "on" / "metrics.jsonl")
-    assert metrics[0]["objective/kl"] == 0 and metrics[0]["optim/grad_norm"] > 0
+    assert metrics[0]["objective/kl"] == pytest.approx(0, abs=1e-5) and metrics[0]["optim/grad_norm"] > 0
 
 
 def gradients(folder: Path) -> list[dict[str, torch.Tensor]]:

@@ -1,0 +1,101 @@
+"""Matrix products that a CPU does faster than torch's own choice of kernel; the same result up to rounding.
+
+Knows torch's linear layers and oneDNN; knows no config and no rank. Whatever does not fit (a GPU, other dtypes,
+autocast, weights that ZeRO-3 has cut, a torch without these operators) goes the plain way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+_WORTH_PACKING = 2**16  # weights; smaller layers spend their time elsewhere
+
+
+@functools.cache
+def has_onednn() -> bool:
+    """Whether torch has oneDNN's linear layer, which torch.compile uses on CPUs, and the packing of its weights."""
+    operators = torch.ops.mkldnn
+    return (
+        torch.backends.mkldnn.is_available()
+        and hasattr(operators, "_linear_pointwise")
+        and hasattr(operators, "_reorder_linear_weight")
+    )
+
+
+@contextlib.contextmanager
+def packed(model: nn.Module, rows: int) -> Iterator[None]:
+    """Linear layers with their weights laid out for oneDNN, for many small products without gradients: decoding.
+
+    The layout fits batches of `rows`. Packing reads and writes each weight once, and the copies take as much memory as
+    the model while the context lasts. The weights must not change meanwhile.
+    """
+    quickened: list[nn.Module] = []
+    try:
+        if has_onednn() and not torch.is_autocast_enabled("cpu"):
+            for layer in model.modules():
+                weight = _matrix(layer)
+                if weight is not None and weight.numel() >= _WORTH_PACKING:
+                    laid_out = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+                    layer.forward = functools.partial(_linear, weight=laid_out, bias=getattr(layer, "bias", None))
+                    quickened.append(layer)
+        yield
+    finally:
+        for layer in quickened:
+            del layer.forward
+
+
+class VocabularyLinear(nn.Linear):
+    """A linear layer with far more outputs than inputs, in which torch's own product is the slower one.
+
+    It differs from `nn.Linear` in no weight and no name, so a layer becomes one by its class alone, and its copies too.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if _matrix(self) is None or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        return _OneDNNLinear.apply(x, self.weight, self.bias)
+
+
+def quicken(layer: nn.Module) -> None:
+    """Make a plain linear layer a `VocabularyLinear`; any other stays what it is."""
+    if type(layer) is nn.Linear and has_onednn():
+        layer.__class__ = VocabularyLinear
+
+
+class _OneDNNLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        flat = grad.flatten(0, -2)
+        return (
+            grad @ weight if of_x else None,
+            flat.t() @ x.flatten(0, -2) if of_weight else None,
+            flat.sum(0) if of_bias else None,
+        )
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _matrix(layer: nn.Module) -> Tensor | None:
+    """The layer's matrix, outputs x inputs, if it is a linear layer that oneDNN can do here."""
+    if not isinstance(layer, (nn.Linear, Conv1D)):
+        return None
+    weight: Tensor = layer.weight
+    if weight.dtype != torch.float32 or weight.device.type != "cpu" or weight.ndim != 2 or weight.numel() == 0:
+        return None
+    return weight.t() if isinstance(layer, Conv1D) else weight

