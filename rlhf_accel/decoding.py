@@ -53,6 +53,8 @@ def uniforms(seed: int, step: int, index: Sequence[int], length: int) -> Float[T
     return torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, length)
 
 
+_LOWEST = torch.finfo(torch.float32).min  # stands in for -inf, since 0 * -inf is NaN
+
 # Finished rows leave the batch when so large a share of it is left, since a cache that gets smaller is copied.
 _STILL_FULL = 0.75
 
@@ -119,7 +121,7 @@ def sample(
             normalizer = logits.amax(-1) - probabilities.amax(-1).log()  # logsumexp, from the softmax that is there
             said = (
                 (logprobs, logits.gather(1, tokens)[:, 0] - normalizer),
-                (entropy, torch.special.entr(probabilities).sum(-1)),
+                (entropy, normalizer - (probabilities * logits.clamp(min=_LOWEST)).sum(-1)),
                 *([(values, value(states.pop()[:, -1:])[:, 0])] if value is not None else []),
             )
             for whole, part in said:

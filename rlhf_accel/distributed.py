@@ -274,7 +274,11 @@ class Runtime:
 
     def share(self, count: int) -> Int[Tensor, " n"]:
         """This rank's rows of `count`: contiguous, the first ranks one longer where it does not divide."""
-        return torch.from_numpy(np.array_split(np.arange(count), self.world_size)[self.rank])
+        return self.shares(count)[self.rank]
+
+    def shares(self, count: int) -> list[Int[Tensor, " n"]]:
+        """Every rank's `share` of `count` rows."""
+        return [torch.from_numpy(rows) for rows in np.array_split(np.arange(count), self.world_size)]
 
     def gather_rows(self, rows: Tensor, count: int) -> Tensor:
         """The `count` rows of which every rank holds its `share`, in order, on every rank, as CPU tensors."""
@@ -286,8 +290,7 @@ class Runtime:
         padded[: len(rows)] = rows.to(self.device)
         with self._waiting():
             gathered = self._accelerator.gather(padded).cpu().reshape(self.world_size, longest, *rows.shape[1:])
-        sizes = [len(part) for part in np.array_split(np.arange(count), self.world_size)]
-        return torch.cat([gathered[rank, :size] for rank, size in enumerate(sizes)]).to(rows.dtype)
+        return torch.cat([gathered[rank, : len(share)] for rank, share in enumerate(self.shares(count))]).to(rows.dtype)
 
     def gather_list(self, items: Sequence[B]) -> list[B]:
         """The lists of all ranks, in order, on every rank."""
@@ -542,6 +545,10 @@ class Runtime:
         return config
 
 
+# A pass costs at least as much as this share of a full one, however few tokens it has.
+_LEAST_SHARE = 1 / 16
+
+
 def cut_micro_batches(
     query_lengths: Int[Tensor, " B"],
     response_lengths: Int[Tensor, " B"],
@@ -552,26 +559,58 @@ def cut_micro_batches(
     """Cut a minibatch into micro-batches: for each rank a list of row tensors, equally many on every rank.
 
     Rows are sorted by length and dealt to the ranks in turn, so that ranks carry like loads and a micro-batch pads
-    little. `budget` bounds the tokens of a pass, padding included: rows x (longest query + longest response), but one
-    row always fits. A rank with fewer rows than others ends with empty micro-batches, whose passes keep it in step.
+    little. `budget` bounds the tokens of a pass as in `cut_by_tokens`. A rank with fewer passes than others ends with
+    empty micro-batches, which keep it in step.
 
-    >>> cut_micro_batches(torch.tensor([2, 1, 2, 1, 1]), torch.tensor([7, 0, 3, 4, 1]), torch.arange(5), 12, 1)
+    >>> cut_micro_batches(torch.tensor([2, 1, 2, 1, 1]), torch.tensor([7, 0, 3, 4, 1]), torch.arange(5), 24, 1)
     [[tensor([0]), tensor([2, 3]), tensor([4, 1])]]
     """
     lengths = query_lengths + response_lengths
     ordered = rows[torch.argsort(lengths[rows], descending=True, stable=True)]
-    ranks: list[list[Tensor]] = []
-    for rank in range(world_size):
-        mine, batches = ordered[rank::world_size], []
-        while len(mine):
-            widths = query_lengths[mine].cummax(0).values + response_lengths[mine].cummax(0).values
-            # Each row more makes the pass larger: those that fit come first.
-            fit = max(int((widths * torch.arange(1, len(mine) + 1) <= budget).sum()), 1)
-            batches.append(mine[:fit])
-            mine = mine[fit:]
-        ranks.append(batches)
-    most = max(len(batches) for batches in ranks)
-    return [batches + [rows[:0]] * (most - len(batches)) for batches in ranks]
+    shares = [ordered[rank::world_size] for rank in range(world_size)]
+    return cut_by_tokens(query_lengths, response_lengths, shares, budget)
+
+
+def cut_by_tokens(
+    query_lengths: Int[Tensor, " B"],
+    response_lengths: Int[Tensor, " B"],
+    shares: Sequence[Int[Tensor, " n"]],
+    budget: int,
+) -> list[list[Int[Tensor, " m"]]]:
+    """Each share's rows, longest first, cut into passes that pad as little as possible; equally many for every share.
+
+    `budget` bounds the tokens of a pass, padding included: rows x (longest query + longest response), but one row
+    always fits. A share with fewer passes than others ends with empty ones.
+
+    >>> cut_by_tokens(torch.ones(6).long(), torch.tensor([90, 9, 9, 9, 8, 8]), [torch.arange(6)], 300)
+    [[tensor([0]), tensor([1, 2, 3, 4, 5])]]
+    """
+    lengths = query_lengths + response_lengths
+    cuts = []
+    for share in shares:
+        ordered = share[torch.argsort(lengths[share], descending=True, stable=True)]
+        ends = _cheapest_cuts(query_lengths[ordered].numpy(), response_lengths[ordered].numpy(), budget)
+        cuts.append([ordered[start:end] for start, end in zip([0, *ends], ends, strict=False)])
+    most = max(len(passes) for passes in cuts)
+    return [passes + [query_lengths.new_zeros(0)] * (most - len(passes)) for passes in cuts]
+
+
+def _cheapest_cuts(queries: np.ndarray, responses: np.ndarray, budget: int) -> list[int]:
+    """Where to cut these rows so that the padded tokens of all passes, and the least that each costs, are fewest."""
+    count = len(queries)
+    cost, ends = np.zeros(count + 1), np.zeros(count + 1, dtype=int)
+    for start in reversed(range(count)):
+        widths = np.maximum.accumulate(queries[start:]) + np.maximum.accumulate(responses[start:])
+        tokens = widths * np.arange(1, count - start + 1)
+        fit = max(int((tokens <= budget).sum()), 1)  # each row more makes the pass larger: those that fit come first
+        total = (tokens[:fit] + budget * _LEAST_SHARE + cost[start + 1 : start + fit + 1])[::-1]
+        ends[start] = start + fit - int(total.argmin())  # of equally cheap ones the largest
+        cost[start] = total.min()
+    cuts, at = [], 0
+    while at < count:
+        at = int(ends[at])
+        cuts.append(at)
+    return cuts
 
 
 def post(what: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rlhf_accel import decoding, kernels
 from rlhf_accel.config import RolloutConfig
-from rlhf_accel.distributed import Runtime
+from rlhf_accel.distributed import Runtime, cut_by_tokens
 from rlhf_accel.metrics import Stopwatch
 from rlhf_accel.models import LanguageModel, end_of_text_ids, model_inputs, reference_policy
 from rlhf_accel.reward import Reward, RewardError
@@ -76,12 +76,11 @@ class Sampler:
         policy = self.runtime.plain_module.policy
         stop = self.tokens.stop_condition(self.config.stop, end_of_text_ids(policy))
         mine = prompts.select(self.runtime.share(len(prompts)))
-        order = torch.arange(len(mine))
         sampled = []
         size = self.config.forward_batch_size
         layout = kernels.packed(policy, min(size, max(len(mine), 1))) if self.fast_kernels else nullcontext()
         with self.runtime.autocast(), layout:
-            for rows in self._passes(order, len(prompts), size):
+            for rows in self._passes(len(prompts), size):
                 chunk = mine.select(rows) if len(rows) else prompts.select(torch.tensor([0]))
                 said = self._continue(policy, chunk.to(self.runtime.device), stop, seed, step)
                 kept = slice(None) if len(rows) else slice(0)
@@ -135,9 +134,10 @@ class Sampler:
         sound = responses.logprobs.isfinite().all(1)
         logprobs, entropy, values = (part.clone() for part in (responses.logprobs, responses.entropy, responses.values))
         ref_logprobs = torch.zeros(own.responses.shape)
-        trimmed = sequences.trimmed()
-        size = max(self.pass_tokens // (trimmed.queries.shape[1] + trimmed.responses.shape[1]), 1)
-        for rows in self._passes(torch.argsort(own.lengths, descending=True, stable=True), count, size):
+        lengths = sequences.query_mask.sum(1), sequences.response_mask.sum(1)
+        shares, rank = self.runtime.shares(count), self.runtime.rank
+        for placed in cut_by_tokens(*lengths, shares, self.pass_tokens)[rank]:
+            rows = placed - shares[rank][:1]  # counted from this rank's first
             chunk = (own.select(rows) if len(rows) else sequences.select(torch.tensor([0]))).trimmed()
             chunk = chunk.to(self.runtime.device)
             noted: list[tuple[Tensor, Tensor]] = []
@@ -183,11 +183,11 @@ class Sampler:
             value=module.value_head if self.keeps_said and module.critic_reads_policy else None,
         )
 
-    def _passes(self, mine: Int[Tensor, " n"], count: int, size: int) -> Iterator[Int[Tensor, " m"]]:
-        """This rank's rows `mine` of `count`, in that order, in passes of `size`; as many passes as the longest share
-        needs."""
-        longest = -(-count // self.runtime.world_size)
-        return (mine[start : start + size] for start in range(0, longest, size))
+    def _passes(self, count: int, size: int) -> Iterator[Int[Tensor, " n"]]:
+        """This rank's share of `count` rows, from 0, in passes of `size`; as many as the longest share needs."""
+        shares = self.runtime.shares(count)
+        mine = torch.arange(len(shares[self.runtime.rank]))
+        return (mine[start : start + size] for start in range(0, len(shares[0]), size))
 
 
 def sampling_settings(config: RolloutConfig) -> decoding.SamplingSettings:

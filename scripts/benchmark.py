@@ -4,7 +4,9 @@
     python scripts/benchmark.py W1 --against trl               # and trl 1.12.0, a step of each in turns
     python scripts/benchmark.py W1 --against trl --peer-tuned  # trl with this package's process settings
     python scripts/benchmark.py W1 --model.critic separate     # any key of a run's config
-    python scripts/benchmark.py W6 --profile trace/            # a trace for Perfetto, and a table of the costliest calls
+    python scripts/benchmark.py W6 --profile trace/            # a trace for Perfetto, a table of the costliest calls
+    python scripts/benchmark.py sampling                       # tokens a second beside generate() of transformers
+    python scripts/benchmark.py growth --chart growth.svg      # seconds and memory as batch and responses grow
 
 Each side is a process of its own that waits while the other works, so that both meet the same machine. The first step
 of each is not counted; figures are medians over `--steps` further ones. Nothing else should run meanwhile.
@@ -13,6 +15,7 @@ of each is not counted; figures are medians over `--steps` further ones. Nothing
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -20,8 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,13 +32,20 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 
-from rlhf_accel import assets, data
+from rlhf_accel import assets, data, decoding, kernels
 from rlhf_accel.__main__ import run
 from rlhf_accel.config import Config, ConfigError, load
 from rlhf_accel.rollout import Sampler
-from rlhf_accel.runtime import quiet_libraries, tune_process
+from rlhf_accel.runtime import computes_in_bf16, quiet_libraries, tune_process
 from rlhf_accel.tokens import Tokens
 from rlhf_accel.trainer import PPOTrainer
 
@@ -64,10 +74,6 @@ class Workload:
     stop: tuple[str, ...] = ()
     lr: float = 3e-6
 
-    @property
-    def layers(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 _SMOL = Workload(about="SmolLM2-135M, full, fp32", batch=16, response=24, micro=8)
 WORKLOADS = {
@@ -79,6 +85,7 @@ WORKLOADS = {
         about="GPT-2 4 x 256, vocabulary 50257", batch=64, response=32, micro=16, shape=("gpt2", 4, 256, 50257)
     ),
     "W5": replace(_SMOL, about="SmolLM2-135M, sentences of any length", batch=32, response=96, stop=(".", "\n")),
+    "W5-full": replace(_SMOL, about="W5 with every response 96 tokens long", batch=32, response=96),
     "W6": Workload(about="GPT-2 2 x 64, vocabulary 1000", batch=64, response=32, micro=64, shape=("gpt2", 2, 64, 1000)),
     "W7": Workload(
         about="GPT-2 124M, for a GPU", batch=128, prompt=16, response=64, micro=32, shape=("gpt2", 12, 768, 50257)
@@ -166,9 +173,10 @@ def _timed(function: Callable[..., Any], into: dict[str, float]) -> Callable[...
 class Side:
     """A running side. `step` returns the figures of one step."""
 
-    def __init__(self, command: list[str], environment: dict[str, str] | None = None) -> None:
+    def __init__(self, command: list[str]) -> None:
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115, open as long as the process
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True
         )
         self._read()
 
@@ -189,8 +197,8 @@ class Side:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            assert self._process.stderr is not None
-            raise ConfigError("a side ended early: " + self._process.stderr.read()[-1500:])
+            self._said.seek(0)
+            raise ConfigError("a side ended early: " + self._said.read()[-1500:])
         return json.loads(line)
 
 
@@ -326,63 +334,33 @@ def matmul_rate() -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The command
+# What is measured
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(WORKLOADS)}; default: those for a CPU")
-    parser.add_argument("--against", choices=["trl"], help=f"run {PEER} in turns, in an environment of its own")
-    parser.add_argument("--peer-tuned", action="store_true", help="give trl this package's process settings")
-    parser.add_argument("--peer-python", help=f"a Python that has {PEER}; by default an environment is built and kept")
-    parser.add_argument("--steps", type=int, default=3, help="counted steps of each side (default 3)")
-    parser.add_argument("--profile", metavar="FOLDER", help="trace one more step of this trainer")
-    parser.add_argument("--output", metavar="FILE", help="write the figures there as JSON")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    options, overrides = parser.parse_known_args(arguments)
-    if options.worker:
-        work(json.loads(options.worker))
-        return
-    names = options.names or [name for name in WORKLOADS if name not in ("W3", "W7", "W8", "W2-bf16")]
-    for name in names:
-        if name not in WORKLOADS:
-            raise ConfigError(f"workload {name!r} is unknown; there are {', '.join(WORKLOADS)}")
-    tune_process()
-    quiet_libraries()
-    peer = None
-    if options.against:
-        peer = options.peer_python or str(_peer_environment())
-    rate = matmul_rate()
-    print(f"{_machine()}; fp32 matrix products {rate / 1e9:.0f} GFLOP/s", flush=True)
-    results = []
-    for name in names:
-        with tempfile.TemporaryDirectory() as folder:
-            results.append(measure(name, Path(folder), peer, options, overrides, rate))
-    if options.output:
-        Path(options.output).write_text(
-            json.dumps({"machine": _machine(), "matmul": rate, "results": results}, indent=1)
-        )
-
-
 def measure(
-    name: str, folder: Path, peer: str | None, options: argparse.Namespace, overrides: list[str], rate: float
+    name: str, workload: Workload, options: argparse.Namespace, overrides: Sequence[str] = (), peer: str | None = None
 ) -> dict[str, Any]:
-    workload = WORKLOADS[name]
+    """Medians of a workload's figures, of this trainer and, in turns with it, of the peer in the Python `peer`."""
+    if peer is not None and workload.stop:
+        raise ConfigError(f"{name} ends responses at texts, which trl does not know")
     path = build_model(workload, assets.cache_dir() / "benchmark")
     prompts = build_prompts(workload, path)
-    config = build_config(workload, path, prompts, folder)
-    job = {"name": name, "batch": workload.batch, "prompts": prompts, "profile": options.profile}
-    ours = {**job, "config": str(config), "overrides": overrides}
-    commands = {"ours": [sys.executable, __file__, "--worker", json.dumps(ours)]}
-    if peer is not None:
-        if workload.stop:
-            raise ConfigError(f"{name} ends responses at texts, which trl does not know")
-        theirs = {**asdict(workload), "path": path, "prompts": prompts, "tuned": options.peer_tuned}
-        script = Path(__file__).with_name("benchmark_peer.py")
-        commands["trl"] = [peer, str(script), json.dumps(theirs)]
-    figures: dict[str, list[dict[str, float]]] = {side: [] for side in commands}
-    with _sides(commands) as sides:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        config = build_config(workload, path, prompts, Path(folder))
+        critic = load(Config, config, overrides).model.critic
+        job = {"name": name, "batch": workload.batch, "prompts": prompts, "profile": options.profile}
+        ours = {**job, "config": str(config), "overrides": list(overrides)}
+        commands = {"ours": [sys.executable, __file__, "--worker", json.dumps(ours)]}
+        if peer is not None:
+            theirs = {**asdict(workload), "path": path, "prompts": prompts, "tuned": options.peer_tuned}
+            commands["trl"] = [peer, str(Path(__file__).with_name("benchmark_peer.py")), json.dumps(theirs)]
+        rate = matmul_rate()
+        sides = {}
+        for side, command in commands.items():
+            sides[side] = Side(command)
+            stack.callback(sides[side].close)
+        figures: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
         for number in range(options.steps + 1):
             for side, process in sides.items():
                 step = process.step()
@@ -391,12 +369,12 @@ def measure(
                 print(f"  {name} {side} step {number}: " + _seconds(step), file=sys.stderr, flush=True)
         if options.profile:
             sides["ours"].step("profile")
-    result: dict[str, Any] = {"workload": name, **asdict(workload), "overrides": overrides}
+        rate = max(rate, matmul_rate())
+    result: dict[str, Any] = {"workload": name, **asdict(workload), "overrides": list(overrides), "matmul_rate": rate}
     for side, steps in figures.items():
         result[side] = {key: statistics.median(step[key] for step in steps) for key in steps[0]}
         result[side]["peak_memory_mib"] = steps[-1]["peak_memory_mib"]
     mine = result["ours"]
-    critic = load(Config, config, overrides).model.critic
     flops = update_flops(workload, path, mine["tokens"], critic)
     mine |= {
         "update_gflop": flops / 1e9,
@@ -404,32 +382,164 @@ def measure(
         "samples_per_second": workload.batch / mine["total"],
         "response_tokens_per_second": mine["tokens"] / mine["total"],
     }
-    print(f"{name}: {workload.about} {' '.join(overrides)}")
-    for side in commands:
-        print(f"  {side:5} {_seconds(result[side])}, peak {result[side]['peak_memory_mib']:.0f} MiB")
-    print(
-        f"        {mine['samples_per_second']:.2f} samples/s, {mine['response_tokens_per_second']:.0f} response tokens/s, "
-        f"update {mine['update_gflop']:.0f} GFLOP at {100 * mine['share_of_matmul_rate']:.0f} % of the matmul rate"
-    )
     if peer is not None:
         result["ratio"] = {key: result["trl"][key] / mine[key] for key in PHASES}
         result["ratio"]["memory"] = mine["peak_memory_mib"] / result["trl"]["peak_memory_mib"]
-        ratios = ", ".join(f"{key} {result['ratio'][key]:.2f}x" for key in PHASES)
-        print(
-            f"  faster than {PEER}{' tuned' if options.peer_tuned else ''}: {ratios}; {result['ratio']['memory']:.2f} of its memory"
-        )
-    sys.stdout.flush()
     return result
 
 
-@contextmanager
-def _sides(commands: dict[str, list[str]]) -> Iterator[dict[str, Side]]:
-    with ExitStack() as stack:
-        sides = {}
-        for side, command in commands.items():
-            sides[side] = Side(command)
-            stack.callback(sides[side].close)
-        yield sides
+def show(result: dict[str, Any], peer_tuned: bool) -> None:
+    mine = result["ours"]
+    print(f"{result['workload']}: {result['about']} {' '.join(result['overrides'])}")
+    for side in ("ours", "trl"):
+        if side in result:
+            print(f"  {side:5} {_seconds(result[side])}, peak {result[side]['peak_memory_mib']:.0f} MiB")
+    print(
+        f"        {mine['samples_per_second']:.2f} samples/s, "
+        f"{mine['response_tokens_per_second']:.0f} response tokens/s; "
+        f"update {mine['update_gflop']:.0f} GFLOP, {100 * mine['share_of_matmul_rate']:.0f} % of the matmul rate of "
+        f"{result['matmul_rate'] / 1e9:.0f} GFLOP/s"
+    )
+    if "ratio" in result:
+        ratios = ", ".join(f"{phase} {result['ratio'][phase]:.2f}x" for phase in PHASES)
+        tuned = ", tuned" if peer_tuned else ""
+        print(f"  faster than {PEER}{tuned}: {ratios}; {result['ratio']['memory']:.2f} of its memory")
+    sys.stdout.flush()
+
+
+def growth(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Seconds and memory of W4's step, one epoch, as batch and responses grow; micro-batches stay the same."""
+    shape = replace(WORKLOADS["W4"], epochs=1, micro=1)
+    rows = []
+    for axis, sizes in {"batch": (8, 16, 32, 64, 128), "response": (16, 32, 64, 128, 256)}.items():
+        for size in sizes:
+            workload = replace(shape, batch=size) if axis == "batch" else replace(shape, batch=16, response=size)
+            figures = measure(f"{axis} {size}", workload, options, ["--ppo.micro_batch_tokens", "640"])["ours"]
+            rows.append({"axis": axis, "size": size, **figures})
+            print(
+                f"{axis:8} {size:4}: {figures['tokens']:6.0f} tokens, {_seconds(figures)}, "
+                f"peak {figures['peak_memory_mib']:.0f} MiB",
+                flush=True,
+            )
+    for axis in ("batch", "response"):
+        mine = [row for row in rows if row["axis"] == axis]
+        tokens, seconds = (torch.tensor([row[key] for row in mine]).log() for key in ("tokens", "total"))
+        slope = ((tokens - tokens.mean()) * (seconds - seconds.mean())).sum() / (tokens - tokens.mean()).square().sum()
+        print(f"{axis}: seconds grow with tokens to the power of {slope:.2f}")
+    if options.chart:
+        _chart(rows, options.chart)
+    return rows
+
+
+def _chart(rows: list[dict[str, Any]], file: str) -> None:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5))
+    for axis, marker in (("batch", "o"), ("response", "s")):
+        mine = [row for row in rows if row["axis"] == axis]
+        tokens = [row["tokens"] for row in mine]
+        axes[0].loglog(tokens, [row["total"] for row in mine], marker=marker, label=f"{axis} grows")
+        axes[1].semilogx(tokens, [row["peak_memory_mib"] for row in mine], marker=marker, label=f"{axis} grows")
+    for plot, label in zip(axes, ("seconds a step", "peak memory, MiB"), strict=True):
+        plot.set_xlabel("response tokens a step")
+        plot.set_ylabel(label)
+        plot.grid(visible=True, which="both", alpha=0.3)
+        plot.legend()
+    axes[1].set_ylim(bottom=0)
+    figure.tight_layout()
+    figure.savefig(file)
+
+
+@torch.no_grad()
+def sampling(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Seconds of 32 responses of 24 tokens, by this package and by `generate()` of transformers, in turns."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    path = assets.resolve_model("wheel:SmolLM2-135M-Instruct")
+    prompts = torch.tensor(build_prompts(replace(_SMOL, batch=32), path)[:32], device=device)
+    mask = torch.ones_like(prompts, dtype=torch.bool)
+    uniform = decoding.uniforms(0, 1, range(32), 24).to(device)
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16) if computes_in_bf16(device) else (torch.float32,):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+        kernels.quicken(model.get_output_embeddings())
+        model.generation_config.eos_token_id = None
+        common = {"max_new_tokens": 24, "pad_token_id": 0}
+
+        def ours(model: Any = model, **settings: Any) -> torch.Tensor:
+            how = decoding.SamplingSettings(max_new_tokens=24, **settings)
+            with kernels.packed(model, 32):
+                ended = torch.zeros(32, dtype=torch.bool, device=device)
+                return decoding.sample(model, prompts, mask, uniform, how, pad_id=0, ended=lambda _: ended).responses
+
+        def theirs(model: Any = model, common: dict[str, Any] = common, **settings: Any) -> torch.Tensor:
+            how = GenerationConfig(**common, **({"do_sample": True, "top_k": 0, "top_p": 1.0} | settings))
+            written = model.generate(input_ids=prompts, attention_mask=mask.long(), generation_config=how)
+            return written[:, prompts.shape[1] :]
+
+        seconds: dict[str, list[float]] = {"ours": [], "transformers": []}
+        for number in range(options.steps + 1):
+            for side, write in (("ours", ours), ("transformers", theirs)):
+                began = time.perf_counter()
+                write()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                if number:
+                    seconds[side].append(time.perf_counter() - began)
+        mine, other = (statistics.median(taken) for taken in seconds.values())
+        same = float((ours(top_k=1) == theirs(do_sample=False, top_k=None, top_p=None)).float().mean())
+        rows.append({"dtype": str(dtype), "ours": mine, "transformers": other, "same_greedy_tokens": same})
+        print(
+            f"{dtype}: {32 * 24 / mine:.0f} tokens/s, transformers {32 * 24 / other:.0f}; {other / mine:.2f}x; "
+            f"{100 * same:.1f} % of greedy tokens are the same",
+            flush=True,
+        )
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+STUDIES = {"sampling": sampling, "growth": growth}
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ", ".join([*WORKLOADS, *STUDIES])
+    parser.add_argument("names", nargs="*", help=f"of {names}; default: those that fp32 on a CPU is enough for")
+    parser.add_argument("--against", choices=["trl"], help=f"run {PEER} in turns, in an environment of its own")
+    parser.add_argument("--peer-tuned", action="store_true", help="give trl this package's process settings")
+    parser.add_argument("--peer-python", help=f"a Python that has {PEER}; by default an environment is built and kept")
+    parser.add_argument("--steps", type=int, default=3, help="counted steps of each side (default 3)")
+    parser.add_argument("--profile", metavar="FOLDER", help="trace one more step of this trainer")
+    parser.add_argument("--chart", metavar="FILE", help="growth: draw it there (needs matplotlib)")
+    parser.add_argument("--output", metavar="FILE", help="write the figures there as JSON")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options, overrides = parser.parse_known_args(arguments)
+    if options.worker:
+        work(json.loads(options.worker))
+        return
+    chosen = options.names or [name for name in WORKLOADS if name not in ("W2-bf16", "W3", "W7", "W8")]
+    for name in chosen:
+        if name not in WORKLOADS and name not in STUDIES:
+            raise ConfigError(f"workload {name!r} is unknown; there are {names}")
+    if options.steps < 1:
+        raise ConfigError(f"--steps {options.steps} must be at least 1")
+    if options.chart and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("--chart needs matplotlib; pip install matplotlib")
+    tune_process()
+    quiet_libraries()
+    peer = (options.peer_python or str(_peer_environment())) if options.against else None
+    print(_machine(), flush=True)
+    results: dict[str, Any] = {"machine": _machine()}
+    for name in chosen:
+        if name in STUDIES:
+            results[name] = STUDIES[name](options)
+        else:
+            results[name] = measure(name, WORKLOADS[name], options, overrides, peer)
+            show(results[name], options.peer_tuned)
+    if options.output:
+        Path(options.output).write_text(json.dumps(results, indent=1))
 
 
 def _peer_environment() -> Path:
@@ -448,14 +558,12 @@ def _peer_environment() -> Path:
 def _machine() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"{os.cpu_count()} x {names[0] if names else 'CPU'} ({capability}), {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.is_file() else []
+    name = names[0] if names else "CPU"
+    return f"{os.cpu_count()} x {name} ({capability}), {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def _seconds(figures: dict[str, float]) -> str:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_accel.config import Config, ConfigError, parse
-from rlhf_accel.distributed import Runtime, _deepspeed_plugin, cut_micro_batches
+from rlhf_accel.distributed import Runtime, _deepspeed_plugin, cut_by_tokens, cut_micro_batches
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=20)
 
@@ -136,3 +136,32 @@ def test_a_deepspeed_file_that_is_none_is_refused(deepspeed_file, tmp_path, monk
 def test_no_launch_by_deepspeed_is_none():
     assert _deepspeed_plugin("fp32", 1.0, 8) is None
     assert Runtime(parse(Config, {}).run).zero_stage == 0
+
+
+def test_passes_of_very_different_lengths_pad_little() -> None:
+    random = torch.Generator().manual_seed(0)
+    queries = torch.full((64,), 8)
+    responses = torch.randint(1, 30, (64,), generator=random)
+    responses[:2] = torch.tensor([96, 70])
+    passes = cut_by_tokens(queries, responses, [torch.arange(64)], 832)[0]
+    real = int((queries + responses).sum())
+    padded = sum(len(rows) * int((queries + responses)[rows].max()) for rows in passes)
+    assert sorted(torch.cat(passes).tolist()) == list(range(64))
+    assert all(len(rows) * int((queries + responses)[rows].max()) <= 832 for rows in passes)
+    assert padded < 1.25 * real
+    assert len(passes) <= 6, "few rows at a time pad nothing, and cost a pass each"
+
+
+def test_rows_of_one_length_make_the_fewest_passes() -> None:
+    lengths = torch.full((20,), 16)
+    passes = cut_by_tokens(lengths, lengths, [torch.arange(20)], 256)[0]
+    assert [len(rows) for rows in passes] == [8, 8, 4]
+
+
+def test_shares_have_equally_many_passes_and_keep_their_rows() -> None:
+    queries, responses = torch.full((7,), 4), torch.tensor([90, 3, 40, 5, 5, 5, 5])
+    shares = [torch.arange(4), torch.arange(4, 7), torch.arange(0)]
+    cuts = cut_by_tokens(queries, responses, shares, 100)
+    assert {len(passes) for passes in cuts} == {3}
+    for share, passes in zip(shares, cuts, strict=True):
+        assert sorted(torch.cat(passes).tolist()) == share.tolist()
