@@ -562,7 +562,7 @@ def cut_micro_batches(
     little. `budget` bounds the tokens of a pass as in `cut_by_tokens`. A rank with fewer passes than others ends with
     empty micro-batches, which keep it in step.
 
-    >>> cut_micro_batches(torch.tensor([2, 1, 2, 1, 1]), torch.tensor([7, 0, 3, 4, 1]), torch.arange(5), 24, 1)
+    >>> cut_micro_batches(torch.tensor([2, 1, 2, 1, 1]), torch.tensor([7, 0, 3, 4, 1]), torch.arange(5), 40, 1)
     [[tensor([0]), tensor([2, 3]), tensor([4, 1])]]
     """
     lengths = query_lengths + response_lengths
