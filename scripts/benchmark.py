@@ -15,6 +15,7 @@ of each is not counted; figures are medians over `--steps` further ones. Nothing
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -113,11 +115,18 @@ def work(job: dict[str, Any]) -> None:
     """This trainer's side; `scripts/benchmark_peer.py` is trl's."""
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print must not mix with the figures
-    timed: dict[str, float] = {}
-    Sampler.sample = _timed(Sampler.sample, timed)  # type: ignore[method-assign]
+    clock = Clock()
+    Sampler.sample = clock.counts("sampling", Sampler.sample)  # type: ignore[method-assign]
+    decoding.sample = clock.counts("loop", decoding.sample)
+    torch.Tensor.backward = clock.counts("model", torch.Tensor.backward)  # type: ignore[method-assign]
     trainer = PPOTrainer(
         load(Config, job["config"], job["overrides"]), reward=lambda prompts, responses: [1.0] * len(prompts)
     )
+    module = trainer.runtime.plain_module
+    for network in (module, module.policy, trainer.sampler.reference):
+        if network is not None:
+            kind: Any = type(network)
+            kind.__call__ = clock.counts("model", kind.__call__)
     rows = _prompts_in_turn(trainer.tokens, job)
     profile = None
     while True:
@@ -128,16 +137,20 @@ def work(job: dict[str, Any]) -> None:
         with ExitStack() as stack:
             if said == "profile":
                 profile = stack.enter_context(torch.profiler.profile(profile_memory=False, with_stack=False))
+            clock.seconds.clear()
             began = time.perf_counter()
             metrics = trainer.step(next(rows))
             total = time.perf_counter() - began
+            seconds = clock.seconds
         out.write(
             json.dumps(
                 {
-                    "sampling": timed["sample"],
-                    "scoring": metrics["time/rollout"] + metrics["time/score"] - timed["sample"],
+                    "sampling": seconds["sampling"],
+                    "scoring": metrics["time/rollout"] + metrics["time/score"] - seconds["sampling"],
                     "update": metrics["time/update"],
                     "total": total,
+                    "model": seconds["model"],
+                    "sampling_arithmetic": seconds["loop"] - seconds["model in loop"],
                     "tokens": metrics["rollout/response_tokens"] * job["batch"],
                     "peak_memory_mib": metrics["perf/peak_memory_mib"],
                 }
@@ -160,14 +173,30 @@ def _prompts_in_turn(tokens: Tokens, job: dict[str, Any]) -> Iterator[data.Promp
             yield data.prompt_batch(ids[start : start + size], tokens)
 
 
-def _timed(function: Callable[..., Any], into: dict[str, float]) -> Callable[..., Any]:
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
-        result = function(*args, **kwargs)
-        into[function.__name__] = time.perf_counter() - began
-        return result
+class Clock:
+    """Seconds inside functions, by name, each counted once however deeply calls of one name are nested; `A in B` are
+    those of A inside B."""
 
-    return timed
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._open: Counter[str] = Counter()
+
+    def counts(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self._open[name] += 1
+            began = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                taken = time.perf_counter() - began
+                self._open[name] -= 1
+                if not self._open[name]:
+                    self.seconds[name] += taken
+                    for outer in +self._open:
+                        self.seconds[f"{name} in {outer}"] += taken
+
+        return counted
 
 
 class Side:
@@ -399,6 +428,12 @@ def show(result: dict[str, Any], peer_tuned: bool) -> None:
         f"{mine['response_tokens_per_second']:.0f} response tokens/s; "
         f"update {mine['update_gflop']:.0f} GFLOP, {100 * mine['share_of_matmul_rate']:.0f} % of the matmul rate of "
         f"{result['matmul_rate'] / 1e9:.0f} GFLOP/s"
+    )
+    outside = mine["total"] - mine["model"] - mine["sampling_arithmetic"]
+    print(
+        f"        of the step {100 * mine['model'] / mine['total']:.0f} % in the model's forward and backward passes, "
+        f"{100 * mine['sampling_arithmetic'] / mine['total']:.0f} % in the arithmetic of sampling, "
+        f"{100 * outside / mine['total']:.0f} % elsewhere"
     )
     if "ratio" in result:
         ratios = ", ".join(f"{phase} {result['ratio'][phase]:.2f}x" for phase in PHASES)

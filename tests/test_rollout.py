@@ -1,5 +1,7 @@
 """Sampling and assessing: a response depends on seed, step and row alone, and is judged by the models as they are."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -209,3 +211,45 @@ def test_sampling_settings_are_those_of_the_config():
         "top_k": 9,
         "top_p": 0.8,
     }
+
+
+# Nothing twice, and nothing too large
+
+
+@pytest.mark.parametrize("critic", ["head", "separate", "adapter"])
+def test_what_was_said_while_sampling_is_what_another_pass_says(sampler_of, critic):
+    found = []
+    for source in ("sampled", "recomputed"):
+        sampler = sampler_of(
+            model={"critic": critic},
+            lora={"r": 4, "target_modules": "all-linear"} if critic == "adapter" else {},
+            rollout={"logprobs": source, "stop": LETTERS, "max_new_tokens": 12, "temperature": 0.9},
+        )
+        head = sampler.runtime.plain_module.value_head
+        with torch.no_grad():
+            head.weight.copy_(torch.linspace(-1, 1, head.weight.numel())[None])
+        found.append(assessed(sampler))
+    one, other = found
+    mask = one.sequences.response_mask
+    assert 5 < int(mask.sum()) < mask.numel(), "some end early, some do not"
+    assert one.sequences.responses.equal(other.sequences.responses)
+    for name in ("logprobs", "values", "entropy", "ref_logprobs"):
+        ours, theirs = getattr(one, name)[mask], getattr(other, name)[mask]
+        assert ours.abs().min() > 0
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
+
+
+def test_no_pass_holds_more_tokens_than_allowed(sampler_of):
+    sampler = sampler_of(rollout={"stop": LETTERS, "max_new_tokens": 12, "logprobs": "sampled"})
+    sizes = []
+    sampler.reference.register_forward_pre_hook(
+        lambda _, inputs: sizes.append((len(inputs[0]), inputs[0].shape[1] + inputs[2].shape[1]))
+    )
+    whole = assessed(replace(sampler, pass_tokens=8192))
+    assert len(sizes) == 1, "five short rows"
+    sizes.clear()
+    parts = assessed(replace(sampler, pass_tokens=30))
+    assert sum(rows for rows, _ in sizes) == 5 and len(sizes) > 1
+    assert all(rows * width <= 30 or rows == 1 for rows, width in sizes)
+    mask = whole.sequences.response_mask
+    torch.testing.assert_close(parts.ref_logprobs[mask], whole.ref_logprobs[mask], atol=1e-5, rtol=0)
