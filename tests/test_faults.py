@@ -6,7 +6,6 @@ The long form, `-m long`, kills one run thirty times and runs of two processes f
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -180,7 +179,7 @@ def signalled(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
             enter(self, said)
             if said == phase and not sent:
                 sent.append(said)
-                os.kill(os.getpid(), number)
+                signal.raise_signal(number)
 
         monkeypatch.setattr(vigil.Heartbeat, "__call__", entering)
 
