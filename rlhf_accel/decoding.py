@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rlhf_accel import ppo
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
@@ -118,7 +120,7 @@ def sample(
             picked = pick(probabilities if choice is logits else choice.softmax(-1), uniform[rows, t])
             active = ~finished[rows]
             tokens = picked.masked_fill(~active, pad_id)[:, None]
-            normalizer = logits.amax(-1) - probabilities.amax(-1).log()  # logsumexp, from the softmax that is there
+            normalizer = ppo.log_normalizer(logits, probabilities)
             said = (
                 (logprobs, logits.gather(1, tokens)[:, 0] - normalizer),
                 (entropy, normalizer - (probabilities * logits.clamp(min=_LOWEST)).sum(-1)),

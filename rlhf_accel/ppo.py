@@ -54,6 +54,17 @@ def token_logprobs(
     return _TokenLogprobs.apply(_tempered(logits, temperature), tokens)
 
 
+def log_normalizer(logits: Float32[Tensor, "*B V"], probabilities: Float32[Tensor, "*B V"]) -> Float32[Tensor, "*B"]:
+    """logsumexp(logits) in nats, read off their softmax where that is there already: the likeliest token's logit less
+    its log-probability.
+
+    >>> logits = torch.tensor([[1.0, 3.0, 2.0]])
+    >>> torch.allclose(log_normalizer(logits, logits.softmax(-1)), logits.logsumexp(-1))
+    True
+    """
+    return logits.float().amax(dim=-1) - probabilities.float().amax(dim=-1).log()
+
+
 class _TokenLogprobs(torch.autograd.Function):
     """`logits[token] - logsumexp(logits)`, whose gradient is `onehot(token) - softmax(logits)`.
 
@@ -64,11 +75,8 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> Tensor:
         probabilities = logits.softmax(dim=-1)
-        # The likeliest token has the logit `top` and the probability exp(top) / sum of exp(logits).
-        top = logits.amax(dim=-1)
-        log_normalizer = top - probabilities.amax(dim=-1).log()
         ctx.save_for_backward(probabilities, tokens)
-        return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - log_normalizer
+        return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - log_normalizer(logits, probabilities)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -639,6 +639,7 @@ def test_inputs_are_never_mutated():
     scores, finished = b.returns[:, 0].clone(), torch.tensor([True, False, True, False])
     calls = {
         "token_logprobs": [(logits, tokens, 1.0), (logits, tokens, 0.7)],
+        "log_normalizer": [(logits, logits.softmax(-1))],
         "token_entropy": [(logits, 1.0), (logits, 0.7)],
         "masked_sum": [(b.values, b.mask)],
         "masked_mean": [(b.values, b.mask)],
