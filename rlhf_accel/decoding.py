@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rlhf_accel import ppo
 
@@ -55,8 +56,6 @@ def uniforms(seed: int, step: int, index: Sequence[int], length: int) -> Float[T
     return torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, length)
 
 
-_LOWEST = torch.finfo(torch.float32).min  # stands in for -inf, since 0 * -inf is NaN
-
 # Finished rows leave the batch when so large a share of it is left, since a cache that gets smaller is copied.
 _STILL_FULL = 0.75
 
@@ -93,7 +92,8 @@ def sample(
     extras = accepted(model, logits_to_keep=torch.tensor([-1], device=device), position_ids=positions)
     rows = torch.arange(count, device=device)  # of the batch, those that the model still continues
     tokens, past = queries, None
-    with _states(model, value is not None) as states:
+    with contextlib.ExitStack() as stack:
+        states = stack.enter_context(vocabulary_inputs(model)) if value is not None else []
         for t in range(length):
             if everywhere(bool(finished.all())):
                 break
@@ -111,9 +111,7 @@ def sample(
                 **extras,
             )
             past = output.past_key_values
-            logits = output.logits[:, -1].float()
-            if settings.temperature != 1.0:
-                logits = logits / settings.temperature
+            logits = ppo.tempered(output.logits[:, -1], settings.temperature)
             probabilities = logits.softmax(-1)
             choice = logits if t >= settings.min_new_tokens else _without(logits, stop_ids)
             choice = truncate(choice, settings.top_k, settings.top_p)
@@ -123,7 +121,7 @@ def sample(
             normalizer = ppo.log_normalizer(logits, probabilities)
             said = (
                 (logprobs, logits.gather(1, tokens)[:, 0] - normalizer),
-                (entropy, normalizer - (probabilities * logits.clamp(min=_LOWEST)).sum(-1)),
+                (entropy, ppo.entropy_of(logits, probabilities, normalizer)),
                 *([(values, value(states.pop()[:, -1:])[:, 0])] if value is not None else []),
             )
             for whole, part in said:
@@ -198,12 +196,9 @@ def accepted(model: Any, **extras: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _states(model: Any, wanted: bool) -> Iterator[list[Tensor]]:
-    """What the vocabulary layer reads in each call of the model, appended to the list."""
+def vocabulary_inputs(model: Any) -> Iterator[list[Tensor]]:
+    """What the vocabulary layer reads in each call of the model, (B, L, H), appended to the list."""
     seen: list[Tensor] = []
-    if not wanted:
-        yield seen
-        return
     handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
         yield seen
@@ -212,8 +207,9 @@ def _states(model: Any, wanted: bool) -> Iterator[list[Tensor]]:
 
 
 def _select(cache: Any, rows: Bool[Tensor, " n"]) -> bool:
-    """Keep these rows of a cache, if it is of a kind that can."""
-    if not hasattr(cache, "batch_select_indices"):
+    """Keep these rows of a cache, if it is of a kind that can: layers with a state beside keys and values cannot."""
+    layers = getattr(cache, "layers", ())
+    if not layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
         return False
     cache.batch_select_indices(rows.nonzero()[:, 0])
     return True

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rlhf_accel.config import ConfigError, RunConfig
-from rlhf_accel.runtime import computes_in_bf16, quiet_libraries, tune_process
+from rlhf_accel.runtime import computes_in_bf16, peak_resident_mib, quiet_libraries, tune_process
 
 B = TypeVar("B")
 
@@ -312,9 +312,7 @@ class Runtime:
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device) / 2**20
         else:
-            import resource
-
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+            peak = peak_resident_mib()
         return float(self.max(torch.tensor(peak)))
 
     def learned_weights(self) -> dict[str, Tensor]:
@@ -387,16 +385,16 @@ class Runtime:
                 return
             if self._deepspeed is None:
                 for name, parameter in learned.items():
+                    # The step too: fused AdamW counts where the parameter lies.
                     state = {key: file.get_tensor(f"{name}.{key}") for key in ("exp_avg", "exp_avg_sq", "step")}
-                    moved = {key: value.to(parameter.device) for key, value in state.items() if key != "step"}
-                    self._optimizer.state[parameter] = {"step": state["step"], **moved}
+                    self._optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
                 return
             inner, flats = self._flat_optimizer()
             step = file.get_tensor(f"{next(iter(learned))}.step")
             for flat in flats:
-                count = step.clone() if isinstance(inner, torch.optim.AdamW) else int(step)  # DeepSpeed's own counts so
+                ours = isinstance(inner, torch.optim.AdamW)  # DeepSpeed's own counts in integers
                 inner.state[flat] = {
-                    "step": count,
+                    "step": step.to(flat.device, copy=True) if ours else int(step),
                     **{key: torch.zeros_like(flat) for key in ("exp_avg", "exp_avg_sq")},
                 }
             self._link_moments()
@@ -577,10 +575,11 @@ def cut_by_tokens(
     shares: Sequence[Int[Tensor, " n"]],
     budget: int,
 ) -> list[list[Int[Tensor, " m"]]]:
-    """Each share's rows, longest first, cut into passes that pad as little as possible; equally many for every share.
+    """Each share's rows, longest first, cut into the passes that cost least; equally many for every share.
 
-    `budget` bounds the tokens of a pass, padding included: rows x (longest query + longest response), but one row
-    always fits. A share with fewer passes than others ends with empty ones.
+    A pass costs its tokens, padding included, which are rows x (longest query + longest response), and a sixteenth of
+    `budget` for being one. `budget` bounds its tokens, but one row always fits. A share with fewer passes than others
+    ends with empty ones.
 
     >>> cut_by_tokens(torch.ones(6).long(), torch.tensor([90, 9, 9, 9, 8, 8]), [torch.arange(6)], 300)
     [[tensor([0]), tensor([1, 2, 3, 4, 5])]]
@@ -598,10 +597,12 @@ def cut_by_tokens(
 def _cheapest_cuts(queries: np.ndarray, responses: np.ndarray, budget: int) -> list[int]:
     """Where to cut these rows so that the padded tokens of all passes, and the least that each costs, are fewest."""
     count = len(queries)
+    most = max(budget // max(int((queries + responses).min(initial=budget)), 1), 1)  # rows that a pass may hold
     cost, ends = np.zeros(count + 1), np.zeros(count + 1, dtype=int)
     for start in reversed(range(count)):
-        widths = np.maximum.accumulate(queries[start:]) + np.maximum.accumulate(responses[start:])
-        tokens = widths * np.arange(1, count - start + 1)
+        rows = slice(start, start + most)
+        widths = np.maximum.accumulate(queries[rows]) + np.maximum.accumulate(responses[rows])
+        tokens = widths * np.arange(1, len(widths) + 1)
         fit = max(int((tokens <= budget).sum()), 1)  # each row more makes the pass larger: those that fit come first
         total = (tokens[:fit] + budget * _LEAST_SHARE + cost[start + 1 : start + fit + 1])[::-1]
         ends[start] = start + fit - int(total.argmin())  # of equally cheap ones the largest

@@ -41,7 +41,8 @@ def packed(model: nn.Module, rows: int) -> Iterator[None]:
         if has_onednn() and not torch.is_autocast_enabled("cpu"):
             for layer in model.modules():
                 weight = _matrix(layer)
-                if weight is not None and weight.numel() >= _WORTH_PACKING:
+                # One that has a forward of its own already is packed, or hooked by somebody else.
+                if weight is not None and weight.numel() >= _WORTH_PACKING and "forward" not in vars(layer):
                     laid_out = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
                     layer.forward = functools.partial(_linear, weight=laid_out, bias=getattr(layer, "bias", None))
                     quickened.append(layer)
@@ -93,9 +94,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _matrix(layer: nn.Module) -> Tensor | None:
     """The layer's matrix, outputs x inputs, if it is a linear layer that oneDNN can do here."""
-    if not isinstance(layer, (nn.Linear, Conv1D)):
+    if type(layer) not in (nn.Linear, VocabularyLinear, Conv1D):  # others, such as routers, do more than multiply
         return None
-    weight: Tensor = layer.weight
+    weight: Any = layer.weight
     if weight.dtype != torch.float32 or weight.device.type != "cpu" or weight.ndim != 2 or weight.numel() == 0:
         return None
     return weight.t() if isinstance(layer, Conv1D) else weight

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from rlhf_accel import kernels, ppo
 from rlhf_accel.config import Config, ConfigError, ModelConfig, OptimConfig
-from rlhf_accel.decoding import accepted, position_ids
+from rlhf_accel.decoding import accepted, position_ids, vocabulary_inputs
 from rlhf_accel.runtime import computes_in_bf16
 from rlhf_accel.types import Sequences, TokenOutputs
 
@@ -176,17 +176,12 @@ def response_logits(
     Only these positions go through the vocabulary layer. The hidden state is taken at that layer's input, so that a
     model's own scaling or capping of logits is kept and no other layer's states are held.
     """
-    seen: list[Tensor] = []
-    head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    try:
+    with vocabulary_inputs(model) as seen:
         inputs = _trunk_inputs(model, queries, query_mask, responses, response_mask)
         # As indices, not as a number: a slice of the trunk's output would be a strided view, for which the CPU's
         # matrix product with the vocabulary falls back to one small product for each row.
         positions = torch.arange(queries.shape[1] - 1, inputs["input_ids"].shape[1] - 1, device=queries.device)
         logits = model(**inputs, **accepted(model, logits_to_keep=positions), use_cache=False).logits
-    finally:
-        handle.remove()
     kept = logits.shape[1] == len(positions)  # False for a model that knows no logits_to_keep
     return (logits, seen[0]) if kept else (logits[:, positions], seen[0][:, positions])
 

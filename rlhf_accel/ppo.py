@@ -24,6 +24,9 @@ from torch import Tensor
 
 KLEstimator = Literal["k1", "k2", "k3"]
 
+# Stands in for a logit of -inf where it is multiplied by its probability of 0, for 0 * -inf is NaN.
+_LOWEST = torch.finfo(torch.float32).min
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Token logprobs
@@ -51,7 +54,7 @@ def token_logprobs(
 
     Source: Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO", for dividing by the temperature.
     """
-    return _TokenLogprobs.apply(_tempered(logits, temperature), tokens)
+    return _TokenLogprobs.apply(tempered(logits, temperature), tokens)
 
 
 def log_normalizer(logits: Float32[Tensor, "*B V"], probabilities: Float32[Tensor, "*B V"]) -> Float32[Tensor, "*B"]:
@@ -86,6 +89,18 @@ class _TokenLogprobs(torch.autograd.Function):
         return result.scatter_add_(-1, tokens.unsqueeze(-1), grad), None
 
 
+def entropy_of(
+    logits: Float32[Tensor, "*B V"], probabilities: Float32[Tensor, "*B V"], normalizer: Float32[Tensor, "*B"]
+) -> Float32[Tensor, "*B"]:
+    """Entropy in nats of a softmax that is there already, with its `log_normalizer`; not for gradients.
+
+    >>> logits = torch.tensor([[0.0, 0.0, -torch.inf]])
+    >>> entropy_of(logits, logits.softmax(-1), logits.logsumexp(-1)).exp()
+    tensor([2.])
+    """
+    return normalizer.float() - (probabilities.float() * logits.float().clamp(min=_LOWEST)).sum(-1)
+
+
 def token_entropy(logits: Float[Tensor, "B R V"], temperature: float = 1.0) -> Float32[Tensor, "B R"]:
     """Entropy of softmax(logits / temperature), the distribution that each token is drawn from.
 
@@ -103,13 +118,13 @@ def token_entropy(logits: Float[Tensor, "B R V"], temperature: float = 1.0) -> F
 
     Source: Schulman et al. 2017 (PPO), eq. 9, the entropy bonus S.
     """
-    # exp(-inf) is 0, but 0 * -inf is NaN: the lowest finite number stands in for it.
-    logprobs = _tempered(logits, temperature).log_softmax(dim=-1).clamp(min=torch.finfo(torch.float32).min)
+    logprobs = tempered(logits, temperature).log_softmax(dim=-1).clamp(min=_LOWEST)
     with torch.autocast(logits.device.type, enabled=False):  # it would take the dot product in half precision
         return -torch.linalg.vecdot(logprobs.exp(), logprobs)
 
 
-def _tempered(logits: Tensor, temperature: float) -> Tensor:
+def tempered(logits: Float[Tensor, "*B V"], temperature: float) -> Float32[Tensor, "*B V"]:
+    """The logits of the distribution at that temperature, fp32. Raises `ValueError` if it is not positive."""
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be positive; greedy decoding has no logprobs to learn from")
     logits = logits.float()  # a sum over 50 000 exponentials in half precision loses the KL we are after

@@ -8,8 +8,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import random
+import resource
 import sys
 import warnings
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -26,9 +28,10 @@ def tune_process() -> None:
     - Kept pages: by default glibc takes every large tensor from the kernel (mmap) and gives it back when it is freed,
       so each training step faults all its activations in again, 4 KiB at a time. With no mmap and no trimming the
       pages stay with the process (mallopt(3), "M_MMAP_MAX", "M_TRIM_THRESHOLD", "M_TOP_PAD").
-    - oneDNN matmuls: "medium" lets fp32 matmuls on a CPU go through oneDNN instead of MKL, which is the faster one on
-      processors that MKL does not favour. Where the CPU has bf16 units, oneDNN may round the factors to bf16, as TF32
-      does on a GPU (torch.set_float32_matmul_precision); so processes that need exact fp32 set "highest" afterwards.
+    - oneDNN matmuls: "medium" lets fp32 matmuls on a CPU go through oneDNN instead of MKL, the faster one with AVX-512;
+      with AVX2 both settings lead to the same kernel. Where the CPU has bf16 units, oneDNN may round the factors to
+      bf16, as TF32 does on a GPU (torch.set_float32_matmul_precision); so processes that need exact fp32 set "highest"
+      afterwards.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
@@ -37,6 +40,20 @@ def tune_process() -> None:
             mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
             mallopt(_M_TOP_PAD, 64 * 2**20)
     torch.set_float32_matmul_precision("medium")
+
+
+def peak_resident_mib() -> float:
+    """The most memory that this process has had resident so far, in MiB.
+
+    On Linux from /proc, since getrusage's figure starts at what the parent process had.
+    """
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="utf-8").splitlines() if status.is_file() else []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def reseed(*numbers: int) -> None:

@@ -138,9 +138,9 @@ def work(job: dict[str, Any]) -> None:
             if said == "profile":
                 profile = stack.enter_context(torch.profiler.profile(profile_memory=False, with_stack=False))
             clock.seconds.clear()
-            began = time.perf_counter()
+            began = now()
             metrics = trainer.step(next(rows))
-            total = time.perf_counter() - began
+            total = now() - began
             seconds = clock.seconds
         out.write(
             json.dumps(
@@ -173,6 +173,13 @@ def _prompts_in_turn(tokens: Tokens, job: dict[str, Any]) -> Iterator[data.Promp
             yield data.prompt_batch(ids[start : start + size], tokens)
 
 
+def now() -> float:
+    """Seconds, after all that a GPU was given to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Clock:
     """Seconds inside functions, by name, each counted once however deeply calls of one name are nested; `A in B` are
     those of A inside B."""
@@ -185,11 +192,11 @@ class Clock:
         @functools.wraps(function)
         def counted(*args: Any, **kwargs: Any) -> Any:
             self._open[name] += 1
-            began = time.perf_counter()
+            began = now()
             try:
                 return function(*args, **kwargs)
             finally:
-                taken = time.perf_counter() - began
+                taken = now() - began
                 self._open[name] -= 1
                 if not self._open[name]:
                     self.seconds[name] += taken
@@ -342,23 +349,21 @@ def update_flops(workload: Workload, path: str, tokens: float, critic: str = "he
     attention = 4 * config.num_hidden_layers * config.hidden_size * length
     products = 2 if workload.lora_r else 3
     body = products * (2 * matrices * positions) + 3 * attention * positions
-    trunks = 2 if critic == "separate" else 1
+    trunks = 1 if critic == "head" else 2  # `adapter` runs the base twice
     return workload.epochs * (trunks * body + products * 2 * head * tokens)
 
 
-def matmul_rate() -> float:
-    """The machine's FLOP/s: the best fp32 product of 2048 x 2048 matrices among torch's kernels, 9 tries each."""
+def matmul_rate(dtype: torch.dtype) -> float:
+    """The machine's FLOP/s: the best product of 2048 x 2048 matrices among torch's kernels, 9 tries each."""
     best = 0.0
     for precision in ("highest", "medium"):
         torch.set_float32_matmul_precision(precision)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        left, right = (torch.randn(2048, 2048, device=device) for _ in range(2))
+        left, right = (torch.randn(2048, 2048, device=device, dtype=dtype) for _ in range(2))
         for _ in range(9):
-            began = time.perf_counter()
+            began = now()
             left @ right
-            if device == "cuda":
-                torch.cuda.synchronize()
-            best = max(best, 2 * 2048**3 / (time.perf_counter() - began))
+            best = max(best, 2 * 2048**3 / (now() - began))
     return best
 
 
@@ -384,7 +389,8 @@ def measure(
         if peer is not None:
             theirs = {**asdict(workload), "path": path, "prompts": prompts, "tuned": options.peer_tuned}
             commands["trl"] = [peer, str(Path(__file__).with_name("benchmark_peer.py")), json.dumps(theirs)]
-        rate = matmul_rate()
+        dtype = torch.bfloat16 if "bf16" in (workload.precision, workload.base_dtype) else torch.float32
+        rate = matmul_rate(dtype)
         sides = {}
         for side, command in commands.items():
             sides[side] = Side(command)
@@ -398,7 +404,7 @@ def measure(
                 print(f"  {name} {side} step {number}: " + _seconds(step), file=sys.stderr, flush=True)
         if options.profile:
             sides["ours"].step("profile")
-        rate = max(rate, matmul_rate())
+        rate = max(rate, matmul_rate(dtype))
     result: dict[str, Any] = {"workload": name, **asdict(workload), "overrides": list(overrides), "matmul_rate": rate}
     for side, steps in figures.items():
         result[side] = {key: statistics.median(step[key] for step in steps) for key in steps[0]}
@@ -495,9 +501,9 @@ def sampling(options: argparse.Namespace) -> list[dict[str, Any]]:
     uniform = decoding.uniforms(0, 1, range(32), 24).to(device)
     rows = []
     for dtype in (torch.float32, torch.bfloat16) if computes_in_bf16(device) else (torch.float32,):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+        plain, model = (AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval() for _ in range(2))
         kernels.quicken(model.get_output_embeddings())
-        model.generation_config.eos_token_id = None
+        plain.generation_config.eos_token_id = None
         common = {"max_new_tokens": 24, "pad_token_id": 0}
 
         def ours(model: Any = model, **settings: Any) -> torch.Tensor:
@@ -506,7 +512,7 @@ def sampling(options: argparse.Namespace) -> list[dict[str, Any]]:
                 ended = torch.zeros(32, dtype=torch.bool, device=device)
                 return decoding.sample(model, prompts, mask, uniform, how, pad_id=0, ended=lambda _: ended).responses
 
-        def theirs(model: Any = model, common: dict[str, Any] = common, **settings: Any) -> torch.Tensor:
+        def theirs(model: Any = plain, common: dict[str, Any] = common, **settings: Any) -> torch.Tensor:
             how = GenerationConfig(**common, **({"do_sample": True, "top_k": 0, "top_p": 1.0} | settings))
             written = model.generate(input_ids=prompts, attention_mask=mask.long(), generation_config=how)
             return written[:, prompts.shape[1] :]
@@ -514,12 +520,10 @@ def sampling(options: argparse.Namespace) -> list[dict[str, Any]]:
         seconds: dict[str, list[float]] = {"ours": [], "transformers": []}
         for number in range(options.steps + 1):
             for side, write in (("ours", ours), ("transformers", theirs)):
-                began = time.perf_counter()
+                began = now()
                 write()
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
                 if number:
-                    seconds[side].append(time.perf_counter() - began)
+                    seconds[side].append(now() - began)
         mine, other = (statistics.median(taken) for taken in seconds.values())
         same = float((ours(top_k=1) == theirs(do_sample=False, top_k=None, top_p=None)).float().mean())
         rows.append({"dtype": str(dtype), "ours": mine, "transformers": other, "same_greedy_tokens": same})
@@ -558,6 +562,9 @@ def main(arguments: list[str]) -> None:
     for name in chosen:
         if name not in WORKLOADS and name not in STUDIES:
             raise ConfigError(f"workload {name!r} is unknown; there are {names}")
+    studies = [name for name in chosen if name in STUDIES]
+    if studies and (overrides or options.against):
+        raise ConfigError(f"{', '.join(studies)} takes neither --against nor a run's keys ({' '.join(overrides)})")
     if options.steps < 1:
         raise ConfigError(f"--steps {options.steps} must be at least 1")
     if options.chart and importlib.util.find_spec("matplotlib") is None:

@@ -1,18 +1,20 @@
 """PPO steps of trl 1.12.0, one for each line on standard input; `scripts/benchmark.py --against trl` starts it.
 
-Runs in an environment of its own, without this package. Its argument is a workload in JSON; each step's seconds and
-the peak memory come as JSON lines on standard output. trl is used as its example `examples/scripts/ppo/ppo.py` uses it:
-a critic of the policy's size, a frozen copy as the reference (none with LoRA).
+Runs in an environment of its own, without this package but for its process settings. Its argument is a workload in
+JSON; each step's seconds and the peak memory come as JSON lines on standard output. trl is used as its example
+`examples/scripts/ppo/ppo.py` uses it: a critic of the policy's size, a frozen copy as the reference (none with LoRA).
 """
 
 from __future__ import annotations
 
-import ctypes
+import functools
+import importlib.util
 import json
 import os
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -90,17 +92,18 @@ class Pace(TrainerCallback):
 def peak_memory_mib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return ours().peak_resident_mib()
 
 
-def tune_process() -> None:
-    """What rlhf_accel.runtime.tune_process does."""
-    libc = ctypes.CDLL(None)
-    for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 * 2**20)):
-        libc.mallopt(parameter, value)
-    torch.set_float32_matmul_precision("medium")
+@functools.cache
+def ours() -> Any:
+    """rlhf_accel/runtime.py, which needs nothing else of the package: the same settings and the same measure."""
+    file = Path(__file__).parents[1] / "rlhf_accel" / "runtime.py"
+    spec = importlib.util.spec_from_file_location("runtime", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def main() -> None:
@@ -112,7 +115,7 @@ def main() -> None:
 
     work = json.loads(sys.argv[1])
     if work["tuned"]:
-        tune_process()
+        ours().tune_process()
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(work["path"], padding_side="left")
     dtype = torch.bfloat16 if work["base_dtype"] == "bf16" else torch.float32

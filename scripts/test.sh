@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, types, import order and all tests with coverage, on a fresh machine. Arguments go to pytest.
+# Lint, types, import order and all tests, on a fresh machine. Arguments go to pytest, such as --cov=rlhf_accel.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh test
@@ -9,4 +9,4 @@ bin=${VENV:-.venv}/bin
 "$bin/mypy"
 "$bin/lint-imports"
 # Two files at a time, each on a thread of its own: the models are tiny.
-OMP_NUM_THREADS=1 "$bin/python" -m pytest -n 2 --dist loadfile --cov=rlhf_accel --cov-report=term "$@"
+OMP_NUM_THREADS=1 "$bin/python" -m pytest -n 2 --dist loadfile "$@"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Lfm2Config
 
 from rlhf_accel import decoding
 from rlhf_accel.decoding import Sampled, SamplingSettings, pick, position_ids, sample, truncate, uniforms
@@ -437,3 +437,24 @@ def test_a_cache_that_cannot_let_rows_go_keeps_them(gpt2: Policy, monkeypatch: p
     kept = gpt2.sample(queries, mask, uniform, ended=ends_at([1, 2, 9]), stop_ids=())
     assert kept.responses[2].equal(free.responses[2])
     assert kept.response_mask.sum(1).tolist() == [1, 2, 6]
+
+
+def test_rows_stay_where_layers_hold_more_than_keys_and_values() -> None:
+    """Lfm2's convolutions keep a state for each row, which a cache cannot select."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Lfm2Config(
+        vocab_size=99, num_hidden_layers=2, layer_types=["conv", "full_attention"], **shape, pad_token_id=0
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    queries = torch.randint(3, 99, (3, 4))
+    settings, places = SamplingSettings(max_new_tokens=6), [1, 2, 9]
+    free, ended = (
+        sample(
+            model, queries, torch.ones_like(queries).bool(), uniforms(0, 1, range(3), 6), settings, pad_id=0, ended=by
+        )
+        for by in (never, ends_at(places))
+    )
+    assert ended.response_mask.sum(1).tolist() == [1, 2, 6]
+    for i, place in enumerate(places):
+        assert ended.responses[i, :place].equal(free.responses[i, :place])

@@ -76,6 +76,26 @@ def test_an_exception_leaves_plain_layers_behind() -> None:
     assert not any("forward" in vars(layer) for layer in model.modules())
 
 
+def test_layers_with_a_forward_of_their_own_keep_it() -> None:
+    """A second context inside the first, a hook of somebody else's, and a layer that does more than multiply."""
+
+    class Router(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2, x
+
+    model, x = Layers(), torch.ones(2, 256)
+    hooked = model.biased.forward = lambda x, linear=model.biased: nn.functional.linear(x, linear.weight) - 1
+    model.router = Router(256, 512)
+    with torch.no_grad():
+        plain = model(x)
+        with kernels.packed(model, 2):
+            with kernels.packed(model, 2):
+                assert "forward" not in vars(model.router)
+            assert "forward" in vars(model.plain)
+            torch.testing.assert_close(model(x), plain, rtol=0, atol=1e-4)
+    assert model.biased.forward is hooked and "forward" not in vars(model.plain)
+
+
 def test_other_dtypes_and_autocast_go_the_plain_way() -> None:
     half = Layers().bfloat16()
     with kernels.packed(half, 1):

@@ -640,7 +640,9 @@ def test_inputs_are_never_mutated():
     calls = {
         "token_logprobs": [(logits, tokens, 1.0), (logits, tokens, 0.7)],
         "log_normalizer": [(logits, logits.softmax(-1))],
+        "entropy_of": [(logits, logits.softmax(-1), logits.logsumexp(-1))],
         "token_entropy": [(logits, 1.0), (logits, 0.7)],
+        "tempered": [(logits, 1.0), (logits, 0.7)],
         "masked_sum": [(b.values, b.mask)],
         "masked_mean": [(b.values, b.mask)],
         "masked_row_sum": [(b.values, b.mask)],

@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlhf_accel import kernels
 from rlhf_accel import metrics as metrics_module
 from rlhf_accel.config import Config, ConfigError, OptimConfig, RunFailed, load
 from rlhf_accel.keeper import Keeper
@@ -383,12 +384,13 @@ def test_trackers_get_the_same_figures(fit):
 @pytest.mark.parametrize(
     "lora", [{"r": 0}, {"r": 16, "alpha": 32, "target_modules": "all-linear"}], ids=["full", "lora"]
 )
-def test_a_tiny_policy_learns_a_trivial_reward(fit, lora, fast):
+def test_a_tiny_policy_learns_a_trivial_reward(fit, lora, fast, monkeypatch):
     """The letter o in every token: at first a twentieth of the letters, in the end most of them.
 
     Adapters find tokens with one o among three letters, which the frozen vocabulary layer favours, and then, with some
     seeds, better ones.
     """
+    monkeypatch.setattr(kernels, "_WORTH_PACKING", 1)  # else none of a tiny model's layers would be packed
     steps, batch, minibatches, reached = (20, 32, 1, 0.5) if lora["r"] == 0 else (30, 64, 2, 0.3)
     _, rows = fit(
         run={"total_steps": steps, "fast_kernels": fast},
@@ -402,6 +404,20 @@ def test_a_tiny_policy_learns_a_trivial_reward(fit, lora, fast):
     assert sum(scores[-3:]) / 3 > reached
     assert rows[-1]["objective/kl"] > 1
     assert rows[-1]["objective/entropy"] < rows[0]["objective/entropy"]
+
+
+def test_sampled_logprobs_may_round_otherwise_in_bf16(fit, llama_folder, tmp_path):
+    """The reference is computed in one pass, sampling token by token: at step 1 their KL is rounding, and no error."""
+    model, tokenizer = (kind.from_pretrained(llama_folder) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    model.model.norm.weight.data *= 4  # sharper, so that rounding shows
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "sharp")
+    _, rows = fit(
+        run={"total_steps": 1, "precision": "bf16"},
+        model={"name_or_path": str(tmp_path / "sharp")},
+        rollout={"logprobs": "sampled", "max_new_tokens": 24, "stop": []},
+    )
+    assert 1e-3 < rows[0]["objective/kl_k3"] < 0.1
 
 
 def test_the_kl_penalty_holds_the_policy_back(fit):

@@ -20,6 +20,8 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
     # Fewer samples than ranks, in training and in evaluation.
     "few": {"rollout": {"batch_size": 2}, "ppo": {"num_minibatches": 1}, "run": {"total_steps": 2, "eval_samples": 1}},
     "in_step": {"rollout": {"gather_parameters": "never"}},
+    # Without any of the fast paths, beside one process with all of them.
+    "plain": {"run": {"fast_kernels": False}, "rollout": {"logprobs": "recomputed"}},
     "separate": {"model": {"critic": "separate"}, "run": {"total_steps": 2}},
     "classifier": {"reward": {"function": [], "model": "{classifier}", "label": "1"}, "run": {"total_steps": 2}},
     "lora": LORA,
@@ -62,13 +64,13 @@ POISONED = [f"poisoned_{what}" for what in POISONS]
 BOTH = ("full", "uneven", "lora", "checkpointed", "stopped", *POISONED, "gradient", "autocast")
 LAUNCHES: dict[tuple[str | None, int], list[str]] = {
     (None, 1): [*BOTH, "few", "separate", "classifier", "bf16_base", "saved", "saved_lora"],
-    ("ddp", 2): [*BOTH, "saved", "from_one", *(f"stopped_in_{phase}" for phase in PHASES)],
+    ("ddp", 2): [*BOTH, "plain", "saved", "from_one", *(f"stopped_in_{phase}" for phase in PHASES)],
     ("cpu", 3): ["uneven", "few"],
     ("zero1", 2): ["full", "poisoned_gradient"],
     ("zero2", 2): [*BOTH, "saved_lora", "saved_portable", "from_one_lora", "no_room", "bf16_base"],
     ("zero3", 2): [
         *BOTH,
-        *("few", "in_step", "separate", "classifier", "saved_lora", "bf16_base", "bf16_base_in_step"),
+        *("few", "in_step", "plain", "separate", "classifier", "saved_lora", "bf16_base", "bf16_base_in_step"),
         *("saved_portable", "saved_lora_portable", "from_one", "stopped_in_update"),
     ],
     ("zero3_offload", 2): ["full", "saved_portable"],
@@ -79,7 +81,7 @@ def tree(gpt2: Path, prompts: Path, *changes: dict[str, dict[str, Any]]) -> dict
     """The config of a tiny run whose responses end early at very different lengths, with all samples logged."""
     config: dict[str, dict[str, Any]] = {
         "run": {
-            **{"total_steps": 6, "eval_samples": 5, "eval_every": 4, "trackers": []},
+            **{"total_steps": 4, "eval_samples": 5, "eval_every": 3, "trackers": []},
             **{"sample_every": 1, "sample_count": 8},
         },
         "model": {"name_or_path": str(gpt2), "critic": "head"},

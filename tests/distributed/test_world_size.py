@@ -58,7 +58,7 @@ def test_a_run_is_the_same_on_any_number_of_processes(config: str, processes: in
             and kind not in ("gradient", "saved", "from", "no")
             and not name.startswith("stopped_in")
         ):
-            base = alone / ("full" if name == "in_step" else name)
+            base = alone / ("full" if name in ("in_step", "plain") else name)
             assert_same_run(base, folder / name)
             for which in ("final", "best"):
                 assert_same_weights(base / which, folder / name / which)

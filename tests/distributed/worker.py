@@ -23,7 +23,7 @@ from accelerate.state import AcceleratorState
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from rlhf_accel import models
+from rlhf_accel import kernels, models
 from rlhf_accel.config import Config, parse
 from rlhf_accel.distributed import Runtime
 from rlhf_accel.trainer import PPOTrainer
@@ -32,6 +32,7 @@ from rlhf_accel.trainer import PPOTrainer
 torch.set_float32_matmul_precision("highest")
 torch.set_float32_matmul_precision = lambda _: None
 torch.set_num_threads(1)
+kernels._WORTH_PACKING = 1  # else none of a tiny model's layers would be packed
 
 response_logits = models.response_logits
 
