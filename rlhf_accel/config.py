@@ -272,8 +272,8 @@ class PPOConfig:
     num_minibatches: PositiveInt = 1
     """Optimizer steps in each pass; must divide rollout.batch_size."""
     micro_batch_tokens: PositiveInt = 8192
-    """Prompt and response tokens, padding included, of one forward and backward pass, and of a pass of the reference; a
-    memory matter only."""
+    """Prompt and response tokens, padding included, of one forward and backward pass, and of a pass of the reference or a
+    critic of its own; a memory matter only."""
     gamma: Fraction = 1.0
     """Discount per token."""
     lam: Fraction = 0.95
