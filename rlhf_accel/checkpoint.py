@@ -58,7 +58,9 @@ class Progress:
     reward_mean: float = 0.0
     reward_std: float = 1.0
     best_score: float | None = None
+    best_kl: float | None = None  # of the same evaluation
     base: dict[str, float] | None = None  # the evaluation before the first step
+    base_scores: list[float] | None = None  # of each of its responses; None in checkpoints of older versions
     base_samples: list[dict[str, Any]] | None = None  # its first responses
     unrecorded: dict[str, float] | None = None  # metrics of `step` whose evaluation is still due
     seconds: float = 0.0  # of training so far

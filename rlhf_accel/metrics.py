@@ -72,7 +72,31 @@ METRICS = (
     ),
     Metric("perf/peak_memory_mib", "MiB", "peak memory of a process so far: GPU if there is one", "max over ranks"),
     Metric("eval/score", "score", "score on held-out prompts; only where evaluated", "mean over responses"),
+    Metric("eval/score_ci", "score", "half-width of its 95 % interval: 1.96 s / sqrt(prompts)", "over prompts"),
     Metric("eval/kl", "nats/response", "KL to the reference there, k1", "mean over responses"),
+    Metric("eval/kl_ci", "nats/response", "half-width of its 95 % interval", "over prompts"),
+    Metric("eval/length", "tokens", "length of a response there", "mean over responses"),
+    Metric("eval/eos_fraction", "", "responses there that a stop ended", "mean over responses"),
+    Metric("eval/distinct_1", "", "distinct tokens by tokens", "over the tokens of all responses"),
+    Metric("eval/distinct_2", "", "the same of pairs of tokens", "over the pairs of all responses"),
+    Metric("eval/self_repetition", "", "share of a response's 4-grams that it already had", "mean over responses"),
+    Metric(
+        "eval/reference_perplexity",
+        "",
+        "perplexity of the responses under the reference, at rollout.temperature",
+        "over the tokens of all responses",
+    ),
+    Metric(
+        "eval/win_rate",
+        "",
+        "responses that score above the base's of the same prompt and random numbers; ties are half",
+        "mean over responses",
+    ),
+    Metric("eval/win_rate_ci", "", "half-width of its 95 % interval", "over prompts"),
+    Metric(
+        "eval/gold/NAME", "gold score", "what reward.gold's NAME says there; null if it failed", "mean over responses"
+    ),
+    Metric("eval/gold_ci/NAME", "gold score", "half-width of its 95 % interval", "over prompts"),
 )
 NAMES = frozenset(metric.name for metric in METRICS)
 
@@ -287,6 +311,10 @@ class Journal:
                 f"held-out score {base['score']:+.3f} (std {base['score_std']:.3f}) before, {trained['score']:+.3f} "
                 f"after: a gain of {summary['gain']:.2f} standard deviations at a KL of {trained['kl']:.2f} nats"
             )
+        for key in summary.get("trained", ()):
+            if key.startswith("gold/") and key in summary["base"]:
+                before, after = summary["base"][key], summary["trained"][key]
+                self.line.say(f"{key.removeprefix('gold/')}, not trained on: {before:+.3f} before, {after:+.3f} after")
         self.line.say(f"{summary['steps']} steps in {summary['seconds']:.0f} s; the model: {self.folder / 'final'}")
 
 
