@@ -218,8 +218,9 @@ class JsonLines:
 class Progressline:
     """The live line of a run: on a terminal a bar that stays in place, elsewhere one plain line a step."""
 
-    def __init__(self, total: int, *, enabled: bool) -> None:
+    def __init__(self, total: int, *, enabled: bool, unit: str = "step") -> None:
         self.enabled = enabled
+        self._unit = unit
         self.console = Console(soft_wrap=True, quiet=not enabled, emoji=False)
         self._total = total
         self._started = time.perf_counter()
@@ -229,7 +230,7 @@ class Progressline:
 
     def __enter__(self) -> Progressline:
         if self.enabled and self.console.is_terminal:
-            columns = ("step", BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"))
+            columns = (self._unit, BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"))
             self._bar = Progress(*columns, "left", TimeRemainingColumn(), console=self.console, transient=True)
             self._bar.start()
             self._task = self._bar.add_task("", total=self._total)
@@ -241,18 +242,21 @@ class Progressline:
             self._bar.stop()
 
     def show(self, metrics: Mapping[str, float]) -> None:
-        step = int(metrics["step"])
         text = (
             f"score {metrics['objective/score']:+.3f}  kl {metrics['objective/kl']:.2f}  "
             f"entropy {metrics['objective/entropy']:.2f}  {metrics['time/step']:.1f} s/step"
         )
+        self.advance(int(metrics["step"]), text)
+
+    def advance(self, done: int, text: str) -> None:
+        """So many steps of the total, counted from 1, are done."""
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=step, description=text)
+            self._bar.update(self._task, completed=done, description=text)
             return
-        self._first = step - 1 if self._first is None else self._first
-        left = (time.perf_counter() - self._started) / (step - self._first) * (self._total - step)
+        self._first = done - 1 if self._first is None else self._first
+        left = (time.perf_counter() - self._started) / (done - self._first) * (self._total - done)
         minutes, seconds = divmod(round(left), 60)
-        self.console.print(f"step {step}/{self._total}  {text}  left {minutes}:{seconds:02}", highlight=False)
+        self.console.print(f"{self._unit} {done}/{self._total}  {text}  left {minutes}:{seconds:02}", highlight=False)
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False)

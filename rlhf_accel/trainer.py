@@ -92,7 +92,7 @@ class PPOTrainer:
         self.golds = self._on_main_first(lambda: load_golds(config.reward))
         self._try_reward()
         module = models.build(config, policy, policy_path, reward_path)
-        self._say_what_runs(module)
+        self._what_runs = self._describe(module)
         optim = config.optim
         groups = models.parameter_groups(module, optim)
         optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
@@ -116,6 +116,7 @@ class PPOTrainer:
         """
         with StopRequest() as self._stop:
             try:
+                self.line.say(f"run folder {self.folder}\n{self._what_runs}")
                 self._prepare()
                 self.keeper.open(self.progress, self.resume_from)
                 return self._train()
@@ -463,7 +464,7 @@ class PPOTrainer:
         except SaveError as error:
             self.line.say(f"warning: best/ could not be written: {error}")
         else:
-            self.progress = replace(self.progress, best_score=score, best_kl=kl)
+            self.progress = replace(self.progress, best_score=score, best_kl=kl, best_step=self.progress.step)
 
     def _log_samples(self, step: int) -> None:
         if self.rollout is not None and self.config.run.sample_every:
@@ -540,7 +541,7 @@ class PPOTrainer:
     def _resume(self, place: Path) -> None:
         self.progress = checkpoint.load_progress(place)
         if not self.runtime.from_main((self.folder / "best").is_dir):  # another run's best, in another folder
-            self.progress = replace(self.progress, best_score=None, best_kl=None)
+            self.progress = replace(self.progress, best_score=None, best_kl=None, best_step=None)
         self._forget_a_best_beyond_the_budget()
         if self.progress.base is not None and self.progress.base_scores is None:
             self.line.say(f"{place} holds no scores of the base: evaluations are without eval/win_rate")
@@ -555,7 +556,7 @@ class PPOTrainer:
             return
         found = "an unknown KL" if kl is None else f"a KL of {kl:.2f} nats"
         self.line.say(f"best/ has {found}, beyond run.best_kl_budget={budget:g}: the next within it takes its place")
-        self.progress = replace(self.progress, best_score=None, best_kl=None)
+        self.progress = replace(self.progress, best_score=None, best_kl=None, best_step=None)
 
     def _finish(self) -> dict[str, Any]:
         """Export the policy and write what the run did to the held-out score."""
@@ -568,18 +569,20 @@ class PPOTrainer:
         if last is not None and self.progress.base is not None:
             summary |= compare(self.progress.base, last)
             summary["samples"] = sample_pairs(self.progress.base_samples or [], last)
-        if last is not None and self.progress.best_score is None and self.config.run.best_kl_budget is not None:
+        best = self.progress
+        if best.best_score is not None:
+            summary["best"] = {"step": best.best_step, "score": best.best_score, "kl": best.best_kl}
+        if last is not None and best.best_score is None and self.config.run.best_kl_budget is not None:
             budget = self.config.run.best_kl_budget
             self.line.say(f"warning: no evaluation was within run.best_kl_budget={budget:g}: best/ is not written")
         self.keeper.finish(summary, self.tokens)
         return summary
 
-    def _say_what_runs(self, module: models.PolicyWithValue) -> None:
+    def _describe(self, module: models.PolicyWithValue) -> str:
         trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
         held = sum(p.numel() for p in module.parameters())
         dtype = str(models.resolve_dtype(self.config, self.runtime.device)).removeprefix("torch.")
-        self.line.say(
-            f"run folder {self.folder}\n"
+        return (
             f"policy {self.config.model.name_or_path} in {dtype}, {trainable:,} of {held:,} parameters learn; critic "
             f"{self.config.model.critic}; {self.runtime.world_size} process(es) on {self.runtime.device.type} in "
             f"{self.runtime.precision}; {len(self.prompts)} prompts to train on"
