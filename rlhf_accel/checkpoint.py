@@ -189,9 +189,11 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
         raise ConfigError(f"{folder / 'summary.json'} is not what a run writes ({error})") from None
 
 
-def reward_scale(folder: Path) -> dict[str, float] | None:
-    """`mean` and `std` that the run's raw scores are shifted and scaled by, of its summary or its newest checkpoint; None
-    while it has neither."""
+def reward_scale(folder: Path) -> dict[str, Any] | None:
+    """`mean` and `std` by which the run shifts and scales raw scores, of its summary or its newest checkpoint.
+
+    None while it has neither.
+    """
     summary = read_summary(folder)
     if summary is not None:
         return dict(summary["calibration"])
@@ -203,13 +205,23 @@ def reward_scale(folder: Path) -> dict[str, float] | None:
 
 
 def model_folder(folder: Path, which: str) -> Path:
-    """Where a run's folder holds the model `final`, `best` or `step-NNNNNN`; raises `ConfigError` if there is none."""
-    place = folder / CHECKPOINTS / which if _NAME.fullmatch(which) else folder / which
+    """Where a run's folder holds the model `final`, `best` or, as a whole checkpoint, `step-NNNNNN`.
+
+    Raises `ConfigError` if it holds none.
+    """
+    if _NAME.fullmatch(which):
+        place = folder / CHECKPOINTS / which
+        if not place.is_dir():
+            kept = ", ".join(path.name for path in _checkpoints(place.parent)) or "none"
+            raise ConfigError(f"{folder} holds no checkpoint {which}; those kept: {kept}")
+        try:
+            check(place)
+        except _Damaged as error:
+            raise ConfigError(f"{place} is not a whole checkpoint: {error}") from None
+        return place
+    place = folder / which
     if place.is_dir():
         return place
-    if place.parent.name == CHECKPOINTS:
-        kept = ", ".join(path.name for path in _checkpoints(place.parent)) or "none"
-        raise ConfigError(f"{folder} holds no checkpoint {which}; those kept: {kept}")
     raise ConfigError(f"{folder} holds no {which}/; the run has not finished")
 
 

@@ -746,11 +746,16 @@ def failure(work: Callable[[], None]) -> str | None:
     return None
 
 
-def portable_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """What learnt, whole and by its names in the module, of a checkpoint in the portable form; raises `ConfigError` for
-    one that is cut by rank."""
+def check_portable(checkpoint: Path) -> None:
+    """Raises `ConfigError` for a checkpoint that is cut by rank."""
     if not (checkpoint / _WEIGHTS).is_file():
         raise ConfigError(f"{checkpoint} is cut by rank: only checkpoints of run.checkpoint=portable can be read here")
+
+
+def portable_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """What learnt, whole and by its names in the module, of a checkpoint in the portable form; raises `ConfigError` for
+    another one."""
+    check_portable(checkpoint)
     return load_file(checkpoint / _WEIGHTS)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from rlhf_accel import frontier
 from rlhf_accel.checkpoint import CHECKPOINTS, model_folder, read_summary, reward_scale, write_json
 from rlhf_accel.config import Config, ConfigError, RunFailed, changed_keys, load
-from rlhf_accel.distributed import failure, portable_weights
+from rlhf_accel.distributed import check_portable, failure, portable_weights
 from rlhf_accel.evaluation import EVALUATION_SEED, Evaluation, evaluate, mean_interval
 from rlhf_accel.metrics import Progressline
 from rlhf_accel.models import CRITIC, exported_weights
@@ -64,7 +64,7 @@ class Judge:
     def of(
         cls, run: Path, config: Config, *, prompts: int | None = None, reward: RewardFunction | None = None
     ) -> Judge:
-        """`prompts` held-out prompts, run.eval_samples by default; `reward` is the callable of a run that was given one.
+        """`prompts` held-out prompts, run.eval_samples by default; `reward` is the callable of a run that got one.
 
         Raises `ConfigError` if the run cannot be set up here, holds out nothing, or has not calibrated its reward yet.
         """
@@ -89,9 +89,7 @@ class Judge:
         """The run's reference, which is what the policy was set up as: before any `model`."""
         return self._evaluate(samples, line, done, BASE, None)
 
-    def model(
-        self, which: str, base: Evaluation, samples: int, line: Progressline, done: int = 0
-    ) -> Evaluation:
+    def model(self, which: str, base: Evaluation, samples: int, line: Progressline, done: int = 0) -> Evaluation:
         """A model of the run's folder: `final`, `best`, or the portable checkpoint `step-NNNNNN`."""
         self.trainer.runtime.set_weights(self._weights(model_folder(self.run, which)))
         return self._evaluate(samples, line, done, which, base)
@@ -109,15 +107,14 @@ class Judge:
                     columns.append(runtime.gather_rows(sampler.score(responses, self.reward), count))
                     line.advance(number + 1, f"of the reference for {count} prompts")
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"stopped by Ctrl-C after {len(columns)} of {samples} samples; nothing is written")
+            said = f"stopped by Ctrl-C after {len(columns)} of {samples} samples; nothing is written"
+            raise KeyboardInterrupt(said) from None
         scores = torch.stack(columns, dim=1)
         if not scores.isfinite().all():
             raise RewardError(f"{int((~scores.isfinite()).sum())} of {scores.numel()} scores of the reference are nan")
         return scores
 
-    def _evaluate(
-        self, samples: int, line: Progressline, done: int, name: str, base: Evaluation | None
-    ) -> Evaluation:
+    def _evaluate(self, samples: int, line: Progressline, done: int, name: str, base: Evaluation | None) -> Evaluation:
         line.say(f"evaluating {name} on {len(self.prompts)} held-out prompts")
         reseed(self.config.run.seed, 0, self.trainer.runtime.rank)
         return evaluate(
@@ -136,7 +133,9 @@ class Judge:
         if place.parent.name != CHECKPOINTS:
             return {f"policy.{key}": value for key, value in exported_weights(policy, self.config, str(place)).items()}
         learned = portable_weights(place)
-        return {key: value for key, value in learned.items() if key.startswith("policy.") and CRITIC not in key.split(".")}
+        return {
+            key: value for key, value in learned.items() if key.startswith("policy.") and CRITIC not in key.split(".")
+        }
 
 
 def main(arguments: list[str]) -> None:
@@ -195,10 +194,10 @@ def frontier_points(
 ) -> list[dict[str, Any]]:
     """Where the run stands beside the frontier: its evaluations while training, and those made now.
 
-    A gain is the mean score less that of the reference's N samples for the same prompts, which knows the reference better
-    than the one sample a prompt that training compares with. Its interval, for an evaluation made now, is that of the
-    mean over prompts of the differences, of which what sets prompts apart drops out; for one made while training, of
-    which only the mean is kept, that of the score, which is the wider one.
+    A gain is the mean score less that of the reference's N samples for the same prompts, which knows the reference
+    better than the one sample a prompt that training compares with. For an evaluation made now its interval is that of
+    the mean over prompts of these differences, from which drops out what sets prompts apart; for one made while
+    training, of which only the mean is kept, it is the score's, which is the wider one.
     """
     points = []
     rows = _rows_of(judge.run)
@@ -235,11 +234,11 @@ def _point(
     gain: tuple[float, float | None],
 ) -> dict[str, Any]:
     """A place beside the curves; `kl` and `gain` with the half-widths of their intervals, where they are known."""
-    ends = [(value - (math.nan if half is None else half), value + (math.nan if half is None else half)) for value, half in (kl, gain)]
+    kl_half, half = (math.nan if part is None else part for part in (kl[1], gain[1]))
     share = frontier.share_of_optimum(curves, kl[0], gain[0])
     return {
-        **{"name": name, "step": step, "kl": kl[0], "kl_low": ends[0][0], "kl_high": ends[0][1]},
-        **{"gain": gain[0], "low": ends[1][0], "high": ends[1][1]},
+        **{"name": name, "step": step, "kl": kl[0], "kl_low": kl[0] - kl_half, "kl_high": kl[0] + kl_half},
+        **{"gain": gain[0], "low": gain[0] - half, "high": gain[0] + half},
         "share": None if share is None else share.value,
         "share_is_lower_bound": None if share is None else share.is_lower_bound,
     }
@@ -273,12 +272,14 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "--which",
         nargs="+",
         metavar="MODEL",
-        help="base, best, final, or step-NNNNNN of a portable checkpoint; by default best and final. The base is always "
-        "evaluated, for the others are compared with it",
+        help="base, best, final, or step-NNNNNN of a portable checkpoint; by default best and final. The base is "
+        "always evaluated, for the others are compared with it",
     )
     parser.add_argument("--samples", type=_count, default=1, help="responses to each prompt (default 1)")
     parser.add_argument("--prompts", type=_count, help="held-out prompts (default: run.eval_samples)")
-    parser.add_argument("--batch", type=_count, help="responses sampled at once on a process (rollout.forward_batch_size)")
+    parser.add_argument(
+        "--batch", type=_count, help="responses sampled at once on a process (rollout.forward_batch_size)"
+    )
     parser.add_argument(
         "--frontier",
         nargs="?",
@@ -321,7 +322,9 @@ def _names(options: argparse.Namespace) -> list[str] | None:
             return None
         names = [name for name in ("best", "final") if (run / name).is_dir()]
         if not names:
-            raise ConfigError(f"{run} holds neither best/ nor final/ yet; name a checkpoint, --which step-NNNNNN, or base")
+            raise ConfigError(
+                f"{run} holds neither best/ nor final/ yet; name a checkpoint, --which step-NNNNNN, or base"
+            )
         return names
     names = [name for name in dict.fromkeys(options.which) if name != BASE]
     for name in names:
@@ -329,7 +332,7 @@ def _names(options: argparse.Namespace) -> list[str] | None:
             raise ConfigError(f"--which {name}: expected base, best, final or step-NNNNNN")
         place = model_folder(run, name)
         if place.parent.name == CHECKPOINTS:
-            portable_weights(place)
+            check_portable(place)
     return names
 
 
