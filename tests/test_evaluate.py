@@ -61,13 +61,14 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_command_says_of_each_model_what_the_run_said(fitted, llama_folder, capsys, kind) -> None:
+def test_the_command_says_of_each_model_what_the_run_said(fitted, llama_folder, capsys, monkeypatch, kind) -> None:
     """Bit for bit: the same weights, prompts, random numbers and scale, read from what the run left."""
     sections = {name: dict(values) for name, values in KINDS[kind].items()}
     if sections.get("model", {}).get("name_or_path") == "llama":
         sections["model"]["name_or_path"] = str(llama_folder)
     run = fitted(**sections).folder
     before = on_disk(run)
+    monkeypatch.setenv("COLUMNS", "200")
     capsys.readouterr()
     evaluate.main([str(run), "--which", "step-000001", "step-000002", "best", "final"])
     told, summary, rows = tree(run / "evaluation.json"), tree(run / "summary.json"), rows_of(run)
