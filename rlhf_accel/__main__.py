@@ -17,6 +17,7 @@ USAGE = f"""usage: python -m rlhf_accel COMMAND [options]
 
   train          PPO: [--config RECIPE_OR_FILE] [--section.key value ...] [--print_config]
   generate       continue prompts with a trained model, beside its base and with scores
+  evaluate       a run's models on its held-out prompts: RUN [--which MODEL ...] [--frontier [N]]
   merge          an adapter and its base as one full model: RUN_OR_ADAPTER OUTPUT
   replay         run again what stopped a run: DUMP
   train-reward   a reward model from human ratings: [--config RECIPE_OR_FILE] [--section.key value ...]
@@ -34,6 +35,12 @@ def train(arguments: list[str]) -> None:
 
 def generate(arguments: list[str]) -> None:
     from rlhf_accel.generate import main
+
+    main(arguments)
+
+
+def evaluate(arguments: list[str]) -> None:
+    from rlhf_accel.evaluate import main
 
     main(arguments)
 
@@ -59,6 +66,7 @@ def train_reward(arguments: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "generate": generate,
+    "evaluate": evaluate,
     "merge": merge,
     "replay": replay,
     "train-reward": train_reward,

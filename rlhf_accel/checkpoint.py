@@ -58,7 +58,10 @@ class Progress:
     reward_mean: float = 0.0
     reward_std: float = 1.0
     best_score: float | None = None
+    best_kl: float | None = None  # of the same evaluation
+    best_step: int | None = None
     base: dict[str, float] | None = None  # the evaluation before the first step
+    base_scores: list[float] | None = None  # of each of its responses; None in checkpoints of older versions
     base_samples: list[dict[str, Any]] | None = None  # its first responses
     unrecorded: dict[str, float] | None = None  # metrics of `step` whose evaluation is still due
     seconds: float = 0.0  # of training so far
@@ -168,7 +171,58 @@ def resume_folder(
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     """The last that a run writes: after it the run is finished. Raises `OSError`."""
-    _replace(folder / "summary.json", json.dumps(finite_or_none(summary), indent=2, ensure_ascii=False))
+    write_json(folder / "summary.json", summary)
+
+
+def write_json(path: Path, tree: Mapping[str, Any]) -> None:
+    """Write a file whole or not at all, figures that are not finite as null. Raises `OSError`."""
+    _replace(path, json.dumps(finite_or_none(tree), indent=2, ensure_ascii=False))
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """The run's summary.json, None of a run that has not ended. Raises `ConfigError` if it is not what was written."""
+    try:
+        return dict(json.loads((folder / "summary.json").read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{folder / 'summary.json'} is not what a run writes ({error})") from None
+
+
+def reward_scale(folder: Path) -> dict[str, Any] | None:
+    """`mean` and `std` by which the run shifts and scales raw scores, of its summary or its newest checkpoint.
+
+    None while it has neither.
+    """
+    summary = read_summary(folder)
+    if summary is not None:
+        return dict(summary["calibration"])
+    place = newest(folder)
+    if place is None:
+        return None
+    progress = load_progress(place)
+    return {"mean": progress.reward_mean, "std": progress.reward_std}
+
+
+def model_folder(folder: Path, which: str) -> Path:
+    """Where a run's folder holds the model `final`, `best` or, as a whole checkpoint, `step-NNNNNN`.
+
+    Raises `ConfigError` if it holds none.
+    """
+    if _NAME.fullmatch(which):
+        place = folder / CHECKPOINTS / which
+        if not place.is_dir():
+            kept = ", ".join(path.name for path in _checkpoints(place.parent)) or "none"
+            raise ConfigError(f"{folder} holds no checkpoint {which}; those kept: {kept}")
+        try:
+            check(place)
+        except _Damaged as error:
+            raise ConfigError(f"{place} is not a whole checkpoint: {error}") from None
+        return place
+    place = folder / which
+    if place.is_dir():
+        return place
+    raise ConfigError(f"{folder} holds no {which}/; the run has not finished")
 
 
 def is_finished(folder: Path, steps: int) -> bool:

@@ -51,7 +51,7 @@ MAY_CHANGE = frozenset(
     [
         *("run.output_dir", "run.name", "run.total_steps", "run.save_every", "run.keep_checkpoints", "run.checkpoint"),
         *("run.max_failed_saves", "run.max_skipped_steps", "run.eval_every", "run.sample_every", "run.sample_count"),
-        *("run.resume", "run.changes", "run.collective_timeout", "run.trackers"),
+        *("run.resume", "run.changes", "run.collective_timeout", "run.trackers", "run.best_kl_budget", "reward.gold"),
         *("run.fast_kernels", "rollout.logprobs"),
         *("model.gradient_checkpointing", "rollout.gather_parameters", "rollout.forward_batch_size"),
         *("reward.batch_size", "reward.timeout", "reward.retries", "reward.retry_wait", "ppo.micro_batch_tokens"),
@@ -114,6 +114,9 @@ class RunConfig:
     """Steps between evaluations on held-out prompts; 0 evaluates only before the first and after the last step."""
     eval_samples: NonNegativeInt = 256
     """Held-out prompts of an evaluation, always the same ones with the same seeds; 0 turns evaluation off."""
+    best_kl_budget: Positive | None = None
+    """best/ is the best held-out score among evaluations whose eval/kl is at most this many nats per response; null is
+    no budget."""
     sample_every: NonNegativeInt = 10
     """Steps between tables of samples on the console and in samples.jsonl; 0 logs none."""
     sample_count: PositiveInt = 4
@@ -245,6 +248,9 @@ class RewardConfig:
     A token for it goes into the environment variable RLHF_ACCEL_REWARD_TOKEN, never into a config."""
     function: Strings = ()
     """Import path(s) `package.module:callable` of `(prompts, responses, **columns) -> list[float]`."""
+    gold: Strings = ()
+    """Import path(s) of functions like reward.function that evaluations measure beside the reward and training never
+    sees, so that a policy which learns the reward's weaknesses shows; neither weighted, calibrated nor clipped."""
     weights: Floats | None = None
     """Weights of the sum over reward.model, reward.url and reward.function, those given, in this order; by default all
     1."""
@@ -570,6 +576,15 @@ def changed_keys(before: Config, now: Config) -> list[str]:
     ]
 
 
+def gold_name(target: str) -> str:
+    """What the figures of a gold reward go by: the callable's name.
+
+    >>> gold_name("rlhf_accel.reward:vader")
+    'vader'
+    """
+    return target.rpartition(":")[2]
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested sections as dotted keys.
 
@@ -633,6 +648,7 @@ def _contradictions(config: Config) -> list[str]:
         )
     if reward.url is not None:
         problems += _url_problems(reward.url)
+    problems += _gold_problems(reward)
     patience = (reward.timeout or 0.0) * (reward.retries + 1) + reward.retry_wait * (2**reward.retries - 1)
     if reward.timeout is not None and patience >= run.collective_timeout:
         problems.append(
@@ -661,6 +677,17 @@ def _contradictions(config: Config) -> list[str]:
         if key not in key_names(Config):
             problems.append(f"run.changes: {_unknown(key, key_names(Config))}")
     return problems
+
+
+def _gold_problems(reward: RewardConfig) -> list[str]:
+    names = [gold_name(target) for target in reward.gold]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        return [f"reward.gold names {twice[0]} twice; figures go by the callable's name, so rename one or remove it"]
+    learnt = [target for target in reward.gold if target in reward.function]
+    if learnt:
+        return [f"reward.gold={learnt[0]} is also in reward.function, and training must not see it; remove one of them"]
+    return []
 
 
 def _url_problems(url: str) -> list[str]:

@@ -320,6 +320,21 @@ class Runtime:
         rank."""
         return self._whole_weights(lambda weight: weight.to("cpu", copy=True) if self.is_main else None, learned=True)
 
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Give parameters of the prepared module whole values by their names; every rank brings them all.
+
+        Raises `ConfigError` if the module has none of such a name and shape.
+        """
+        named = dict(self._accelerator.unwrap_model(self.module).named_parameters(remove_duplicate=False))
+        for name, value in weights.items():
+            if name not in named or tuple(getattr(named[name], "ds_shape", named[name].shape)) != tuple(value.shape):
+                raise ConfigError(f"these are weights of another model: this one has no {name} {tuple(value.shape)}")
+        values = {named[name]: value for name, value in weights.items()}
+        for part in self._together(list(values), write=True):
+            with torch.no_grad():
+                for parameter in part:
+                    parameter.copy_(values[parameter])
+
     def save_state(self, folder: Path) -> str | None:
         """What learns and the optimizer's state, for `prepare` to go on from; called by every rank.
 
@@ -497,8 +512,9 @@ class Runtime:
                     copies |= dict.fromkeys(names[parameter], made)
         return copies
 
-    def _together(self, parameters: Sequence[Any]) -> Iterator[Sequence[Any]]:
-        """The parameters part by part, each part whole on this rank while it is looked at."""
+    def _together(self, parameters: Sequence[Any], *, write: bool = False) -> Iterator[Sequence[Any]]:
+        """The parameters part by part, each part whole on this rank while it is looked at; with `write`, what the main
+        process makes of them stays."""
         if self.zero_stage != 3:
             yield parameters
             return
@@ -508,7 +524,7 @@ class Runtime:
             sizes = np.cumsum([parameter.ds_numel * parameter.element_size() for parameter in parameters])
             count = max(int(np.searchsorted(sizes, _GATHER_BYTES, side="right")), 1)
             part, parameters = parameters[:count], parameters[count:]
-            with deepspeed.zero.GatheredParameters(part):
+            with deepspeed.zero.GatheredParameters(part, modifier_rank=0 if write else None):
                 yield part
 
     def _gathers(self) -> bool:
@@ -729,6 +745,19 @@ def failure(work: Callable[[], None]) -> str | None:
     except SafetensorError as error:
         return str(error)
     return None
+
+
+def check_portable(checkpoint: Path) -> None:
+    """Raises `ConfigError` for a checkpoint that is cut by rank."""
+    if not (checkpoint / _WEIGHTS).is_file():
+        raise ConfigError(f"{checkpoint} is cut by rank: only checkpoints of run.checkpoint=portable can be read here")
+
+
+def portable_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """What learnt, whole and by its names in the module, of a checkpoint in the portable form; raises `ConfigError` for
+    another one."""
+    check_portable(checkpoint)
+    return load_file(checkpoint / _WEIGHTS)
 
 
 def _load_weights(module: nn.Module, folder: Path) -> None:

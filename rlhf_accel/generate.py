@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -18,6 +17,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from rlhf_accel import assets, decoding
+from rlhf_accel.checkpoint import model_folder, reward_scale
 from rlhf_accel.config import Config, ConfigError, RolloutConfig, load, parse
 from rlhf_accel.metrics import plain
 from rlhf_accel.models import end_of_text_ids
@@ -100,9 +100,7 @@ def _writers(options: argparse.Namespace) -> tuple[Config | None, list[Writer]]:
     folder, config = Path(options.model), None
     if (folder / "config.yaml").is_file():
         config = load(Config, folder / "config.yaml")
-        folder = folder / options.which
-        if not folder.is_dir():
-            raise ConfigError(f"{options.model} holds no {options.which}/; the run has not finished")
+        folder = model_folder(folder, options.which)
     if options.score and config is None:
         raise ConfigError("--score needs a run's folder, whose config.yaml names the reward")
     if options.prompts and options.file is not None:
@@ -144,10 +142,10 @@ def _reward(config: Config | None, run: Path) -> Reward:
     reward = load_reward(config.reward, path, device)
     if not config.reward.calibrate:
         return reward
-    try:
-        return replace(reward, **json.loads((run / "summary.json").read_text(encoding="utf-8"))["calibration"])
-    except OSError as error:
-        raise ConfigError(f"--score: {run} has no summary.json with the scale of its scores; it did not end") from error
+    scale = reward_scale(run)
+    if scale is None:
+        raise ConfigError(f"--score: {run} has no summary.json with the scale of its scores, and no checkpoint")
+    return replace(reward, **scale)
 
 
 def _prompts(options: argparse.Namespace) -> Iterator[list[str]]:

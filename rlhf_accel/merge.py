@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 from rlhf_accel import assets
-from rlhf_accel.checkpoint import VALUE_HEAD
+from rlhf_accel.checkpoint import VALUE_HEAD, model_folder
 from rlhf_accel.config import Config, ConfigError, load
 from rlhf_accel.models import CRITIC, DTYPES, load_pretrained
 from rlhf_accel.runtime import quiet_libraries
@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> None:
     if (folder / "config.yaml").is_file():
         model = load(Config, folder / "config.yaml").model
         base, trust = base or model.name_or_path, model.trust_remote_code
-        folder = folder / options.which
+        folder = model_folder(folder, options.which)
     merge(folder, options.output, base=base, dtype=options.dtype, trust_remote_code=trust)
     print(f"merged into {options.output}")
 

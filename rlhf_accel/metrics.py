@@ -72,7 +72,31 @@ METRICS = (
     ),
     Metric("perf/peak_memory_mib", "MiB", "peak memory of a process so far: GPU if there is one", "max over ranks"),
     Metric("eval/score", "score", "score on held-out prompts; only where evaluated", "mean over responses"),
+    Metric("eval/score_ci", "score", "half-width of its 95 % interval: 1.96 s / sqrt(prompts)", "over prompts"),
     Metric("eval/kl", "nats/response", "KL to the reference there, k1", "mean over responses"),
+    Metric("eval/kl_ci", "nats/response", "half-width of its 95 % interval", "over prompts"),
+    Metric("eval/length", "tokens", "length of a response there", "mean over responses"),
+    Metric("eval/eos_fraction", "", "responses there that a stop ended", "mean over responses"),
+    Metric("eval/distinct_1", "", "distinct tokens by tokens", "over the tokens of all responses"),
+    Metric("eval/distinct_2", "", "the same of pairs of tokens", "over the pairs of all responses"),
+    Metric("eval/self_repetition", "", "share of a response's 4-grams that it already had", "mean over responses"),
+    Metric(
+        "eval/reference_perplexity",
+        "",
+        "perplexity of the responses under the reference, at rollout.temperature",
+        "over the tokens of all responses",
+    ),
+    Metric(
+        "eval/win_rate",
+        "",
+        "responses that score above the base's of the same prompt and random numbers; ties are half",
+        "mean over responses",
+    ),
+    Metric("eval/win_rate_ci", "", "half-width of its 95 % interval", "over prompts"),
+    Metric(
+        "eval/gold/NAME", "gold score", "what reward.gold's NAME says there; null if it failed", "mean over responses"
+    ),
+    Metric("eval/gold_ci/NAME", "gold score", "half-width of its 95 % interval", "over prompts"),
 )
 NAMES = frozenset(metric.name for metric in METRICS)
 
@@ -194,8 +218,9 @@ class JsonLines:
 class Progressline:
     """The live line of a run: on a terminal a bar that stays in place, elsewhere one plain line a step."""
 
-    def __init__(self, total: int, *, enabled: bool) -> None:
+    def __init__(self, total: int, *, enabled: bool, unit: str = "step") -> None:
         self.enabled = enabled
+        self._unit = unit
         self.console = Console(soft_wrap=True, quiet=not enabled, emoji=False)
         self._total = total
         self._started = time.perf_counter()
@@ -205,7 +230,7 @@ class Progressline:
 
     def __enter__(self) -> Progressline:
         if self.enabled and self.console.is_terminal:
-            columns = ("step", BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"))
+            columns = (self._unit, BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"))
             self._bar = Progress(*columns, "left", TimeRemainingColumn(), console=self.console, transient=True)
             self._bar.start()
             self._task = self._bar.add_task("", total=self._total)
@@ -217,18 +242,21 @@ class Progressline:
             self._bar.stop()
 
     def show(self, metrics: Mapping[str, float]) -> None:
-        step = int(metrics["step"])
         text = (
             f"score {metrics['objective/score']:+.3f}  kl {metrics['objective/kl']:.2f}  "
             f"entropy {metrics['objective/entropy']:.2f}  {metrics['time/step']:.1f} s/step"
         )
+        self.advance(int(metrics["step"]), text)
+
+    def advance(self, done: int, text: str) -> None:
+        """So many steps of the total, counted from 1, are done."""
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=step, description=text)
+            self._bar.update(self._task, completed=done, description=text)
             return
-        self._first = step - 1 if self._first is None else self._first
-        left = (time.perf_counter() - self._started) / (step - self._first) * (self._total - step)
+        self._first = done - 1 if self._first is None else self._first
+        left = (time.perf_counter() - self._started) / (done - self._first) * (self._total - done)
         minutes, seconds = divmod(round(left), 60)
-        self.console.print(f"step {step}/{self._total}  {text}  left {minutes}:{seconds:02}", highlight=False)
+        self.console.print(f"{self._unit} {done}/{self._total}  {text}  left {minutes}:{seconds:02}", highlight=False)
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False)
@@ -287,6 +315,10 @@ class Journal:
                 f"held-out score {base['score']:+.3f} (std {base['score_std']:.3f}) before, {trained['score']:+.3f} "
                 f"after: a gain of {summary['gain']:.2f} standard deviations at a KL of {trained['kl']:.2f} nats"
             )
+        for key in summary.get("trained", ()):
+            if key.startswith("gold/") and key in summary["base"]:
+                before, after = summary["base"][key], summary["trained"][key]
+                self.line.say(f"{key.removeprefix('gold/')}, not trained on: {before:+.3f} before, {after:+.3f} after")
         self.line.say(f"{summary['steps']} steps in {summary['seconds']:.0f} s; the model: {self.folder / 'final'}")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, load_peft_weights
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
@@ -225,6 +225,23 @@ def load_policy(config: Config, path: str, device: torch.device) -> LanguageMode
             model, config, context_fn=lambda: (contextlib.nullcontext(), adapter(model, model.active_adapter))
         )
     return model
+
+
+def exported_weights(policy: LanguageModel, config: Config, folder: str) -> dict[str, Tensor]:
+    """The weights of a full model or an adapter that a run exported to `folder`, by the names that they have in this
+    policy. Raises `ConfigError` if they are of another kind of policy or cannot be read."""
+    if config.lora.r == 0:
+        return dict(_load(AutoModelForCausalLM, config.model, folder, torch.float32, "--which").named_parameters())
+    # peft's own names in files, found by what becomes of a mark for each parameter.
+    marks = {name: torch.empty(0) for name, _ in policy.named_parameters()}
+    in_files = get_peft_model_state_dict(policy, marks, POLICY, save_embedding_layers=False)
+    names = {id(mark): name for name, mark in marks.items()}
+    try:
+        saved = load_peft_weights(folder, device="cpu")
+        return {names[id(mark)]: saved[name] for name, mark in in_files.items()}
+    except Exception as error:  # a missing, broken or foreign file raises many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{folder}: holds no adapter of this run ({reason})") from error
 
 
 def _continued(model: LanguageModel, config: Config, path: str) -> LanguageModel:

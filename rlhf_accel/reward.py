@@ -5,6 +5,7 @@ Rewards see text only. Whatever a reward returns becomes fp32 and is checked her
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import logging
@@ -26,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf_accel.config import ConfigError, RewardConfig
+from rlhf_accel.config import ConfigError, RewardConfig, gold_name
 from rlhf_accel.models import DTYPES, load_pretrained
 from rlhf_accel.runtime import computes_in_bf16
 
@@ -71,11 +72,16 @@ class Reward:
         parts = []
         for name, _, term in self.terms:
             parts.append(_call(name, term, prompts, responses, columns, self.timeout))
-            for score, response in zip(parts[-1].tolist(), responses, strict=True):
-                if not math.isfinite(score):
-                    raise RewardError(
-                        f"{name} returned {score} for the response {response!r:.80}; return finite numbers"
-                    )
+            _check_finite(name, parts[-1], responses)
+        return self._sum(parts)
+
+    def finite(
+        self, prompts: Sequence[str], responses: Sequence[str], columns: Mapping[str, Sequence[Any]]
+    ) -> Float[Tensor, " B"]:
+        """As a call, but a score that is not finite raises `RewardError` too."""
+        parts = [self._patiently(name, term, prompts, responses, columns) for name, _, term in self.terms]
+        for (name, _, _), part in zip(self.terms, parts, strict=True):
+            _check_finite(name, part, responses)
         return self._sum(parts)
 
     def _sum(self, parts: Sequence[Float[Tensor, " B"]]) -> Float[Tensor, " B"]:
@@ -271,11 +277,44 @@ def reward_of(config: RewardConfig, terms: tuple[tuple[str, float, RewardFunctio
     )
 
 
-def import_function(target: str) -> RewardFunction:
-    """The callable at `package.module:callable`; the working folder is on the path, as for `python -m`."""
+def load_golds(config: RewardConfig) -> dict[str, Reward]:
+    """The rewards of reward.gold by the names of their figures: called and retried like others, their scores as they
+    are. Raises `ConfigError` if one cannot be imported."""
+    golds = {}
+    for target in config.gold:
+        terms = ((f"reward.gold={target}", 1.0, import_function(target, "reward.gold")),)
+        golds[gold_name(target)] = replace(reward_of(config, terms), clip=None)
+    return golds
+
+
+def vader(prompts: Sequence[str], responses: Sequence[str], **columns: Sequence[Any]) -> list[float]:
+    """The sentiment of prompt + response in [-1, 1] by a lexicon: the compound of VADER (Hutto and Gilbert 2014).
+
+    Raises `ModuleNotFoundError` where the package vaderSentiment is not installed.
+    """
+    analyzer = _vader_analyzer()
+    return [analyzer.polarity_scores(p + r)["compound"] for p, r in zip(prompts, responses, strict=True)]
+
+
+@functools.cache
+def _vader_analyzer() -> Any:
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{error}; pip install vaderSentiment, or leave it out with --reward.gold '[]'"
+        ) from error
+    return SentimentIntensityAnalyzer()
+
+
+def import_function(target: str, key: str = "reward.function") -> RewardFunction:
+    """The callable at `package.module:callable`; the working folder is on the path, as for `python -m`.
+
+    Raises `ConfigError` naming `key`, the config's key that it came from, if there is none.
+    """
     module_name, colon, name = target.partition(":")
     if not colon or not module_name or not name:
-        raise ConfigError(f"reward.function={target}: expected package.module:callable")
+        raise ConfigError(f"{key}={target}: expected package.module:callable")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
@@ -283,13 +322,13 @@ def import_function(target: str) -> RewardFunction:
     except Exception as error:  # whatever the module does when it is imported
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(
-            f"reward.function={target}: {module_name} cannot be imported ({reason}) from {Path.cwd()} or PYTHONPATH"
+            f"{key}={target}: {module_name} cannot be imported ({reason}) from {Path.cwd()} or PYTHONPATH"
         ) from error
     if not hasattr(module, name):
-        raise ConfigError(f"reward.function={target}: the module {module_name} has no {name}")
+        raise ConfigError(f"{key}={target}: the module {module_name} has no {name}")
     function = getattr(module, name)
     if not callable(function):
-        raise ConfigError(f"reward.function={target}: {name} is not callable")
+        raise ConfigError(f"{key}={target}: {name} is not callable")
     return function
 
 
@@ -319,6 +358,12 @@ def _call(
     if scores.shape != (len(prompts),):
         raise RewardError(f"{name} returned {_amount(scores)} for {len(prompts)} responses; return one number for each")
     return scores
+
+
+def _check_finite(name: str, scores: Float[Tensor, " B"], responses: Sequence[str]) -> None:
+    for score, response in zip(scores.tolist(), responses, strict=True):
+        if not math.isfinite(score):
+            raise RewardError(f"{name} returned {score} for the response {response!r:.80}; return finite numbers")
 
 
 def _within(seconds: float | None, work: Callable[[], T]) -> T:

@@ -23,7 +23,7 @@ from rlhf_accel.experience import make_experience
 from rlhf_accel.faults import Fault, explain, rollout_fault
 from rlhf_accel.keeper import Keeper
 from rlhf_accel.metrics import Progressline, Stopwatch
-from rlhf_accel.reward import Reward, RewardError, RewardFunction, load_reward, reward_of
+from rlhf_accel.reward import Reward, RewardError, RewardFunction, load_golds, load_reward, reward_of
 from rlhf_accel.rollout import FailedScoring, Sampler
 from rlhf_accel.runtime import multiplies_exactly, reseed
 from rlhf_accel.tokens import Tokens
@@ -89,9 +89,10 @@ class PPOTrainer:
         reference = models.load_reference(config, policy)
         reward_path = self._reward_path()
         self.reward = self._load_reward(reward, reward_path)
+        self.golds = self._on_main_first(lambda: load_golds(config.reward))
         self._try_reward()
         module = models.build(config, policy, policy_path, reward_path)
-        self._say_what_runs(module)
+        self._what_runs = self._describe(module)
         optim = config.optim
         groups = models.parameter_groups(module, optim)
         optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
@@ -117,6 +118,7 @@ class PPOTrainer:
         """
         with StopRequest() as self._stop:
             try:
+                self.line.say(f"run folder {self.folder}\n{self._what_runs}")
                 self._prepare()
                 self.keeper.open(self.progress, self.resume_from)
                 return self._train()
@@ -140,7 +142,12 @@ class PPOTrainer:
         if self.progress.step == 0 and self.progress.base is None:
             base = self._evaluate()
             if base is not None:
-                self.progress = replace(self.progress, base=base.figures(), base_samples=first_samples(base, _SHOWN))
+                self.progress = replace(
+                    self.progress,
+                    base=base.figures,
+                    base_scores=base.rollout.scores.tolist(),
+                    base_samples=first_samples(base, _SHOWN),
+                )
             self._stop_if_asked()
         total = self.config.run.total_steps
         with self.line:
@@ -165,7 +172,7 @@ class PPOTrainer:
         if self._evaluates_after(step):
             self._evaluation = self._evaluate()
             if self._evaluation is not None:
-                metrics = metrics | {"eval/score": self._evaluation.score, "eval/kl": self._evaluation.kl}
+                metrics = metrics | self._evaluation.metrics()
                 self._keep_best(self._evaluation)
         self.progress = replace(self.progress, unrecorded=None)
         self.keeper.record(metrics)
@@ -402,7 +409,8 @@ class PPOTrainer:
         """Score a few prompts as they are, so that a reward that cannot work fails before training."""
         few = self.prompts.fixed(2)
         try:
-            self.reward.try_out(few.texts, few.texts, few.columns)
+            for reward in (self.reward, *self.golds.values()):
+                reward.try_out(few.texts, few.texts, few.columns)
         except RewardError as error:
             raise ConfigError(str(error).replace("\n", " ")) from error
 
@@ -440,21 +448,27 @@ class PPOTrainer:
         self.line.say(f"evaluating on {len(prompts)} held-out prompts")
         self.keeper.heartbeat(f"evaluation after step {self.progress.step}")
         reseed(self.config.run.seed, self.progress.step, self.runtime.rank, _EVALUATION)
-        return evaluate(self.sampler, self.reward, prompts)
+        scores = self.progress.base_scores
+        # run.changes may have let a run that goes on evaluate on more or fewer prompts.
+        base = torch.tensor(scores)[:, None] if scores is not None and len(scores) == len(prompts) else None
+        return evaluate(self.sampler, self.reward, prompts, golds=self.golds, base=base, say=self.line.say)
 
     def _evaluates_after(self, step: int) -> bool:
         return _due(step, self.config.run.eval_every) or step == self.config.run.total_steps
 
     def _keep_best(self, evaluation: Evaluation) -> None:
-        best = self.progress.best_score
-        if not math.isfinite(evaluation.score) or (best is not None and evaluation.score <= best):
+        best, budget = self.progress.best_score, self.config.run.best_kl_budget
+        score, kl = evaluation.figures["score"], evaluation.figures["kl"]
+        if not math.isfinite(score) or (best is not None and score <= best):
+            return
+        if budget is not None and not kl <= budget:
             return
         try:
-            self.keeper.export("best", {"eval/score": evaluation.score, "eval/kl": evaluation.kl}, self.tokens)
+            self.keeper.export("best", {"eval/score": score, "eval/kl": kl}, self.tokens)
         except SaveError as error:
             self.line.say(f"warning: best/ could not be written: {error}")
         else:
-            self.progress = replace(self.progress, best_score=evaluation.score)
+            self.progress = replace(self.progress, best_score=score, best_kl=kl, best_step=self.progress.step)
 
     def _log_samples(self, step: int) -> None:
         if self.rollout is not None and self.config.run.sample_every:
@@ -531,10 +545,22 @@ class PPOTrainer:
     def _resume(self, place: Path) -> None:
         self.progress = checkpoint.load_progress(place)
         if not self.runtime.from_main((self.folder / "best").is_dir):  # another run's best, in another folder
-            self.progress = replace(self.progress, best_score=None)
+            self.progress = replace(self.progress, best_score=None, best_kl=None, best_step=None)
+        self._forget_a_best_beyond_the_budget()
+        if self.progress.base is not None and self.progress.base_scores is None:
+            self.line.say(f"{place} holds no scores of the base: evaluations are without eval/win_rate")
         self.kl_controller = self._kl_controller()
         self.reward = replace(self.reward, mean=self.progress.reward_mean, std=self.progress.reward_std)
         self.line.say(f"going on after step {self.progress.step} from {place}")
+
+    def _forget_a_best_beyond_the_budget(self) -> None:
+        """Of a run that goes on with another run.best_kl_budget: its best/ stays until an evaluation is within it."""
+        budget, kl = self.config.run.best_kl_budget, self.progress.best_kl
+        if budget is None or self.progress.best_score is None or (kl is not None and kl <= budget):
+            return
+        found = "an unknown KL" if kl is None else f"a KL of {kl:.2f} nats"
+        self.line.say(f"best/ has {found}, beyond run.best_kl_budget={budget:g}: the next within it takes its place")
+        self.progress = replace(self.progress, best_score=None, best_kl=None, best_step=None)
 
     def _finish(self) -> dict[str, Any]:
         """Export the policy and write what the run did to the held-out score."""
@@ -547,15 +573,20 @@ class PPOTrainer:
         if last is not None and self.progress.base is not None:
             summary |= compare(self.progress.base, last)
             summary["samples"] = sample_pairs(self.progress.base_samples or [], last)
+        best = self.progress
+        if best.best_score is not None:
+            summary["best"] = {"step": best.best_step, "score": best.best_score, "kl": best.best_kl}
+        if last is not None and best.best_score is None and self.config.run.best_kl_budget is not None:
+            budget = self.config.run.best_kl_budget
+            self.line.say(f"warning: no evaluation was within run.best_kl_budget={budget:g}: best/ is not written")
         self.keeper.finish(summary, self.tokens)
         return summary
 
-    def _say_what_runs(self, module: models.PolicyWithValue) -> None:
+    def _describe(self, module: models.PolicyWithValue) -> str:
         trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
         held = sum(p.numel() for p in module.parameters())
         dtype = str(models.resolve_dtype(self.config, self.runtime.device)).removeprefix("torch.")
-        self.line.say(
-            f"run folder {self.folder}\n"
+        return (
             f"policy {self.config.model.name_or_path} in {dtype}, {trainable:,} of {held:,} parameters learn; critic "
             f"{self.config.model.critic}; {self.runtime.world_size} process(es) on {self.runtime.device.type} in "
             f"{self.runtime.precision}; {len(self.prompts)} prompts to train on"

@@ -28,7 +28,12 @@ KEYS = {
     *("time/rollout", "time/score", "time/update", "time/step"),
     *("perf/samples_per_second", "perf/response_tokens_per_second", "perf/peak_memory_mib"),
 }
-EVALUATED = {"eval/score", "eval/kl"}
+EVALUATED = {
+    *("eval/score", "eval/score_ci", "eval/kl", "eval/kl_ci", "eval/length", "eval/eos_fraction"),
+    *("eval/distinct_1", "eval/distinct_2", "eval/self_repetition", "eval/reference_perplexity"),
+    *("eval/win_rate", "eval/win_rate_ci"),
+}
+GOLD = {"eval/gold/NAME", "eval/gold_ci/NAME"}
 
 
 def read(path):
@@ -89,7 +94,7 @@ def assert_same_run(one, other, tolerance):
 
 def test_metrics_are_those_of_the_contract(fit):
     _, rows = fit(run={"eval_samples": 4, "eval_every": 1, "total_steps": 3})
-    assert KEYS | EVALUATED == metrics_module.NAMES
+    assert KEYS | EVALUATED | GOLD == metrics_module.NAMES
     assert all(set(row) == KEYS | EVALUATED for row in rows)
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert [row["episodes"] for row in rows] == [8, 16, 24]

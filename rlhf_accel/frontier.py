@@ -1,0 +1,323 @@
+"""What any policy could reach: the reward-KL frontier of a reference, estimated from scored samples of it.
+
+It knows best-of-n and the optimum of the KL-regularised objective, and imports numpy only. It refuses to know models,
+prompts, configs and files: scores in, curves out.
+
+The optimum for one `beta` is the reference tilted by the reward, `pi*(y|x) ~ pi_ref(y|x) exp(r(x, y) / beta)`: no
+policy with the same KL has a higher mean reward (Korbak et al. 2022, "RL with KL penalties is better viewed as Bayesian
+inference"). One `beta` serves all prompts, for the KL and the reward of a run are means over prompts.
+
+Shapes: `P` prompts, `N` samples of the reference for each, `J` betas, `K` best-of-n points, `M` places on the KL axis,
+`B` bootstrap replicates. Scores in the reward's unit, KL in nats per response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+from jaxtyping import Float
+
+# An estimate with few effective samples is too low: the weights cannot reach rewards that were not sampled. On
+# Gaussian, bounded and bimodal scores (64 to 1024 samples) the curve is at most 2 % below the truth while nine tenths of the
+# prompts have 5 effective samples. Rewards with a long tail go wrong earlier, which half of the samples betray: the
+# bias falls about as 1/N, so the gap between all samples and half of them is about the bias that is left.
+MIN_ESS = 5.0
+MAX_GAP = 0.02
+
+_BETAS = 96
+_WIDEST, _NARROWEST = 30.0, 1 / 30  # betas in standard deviations of a prompt's scores; KL 0.0006 to beyond log N
+_REPLICATES = 1000
+_TAILS = (2.5, 97.5)  # percentiles
+_BOUND_TO = 20  # nats; the bound is written at every whole nat up to here
+
+_Curve = TypeVar("_Curve", "Optimum", "BestOfN", "Bound")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestOfN:
+    """The best of n samples: its KL, gain over the reference and the gain's 95 % interval."""
+
+    n: int
+    kl: float
+    gain: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimum:
+    """The reference tilted with `beta`; `ess` is the effective sample size, mean over prompts."""
+
+    beta: float
+    kl: float
+    gain: float
+    low: float | None
+    high: float | None
+    ess: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """No policy with this KL has more than this gain, for all that the samples tell."""
+
+    kl: float
+    gain: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """A gain divided by the largest at the same KL; where that is only bounded, the true share is at least this."""
+
+    value: float
+    is_lower_bound: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frontier:
+    """Curves of gain over the mean score of the reference; intervals are None where there is one prompt only.
+
+    `optimum` runs from small KL to `reliable_kl`, the largest KL at which the samples still suffice (0 if none), and
+    `bound` goes on from there.
+    """
+
+    prompts: int
+    samples: int
+    score: float
+    score_std: float
+    """Over all samples of all prompts."""
+    low: float | None
+    high: float | None
+    best_of_n: tuple[BestOfN, ...]
+    optimum: tuple[Optimum, ...]
+    reliable_kl: float
+    bound: tuple[Bound, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        """As a file holds it: the scores under `reference`, and an empty `points` for a run's evaluations."""
+        return {
+            "prompts": self.prompts,
+            "samples": self.samples,
+            "reference": {"score": self.score, "score_std": self.score_std, "low": self.low, "high": self.high},
+            "best_of_n": [asdict(point) for point in self.best_of_n],
+            "optimum": [asdict(point) for point in self.optimum],
+            "reliable_kl": self.reliable_kl,
+            "bound": [asdict(point) for point in self.bound],
+            "points": [],
+        }
+
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> Frontier:
+        """The inverse of `to_json`; other keys are left alone. Raises `KeyError`, `TypeError` or `ValueError`."""
+        return cls(
+            prompts=told["prompts"],
+            samples=told["samples"],
+            **{key: told["reference"][key] for key in ("score", "score_std", "low", "high")},
+            best_of_n=_points(BestOfN, told["best_of_n"]),
+            optimum=_points(Optimum, told["optimum"]),
+            reliable_kl=float(told["reliable_kl"]),
+            bound=_points(Bound, told["bound"]),
+        )
+
+    def gain_at(self, kl: float) -> float | None:
+        """The largest gain that a policy may have at this KL; None where no samples suffice, or at KL 0.
+
+        By Donsker and Varadhan, `E_pi[r] <= beta KL + beta log E_ref[exp(r / beta)]` for every policy and every beta,
+        with equality for the optimum. The least of these lines is the curve itself up to `reliable_kl`, and beyond it
+        a valid bound: the tangent at the last beta whose samples suffice.
+        """
+        if not self.optimum or kl <= 0:
+            return None
+        return min(point.gain + point.beta * (kl - point.kl) for point in self.optimum)
+
+
+def _points(kind: type[_Curve], rows: list[dict[str, Any]]) -> tuple[_Curve, ...]:
+    return tuple(kind(**row) for row in rows)
+
+
+def share_of_optimum(frontier: Frontier, kl: float, gain: float) -> Share | None:
+    """`gain` (scores, over the reference's mean) as a share of the optimum's gain at equal `kl` (nats per response).
+
+    Beyond `reliable_kl` the optimum is only bounded, and so is the share, from below. None at KL 0, where nothing can
+    be gained, and where too few samples were drawn for any optimum.
+    """
+    best = frontier.gain_at(kl)
+    if best is None or best <= 0:
+        return None
+    return Share(value=gain / best, is_lower_bound=kl > frontier.reliable_kl)
+
+
+def estimate(scores: Float[np.ndarray, "P N"], *, seed: int = 0) -> Frontier:
+    """The frontier from `scores[p, i]`, the reward of the i-th independent sample of the reference for prompt p.
+
+    Intervals are 95 %, by bootstrap over prompts, which holds the noise of sampling too. `seed` is the bootstrap's.
+    Raises `ValueError` for scores that are not finite, or not a (P, N) array with at least one of each.
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    if scores.ndim != 2 or not scores.size:
+        raise ValueError(f"scores has shape {scores.shape}, expected (prompts, samples) with at least one of each")
+    if not np.isfinite(scores).all():
+        raise ValueError(f"{np.count_nonzero(~np.isfinite(scores))} of {scores.size} scores are not finite")
+    prompts, samples = scores.shape
+    means = scores.mean(axis=1)
+    draws = _bootstrap_weights(prompts, seed)
+    low, high = _interval(draws @ means) if draws is not None else (None, None)
+
+    sizes = _sizes(samples)
+    gains = expected_maxima(scores, sizes) - means[:, None]
+    lows, highs = _intervals(None if draws is None else draws @ gains, len(sizes))
+    best = [
+        BestOfN(n=int(n), kl=best_of_n_kl(int(n)), gain=float(gain), low=a, high=b)
+        for n, gain, a, b in zip(sizes, gains.mean(axis=0), lows, highs, strict=True)
+    ]
+    optimum, bound = _optimum(scores, draws)
+    return Frontier(
+        prompts=prompts,
+        samples=samples,
+        score=float(means.mean()),
+        score_std=float(scores.std()),
+        low=low,
+        high=high,
+        best_of_n=tuple(best),
+        optimum=tuple(optimum),
+        reliable_kl=optimum[-1].kl if optimum else 0.0,
+        bound=tuple(bound),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Best of n
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def best_of_n_kl(n: int) -> float:
+    """KL of the best of n samples to the reference, nats: exact without ties among scores, else an upper bound.
+
+    Source: Beirami et al. 2024, "Theoretical guarantees on the best-of-n alignment policy", theorem 1.
+
+    >>> [round(best_of_n_kl(n), 3) for n in (1, 2, 64)]
+    [0.0, 0.193, 3.175]
+    """
+    return float(np.log(n) - (n - 1) / n)
+
+
+def expected_maxima(scores: Float[np.ndarray, "P N"], sizes: list[int]) -> Float[np.ndarray, "P K"]:
+    """For each prompt and each n of `sizes`, the mean over all subsets of n of the N scores of the largest in it.
+
+    The k-th smallest score is the largest of `C(k-1, n-1)` of the `C(N, n)` subsets. That share is n/N for the largest,
+    and falls by (k-n+1)/k from k+1 to k, so that no binomial is ever formed.
+
+    >>> expected_maxima(np.array([[3.0, 1.0, 2.0]]), [1, 2, 3]).round(3).tolist()
+    [[2.0, 2.667, 3.0]]
+    """
+    ordered = np.sort(scores, axis=1)
+    count = scores.shape[1]
+    ranks = np.arange(count - 1, 0, -1)  # k of the second largest, then down
+    columns = []
+    for n in sizes:
+        falling = np.cumprod(np.concatenate([[n / count], np.clip((ranks - n + 1) / ranks, 0.0, None)]))
+        columns.append(ordered @ falling[::-1])
+    return np.stack(columns, axis=1)
+
+
+def _sizes(samples: int) -> list[int]:
+    """1, 2, 4, … and all samples."""
+    powers = [2**k for k in range(samples.bit_length()) if 2**k < samples]
+    return [*powers, samples]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tilted reference
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _optimum(scores: np.ndarray, draws: np.ndarray | None) -> tuple[list[Optimum], list[Bound]]:
+    """The curve as far as its samples suffice, and the bound beyond."""
+    spread = float(np.sqrt(scores.var(axis=1).mean()))
+    if not spread > 1e-9 * np.abs(scores).max():  # constant scores: nothing to gain
+        return [], []
+    betas = np.geomspace(_WIDEST * spread, _NARROWEST * spread, _BETAS)
+    gains, kls, sizes = _tilt(scores, betas)
+    gain, kl = gains.mean(axis=0), kls.mean(axis=0)
+    enough = np.quantile(sizes, 0.1, axis=0) >= MIN_ESS
+    if enough.any():
+        # The mean over the odd and the even samples, at equal KL: both halves together have seen the same scores.
+        halves = [_lines(_tilt(scores[:, start::2], betas), betas).mean(axis=0) for start in (0, 1)]
+        enough &= gain - _least(betas, np.mean(halves, axis=0)[None], kl)[0] <= MAX_GAP * gain
+    count = len(betas) if enough.all() else int(np.argmin(enough))
+    if not count:
+        return [], []
+    betas, gain, kl = betas[:count], gain[:count], kl[:count]
+    ends = [float(nats) for nats in range(1, _BOUND_TO + 1) if nats > kl[-1]]
+    beyond = np.array([kl[-1], *ends])
+    lines = _lines((gains[:, :count], kls[:, :count], sizes), betas)
+    drawn = None if draws is None else _least(betas, draws @ lines, np.concatenate([kl, beyond]))
+    lows, highs = _intervals(drawn, count + len(beyond))
+    curve = [
+        Optimum(beta=float(b), kl=float(k), gain=float(g), low=lows[j], high=highs[j], ess=float(sizes[:, j].mean()))
+        for j, (b, k, g) in enumerate(zip(betas, kl, gain, strict=True))
+    ]
+    bound = [
+        Bound(kl=float(nats), gain=float(gain[-1] + betas[-1] * (nats - kl[-1])), low=low, high=high)
+        for nats, low, high in zip(beyond, lows[count:], highs[count:], strict=True)
+    ]
+    return curve, bound
+
+
+def _tilt(
+    scores: Float[np.ndarray, "P N"], betas: Float[np.ndarray, " J"]
+) -> tuple[Float[np.ndarray, "P J"], Float[np.ndarray, "P J"], Float[np.ndarray, "P J"]]:
+    """Gain, KL and effective sample size of each prompt under each beta, by self-normalised importance weights."""
+    means, top = scores.mean(axis=1), scores.max(axis=1, keepdims=True)
+    gains, kls, sizes = (np.empty((len(scores), len(betas))) for _ in range(3))
+    for j, beta in enumerate(betas):
+        tilts = np.exp((scores - top) / beta)  # at most 1, and 1 for one of them: neither overflow nor a sum of 0
+        total = tilts.sum(axis=1)
+        tilted = (tilts * scores).sum(axis=1) / total
+        log_normalizer = top[:, 0] / beta + np.log(total / scores.shape[1])
+        gains[:, j] = tilted - means
+        kls[:, j] = np.maximum(tilted / beta - log_normalizer, 0.0)
+        sizes[:, j] = total**2 / (tilts**2).sum(axis=1)
+    return gains, kls, sizes
+
+
+def _lines(tilted: tuple[np.ndarray, np.ndarray, np.ndarray], betas: np.ndarray) -> Float[np.ndarray, "P J"]:
+    """Where each beta's line, of slope beta in the plane of KL and gain, meets KL 0."""
+    gains, kls, _ = tilted
+    return gains - betas * kls
+
+
+def _least(
+    betas: Float[np.ndarray, " J"], lines: Float[np.ndarray, "B J"], kl: Float[np.ndarray, " M"]
+) -> Float[np.ndarray, "B M"]:
+    """The lowest line at each KL: the gain of the optimum, see `Frontier.gain_at`."""
+    return np.stack([(lines + betas * nats).min(axis=1) for nats in kl], axis=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bootstrap
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _bootstrap_weights(prompts: int, seed: int) -> np.ndarray | None:
+    """(replicates, P) weights that sum to 1 in each replicate; None for one prompt, which tells of no spread."""
+    if prompts < 2:
+        return None
+    return np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), _REPLICATES) / prompts
+
+
+def _interval(replicates: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(replicates, _TAILS)
+    return float(low), float(high)
+
+
+def _intervals(replicates: np.ndarray | None, count: int) -> tuple[list[float | None], list[float | None]]:
+    """Lows and highs of each column."""
+    if replicates is None:
+        return [None] * count, [None] * count
+    low, high = np.percentile(replicates, _TAILS, axis=0)
+    return low.tolist(), high.tolist()
