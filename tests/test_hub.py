@@ -158,11 +158,19 @@ class _HubHandler(BaseHTTPRequestHandler):
         self.server.asked.append((self.path, body))
         if self.path == "/api/repos/create":
             name = json.loads(body)["name"]
-            return self.answer(200, {"url": f"http://hub/ada/{name}", "name": f"ada/{name}", "id": "1"})
+            return self.answer(200, {"url": f"https://huggingface.co/ada/{name}", "name": f"ada/{name}", "id": "1"})
         if "/preupload/" in self.path:
             files = [{**file, "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
             return self.answer(200, {"files": files})
-        return self.answer(200, {"success": True, "commitOid": "0" * 40, "commitUrl": "http://hub/c", "hookOutput": ""})
+        return self.answer(
+            200,
+            {
+                "success": True,
+                "commitOid": "0" * 40,
+                "commitUrl": f"https://huggingface.co/ada/m/commit/{0:040}",
+                "hookOutput": "",
+            },
+        )
 
     def answer(self, status, tree):
         body = json.dumps(tree).encode()
@@ -196,7 +204,7 @@ def test_the_real_client_sends_the_files_to_a_server(server, exported, monkeypat
     monkeypatch.setenv("HF_TOKEN", "hf_right")
     hub.main([str(exported), "ada/m", "--base", "openai-community/gpt2", "--private"])
     created = next(json.loads(body) for path, body in server.asked if path == "/api/repos/create")
-    assert created["private"] is True
+    assert created.get("visibility") == "private" or created.get("private") is True
     commit = next(body for path, body in server.asked if "/commit/" in path)
     files = {line["value"]["path"] for line in map(json.loads, commit.splitlines()) if line["key"] == "file"}
     assert files == {
