@@ -45,6 +45,12 @@ def test_names_that_the_hub_does_not_know_stay_out_of_the_front_matter(tiny):
     assert recipe.datasets is None
 
 
+def test_a_folder_that_looks_like_a_hub_id_is_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lvwerra" / "gpt2-imdb").mkdir(parents=True)
+    assert ModelCard(model_card(hub_config(), {}, VERSIONS)).data.base_model is None
+
+
 def test_the_card_says_what_was_done_and_what_came_out():
     results = {
         "steps": 15,
@@ -62,6 +68,7 @@ def test_the_card_says_what_was_done_and_what_came_out():
     assert "| win rate against the model before | 0.820 |" in card
     assert "| PPO steps | 15 |" in card
     assert "left out" not in card
+    assert "| samples" not in card
     assert "rlhf_accel 1.2.3, torch 2.13.0" in card
     for number in ("1707.06347", "1909.08593", "2203.02155", "2403.17031"):
         assert f"eprint = {{{number}}}" in card
