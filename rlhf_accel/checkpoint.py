@@ -163,7 +163,7 @@ def resume_folder(
     total = config.run.total_steps
     if progress.step > total:
         raise ConfigError(f"run.total_steps={total}: {place} has done {progress.step} steps already; raise it")
-    other = [f"{name} {old}" for name, old in manifest.versions.items() if old != _versions().get(name)]
+    other = [f"{name} {old}" for name, old in manifest.versions.items() if old != versions().get(name)]
     if other:
         say(f"{place} was written with {', '.join(other)}: figures may differ from here on by rounding")
     return place
@@ -401,7 +401,7 @@ def _write_manifest(folder: Path, runtime: Runtime) -> None:
         zero_stage=runtime.zero_stage,
         world_size=runtime.world_size,
         sharded=runtime.writes_shards,
-        versions=_versions(),
+        versions=versions(),
     )
     tree = asdict(manifest)
     # Without white space, so that no byte of it can change unnoticed.
@@ -413,7 +413,8 @@ def _digest(tree: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(tree, separators=(",", ":"), sort_keys=True).encode()).hexdigest()
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of this package and of those that figures depend on, where they are installed."""
     found = {"rlhf_accel": __version__, "python": platform.python_version()}
     for name in ("torch", "transformers", "accelerate", "peft", "deepspeed"):
         with suppress(PackageNotFoundError):
@@ -533,35 +534,6 @@ def read_dump(folder: Path) -> Dump:
         reason = f"name one of {', '.join(dumps)}" if dumps else str(error)
         raise ConfigError(f"{folder} is no dump of a run: {reason}") from None
     return Dump(config=load(Config, folder / "config.yaml"), facts=facts, experience=tensors[0], weights=tensors[1])
-
-
-def model_card(config: Config, results: Mapping[str, Any]) -> str:
-    """A model card with what the run was and what came out."""
-    lines = [f"| {key} | {value:.3f} |" for key, value in results.items() if isinstance(value, (int, float))]
-    named = (config.reward.model, config.reward.url, *config.reward.function)
-    reward = ", ".join(name for name in named if name is not None) or "a Python function"
-    peft = config.lora.r > 0
-    front = [
-        "---",
-        f"library_name: {'peft' if peft else 'transformers'}",
-        f"base_model: {config.model.name_or_path}",
-        "tags: [rlhf, ppo, rlhf_accel]",
-        "---",
-    ]
-    return "\n".join(
-        [
-            *front,
-            f"# {config.run.name}",
-            "",
-            f"`{config.model.name_or_path}`, fine-tuned by PPO{' with LoRA' if peft else ''} for "
-            f"{config.run.total_steps} steps of {config.rollout.batch_size} responses against the reward `{reward}`.",
-            "",
-            "| result | |",
-            "| --- | --- |",
-            *lines,
-            "",
-        ]
-    )
 
 
 def _first_free(parent: Path, name: str) -> Path:

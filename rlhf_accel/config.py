@@ -51,7 +51,8 @@ MAY_CHANGE = frozenset(
     [
         *("run.output_dir", "run.name", "run.total_steps", "run.save_every", "run.keep_checkpoints", "run.checkpoint"),
         *("run.max_failed_saves", "run.max_skipped_steps", "run.eval_every", "run.sample_every", "run.sample_count"),
-        *("run.resume", "run.changes", "run.collective_timeout", "run.trackers", "run.best_kl_budget", "reward.gold"),
+        *("run.resume", "run.changes", "run.collective_timeout", "run.trackers", "run.project", "run.best_kl_budget"),
+        *("run.push_to_hub", "run.hub_private", "reward.gold"),
         *("run.fast_kernels", "rollout.logprobs"),
         *("model.gradient_checkpointing", "rollout.gather_parameters", "rollout.forward_batch_size"),
         *("reward.batch_size", "reward.timeout", "reward.retries", "reward.retry_wait", "ppo.micro_batch_tokens"),
@@ -137,6 +138,12 @@ class RunConfig:
     rollout, while sampling; no result changes beyond rounding."""
     trackers: Strings = ("tensorboard",)
     """Trackers that Accelerate's `log_with` knows, beside metrics.jsonl, which is always written."""
+    project: str = "rlhf_accel"
+    """Project, or experiment, that trackers list the run under."""
+    push_to_hub: str | None = None
+    """Hub id `user/name` that final/ goes up to when the run is done; needs a token that may write there."""
+    hub_private: bool = False
+    """Make that repository a private one, if the run is what makes it."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -624,6 +631,8 @@ def _contradictions(config: Config) -> list[str]:
             f"rollout.min_new_tokens={rollout.min_new_tokens} is above "
             f"rollout.max_new_tokens={rollout.max_new_tokens}; lower it"
         )
+    if not run.project.strip(". ") or set(run.project) & set("/\\#?%:"):
+        problems.append(f"run.project={_short(run.project)} is no name for trackers; use none of / \\ # ? % :")
     if not all(rollout.stop):
         problems.append("rollout.stop holds an empty text, which every response contains; remove it")
     if data.eval_split is not None and data.eval_split in (data.split, data.source):

@@ -19,13 +19,21 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs
-from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object, is_deepspeed_available
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    LoggerType,
+    broadcast_object_list,
+    gather_object,
+    is_deepspeed_available,
+)
 from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from rlhf_accel import trackers
 from rlhf_accel.config import ConfigError, RunConfig
 from rlhf_accel.runtime import computes_in_bf16, peak_resident_mib, quiet_libraries, tune_process
 
@@ -50,6 +58,7 @@ class Runtime:
         minibatch: int = 1,
         gather_parameters: str = "auto",
     ) -> None:
+        _check_trackers(run.trackers)
         tune_process()
         quiet_libraries()
         no_gpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
@@ -91,6 +100,7 @@ class Runtime:
         self._max_grad_norm = max_grad_norm
         self._gather_parameters = gather_parameters
         self._trackers = run.trackers
+        self._failed_trackers: set[str] = set()
         self.writes_shards = deepspeed is not None and run.checkpoint == "sharded"
         self._module: Any = None
         self._optimizer: Any = None
@@ -472,28 +482,64 @@ class Runtime:
         if self.world_size > 1:
             _tell("waits", "")
 
-    def start_trackers(self, name: str, config: dict[str, Any], folder: Path) -> None:
-        self._accelerator.project_configuration.logging_dir = str(folder / "trackers")
+    def start_trackers(self, run: RunConfig, config: dict[str, Any], folder: Path, first_step: int | None) -> None:
+        """Open the run in every tracker, with the flat config as its settings; called by every rank.
+
+        `first_step` as in `trackers.settings`. Raises `ConfigError` on every rank if a tracker cannot be started.
+        """
+        place = folder / "trackers"
+        self._accelerator.project_configuration.logging_dir = str(place)
         try:
-            problem = failure(lambda: self._accelerator.init_trackers(name, config=config))
+            problem = failure(lambda: self._start_trackers(run, config, place, first_step))
         except Exception as error:  # trackers are many, and some ask a server
             problem = f"{type(error).__name__}: {error}"
         problem = self.first_failure(problem)
         if problem is not None:
             raise ConfigError(f"run.trackers={list(self._trackers)} cannot be started: {problem}")
 
-    def track(self, metrics: dict[str, float], step: int) -> None:
-        self._accelerator.log(metrics, step=step)
-
-    def end_trackers(self) -> None:
-        """Have them write what they hold back, if they can. Processes go on meeting each other."""
+    def _start_trackers(self, run: RunConfig, config: dict[str, Any], place: Path, first_step: int | None) -> None:
+        self._accelerator.init_trackers(run.project, init_kwargs=trackers.settings(run.name, place, first_step))
         for tracker in self._accelerator.trackers:
-            failure(tracker.finish)
+            if not trackers.has_settings(tracker.name, place, first_step):
+                tracker.store_init_configuration(config)
+        if self.is_main and self._accelerator.trackers:
+            trackers.remember({tracker.name: self._native(tracker) for tracker in self._accelerator.trackers}, place)
+
+    def track(self, metrics: dict[str, float], step: int) -> list[str]:
+        """Figures to every tracker. Returns what went wrong at those that fail for the first time in this process."""
+        return self._on_trackers(lambda tracker: tracker.log(metrics, step=step))
+
+    def track_table(self, title: str, rows: Sequence[Mapping[str, Any]], step: int) -> list[str]:
+        """Rows with the same keys to the trackers that hold tables; returns what `track` does."""
+        return self._on_trackers(
+            lambda tracker: trackers.push_table(tracker.name, self._native(tracker), title, rows, step)
+        )
+
+    def end_trackers(self) -> list[str]:
+        """Have them write what they hold back, if they can; returns what `track` does. Processes go on meeting."""
+        problems = self._on_trackers(lambda tracker: tracker.finish())
         self._accelerator.trackers = []
+        return problems
+
+    def _native(self, tracker: Any) -> Any:
+        """The tracker's own object, such as a `SummaryWriter`; on the main process."""
+        return self._accelerator.get_tracker(tracker.name, unwrap=True)
+
+    def _on_trackers(self, work: Callable[[Any], None]) -> list[str]:
+        """A tracker may fail at any time, of a network say: it must not end the run, nor fill the console."""
+        problems = []
+        for tracker in self._accelerator.trackers if self.is_main else ():
+            try:
+                problem = failure(lambda tracker=tracker: work(tracker))  # type: ignore[misc]
+            except Exception as error:  # trackers are many, each with errors of its own
+                problem = f"{type(error).__name__}: {error}"
+            if problem is not None and tracker.name not in self._failed_trackers:
+                self._failed_trackers.add(tracker.name)
+                problems.append(f"{tracker.name} failed ({' '.join(problem.split())})")
+        return problems
 
     def close(self) -> None:
         """After this, processes do not meet any more."""
-        self.end_trackers()
         self._accelerator.end_training()
 
     def _whole_weights(self, copy_of: Callable[[Tensor], Tensor | None], learned: bool = False) -> dict[str, Tensor]:
@@ -665,6 +711,16 @@ def first_of_all(what: str) -> bool:
         return _store().add(f"rlhf_accel/{what}", 1) == 1
     except RuntimeError:
         return True
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Raises `ConfigError` for trackers that Accelerate knows and that are not installed: it would leave them out."""
+    available = [str(name) for name in get_available_trackers()]
+    absent = [name for name in names if name in LoggerType.list() and name not in (*available, "all")]
+    if absent:
+        raise ConfigError(
+            f"run.trackers={list(names)}: {', '.join(absent)} is not installed; {trackers.pip_command(absent)}"
+        )
 
 
 def _deepspeed_plugin(precision: str, max_grad_norm: float | None, minibatch: int) -> DeepSpeedPlugin | None:

@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rlhf_accel import checkpoint
+from rlhf_accel import checkpoint, hub
+from rlhf_accel.card import base_model, model_card
 from rlhf_accel.checkpoint import Dump, Progress, SaveError
 from rlhf_accel.config import Config, ConfigError, RunFailed, flatten
 from rlhf_accel.distributed import Runtime, each_once, failure, missing, post
@@ -50,7 +51,10 @@ class Keeper:
         self.heartbeat.open(self.folder / "logs" / f"rank-{self.runtime.rank}.log")
         settings = flatten(asdict(self.config))
         told = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in settings.items()}
-        self.runtime.start_trackers(self.config.run.name, told, self.folder)
+        # Of a step whose evaluation was due at the checkpoint, no figures were logged before it.
+        next_step = progress.step + (progress.unrecorded is None)
+        first_step = next_step if self.config.run.resume is not None else None
+        self.runtime.start_trackers(self.config.run, told, self.folder, first_step)
 
     def _open_files(self, progress: Progress, place: Path | None) -> None:
         checkpoint.make_folder(self.folder, self.config)
@@ -66,15 +70,14 @@ class Keeper:
     def record(self, metrics: Mapping[str, float]) -> None:
         """Metrics to every sink; what cannot be written is said."""
         tracked = {key: value for key, value in metrics.items() if key != "step"}
-        problem = failure(lambda: self.runtime.track(tracked, int(metrics["step"])))
-        if problem is not None:
-            self.line.say(f"warning: run.trackers could not write ({problem})")
+        self._warn(self.runtime.track(tracked, int(metrics["step"])))
         if self.runtime.is_main:
             self.journal.record(metrics)
         if self._failed:
             self.line.say(f"warning: {self._failed} checkpoint(s) in a row could not be written; {self.how_to_go_on()}")
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        self._warn(self.runtime.track_table("samples", rows, step))
         if self.runtime.is_main:
             self.journal.samples(step, rows)
 
@@ -112,7 +115,7 @@ class Keeper:
         """Write the policy for others to load, as NAME/ in the run's folder. Raises `SaveError`, on every rank."""
         self.heartbeat(f"writing {name}/")
         weights = self.runtime.learned_weights()
-        module, card = self.runtime.plain_module, checkpoint.model_card(self.config, results)
+        module, card = self.runtime.plain_module, model_card(self.config, results, checkpoint.versions())
         self._all_or_none(lambda: checkpoint.export(self.folder / name, module, weights, tokens, card))
 
     def finish(self, summary: Mapping[str, Any], tokens: Tokens) -> None:
@@ -127,9 +130,26 @@ class Keeper:
             checkpoint.write_summary(self.folder, summary)
 
         self._insist(lambda: self._all_or_none(write), "summary.json")
+        self._warn(self.runtime.end_trackers())
         self.runtime.close()  # after which processes do not meet any more
         if self.runtime.is_main:
             self.journal.finish(summary)
+            self._push()
+
+    def _push(self) -> None:
+        """final/ to the hub, if the config says so; what fails loses nothing and is said with how to do it later."""
+        run = self.config.run
+        if run.push_to_hub is None:
+            return
+        self.line.say(f"uploading final/ to {run.push_to_hub}")
+        try:
+            base = base_model(self.config)
+            address = hub.push(self.folder / "final", run.push_to_hub, private=run.hub_private, base=base)
+        except hub.PushError as error:
+            again = f"python -m rlhf_accel push {self.folder} {run.push_to_hub}{' --private' * run.hub_private}"
+            self.line.say(f"warning: {error}; final/ is whole and stays; try again with {again}")
+        else:
+            self.line.say(f"the model is on the hub: {address}")
 
     def dump(self, facts: Mapping[str, Any], experience: Experience | None) -> Path:
         """Leave what is at fault in dumps/; with an experience, the weights too. A disk that refuses is only said."""
@@ -150,7 +170,7 @@ class Keeper:
     def close(self) -> None:
         """End the log and the trackers, also of a run that failed; each process for itself."""
         self.heartbeat.close()
-        self.runtime.end_trackers()
+        self._warn(self.runtime.end_trackers())
 
     def how_to_go_on(self) -> str:
         """For whoever reads that the run has stopped."""
@@ -166,6 +186,11 @@ class Keeper:
     def seconds(self, progress: Progress) -> float:
         """Of training so far, in all the processes that the run went on in."""
         return progress.seconds + time.perf_counter() - self._started
+
+    def _warn(self, problems: Sequence[str]) -> None:
+        """Of trackers, which are not what a run is for."""
+        for problem in problems:
+            self.line.say(f"warning: run.trackers: {problem}; said once, all figures are in {self.folder}/*.jsonl")
 
     def _all_or_none(self, write: Callable[[], None]) -> None:
         """The main process writes; raises `SaveError` on every rank if it could not."""

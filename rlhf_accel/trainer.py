@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from rlhf_accel import assets, checkpoint, data, models, ppo
+from rlhf_accel import assets, checkpoint, data, hub, models, ppo
 from rlhf_accel.checkpoint import Progress, SaveError
 from rlhf_accel.config import BatchSizes, Config, ConfigError, OptimConfig, RunFailed
 from rlhf_accel.distributed import Runtime, cut_micro_batches, missing
@@ -63,6 +63,8 @@ class PPOTrainer:
             )
         self.folder = self.runtime.from_main(lambda: checkpoint.choose_folder(config))
         self.line = Progressline(config.run.total_steps, enabled=self.runtime.is_main)
+        if config.run.push_to_hub is not None:
+            self.runtime.from_main(lambda: hub.check(config))
         stage, size = self.runtime.zero_stage, self.runtime.world_size
         self.resume_from = self.runtime.from_main(
             lambda: checkpoint.resume_folder(config, self.folder, self.line.say, zero_stage=stage, world_size=size)

@@ -401,16 +401,6 @@ def test_an_export_replaces_the_one_before(trained, tmp_path):
     assert [path.name for path in tmp_path.glob(".*")] == []
 
 
-def test_the_model_card_says_what_was_done(tiny):
-    card = checkpoint.model_card(tiny(lora={"r": 4}), {"eval/score": 0.5, "samples": ["left out"]})
-    front = card.split("---")[1]
-    assert "library_name: peft" in front
-    assert "base_model: " in front
-    assert "| eval/score | 0.500 |" in card
-    assert "left out" not in card
-    assert "tests.conftest:share_of_o" in card
-
-
 # Going on
 
 
