@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -25,7 +26,7 @@ _TEXT = "#222222"  # the page replaces it by its own text colour
 _STYLES = ("-", "--", ":")
 _SIZE, _WIDE = (4.5, 2.9), (5.4, 4.0)  # inches; in the page a point is about a CSS pixel on a phone
 _FEW = 40  # steps up to which each is marked by a dot
-_SETTINGS = {
+_SETTINGS: dict[Any, Any] = {  # matplotlib types the keys by their names
     "svg.fonttype": "none",  # text stays text: it can be read aloud, searched and scaled
     # Verdana has the widths of DejaVu Sans, by which the texts are placed.
     "font.family": ["sans-serif"],
@@ -127,7 +128,8 @@ def draw(chart: Chart | FrontierChart) -> Figure:
         wide = isinstance(chart, FrontierChart)
         figure = Figure(figsize=_WIDE if wide else _SIZE, layout="constrained")
         axes = figure.add_subplot()
-        axes.set_title(chart.title, pad=20 if _has_legend(chart) else 6)
+        legend = _has_legend(chart)
+        axes.set_title(chart.title, pad=34 if wide else 20 if legend else 6)
         if isinstance(chart, FrontierChart):
             _draw_frontier(axes, chart)
         else:
@@ -160,7 +162,7 @@ def png(figure: Figure, path: Path) -> None:
 
 
 def _has_legend(chart: Chart | FrontierChart) -> bool:
-    return not isinstance(chart, FrontierChart) and any(line.label for line in chart.lines)
+    return isinstance(chart, FrontierChart) or bool(chart.marks) or any(line.label for line in chart.lines)
 
 
 def _draw_lines(axes: Axes, chart: Chart) -> None:
@@ -182,12 +184,17 @@ def _draw_lines(axes: Axes, chart: Chart) -> None:
     if chart.from_zero or chart.stacked:
         axes.set_ylim(bottom=0)
     for number, step in enumerate(chart.marks):
-        label = "update skipped" if number == 0 else None
+        label = "update skipped" if number == 0 else ""
         axes.axvline(step, color=_QUIET, linestyle=":", linewidth=1.2, label=label)
     axes.set_xlabel(chart.x)
     axes.set_ylabel(chart.y)
     if _has_legend(chart):
-        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=4, columnspacing=1.2, handlelength=1.4)
+        _legend_above(axes, columns=4)
+
+
+def _legend_above(axes: Axes, columns: int) -> None:
+    """Between title and axes, where no curve is."""
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=columns, columnspacing=1.2, handlelength=1.6)
 
 
 def _draw_line(axes: Axes, line: Line) -> None:
@@ -196,8 +203,8 @@ def _draw_line(axes: Axes, line: Line) -> None:
         known = [number for number, value in enumerate(line.y) if not math.isnan(value)]
         x, y = [line.x[n] for n in known], [line.y[n] for n in known]
         half = None if line.half is None else [line.half[n] for n in known]
-        style = {"color": colour, "marker": "o", "markersize": 5, "linewidth": 0.8, "linestyle": "--"}
-        axes.errorbar(x, y, yerr=half, label=line.label or None, capsize=2, elinewidth=1, **style)
+        bars = axes.errorbar(x, y, yerr=half, label=line.label or None, capsize=2, elinewidth=1, color=colour)
+        bars.lines[0].set(marker="o", markersize=5, linewidth=0.8, linestyle="--")
         return
     dot = "." if len(line.x) <= _FEW else None
     axes.plot(line.x, line.y, _STYLES[line.style], color=colour, marker=dot, label=line.label or None)
@@ -236,7 +243,7 @@ def _draw_frontier(axes: Axes, chart: FrontierChart) -> None:
     axes.set_xlim(-0.03 * right, right)
     axes.set_xlabel("KL to the reference, nats per response")
     axes.set_ylabel("gain over the reference, score")
-    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 0.06))
+    _legend_above(axes, columns=3)
 
 
 def _draw_path(axes: Axes, path: Course) -> None:
@@ -245,13 +252,10 @@ def _draw_path(axes: Axes, path: Course) -> None:
     sideways.append([b - a for a, b in zip(curve.kl, path.kl_high, strict=True)])
     upright = [[a - b for a, b in zip(curve.gain, curve.low, strict=True)]]
     upright.append([b - a for a, b in zip(curve.gain, curve.high, strict=True)])
-    axes.errorbar(
-        *(curve.kl, curve.gain),
-        yerr=upright,
-        xerr=sideways,
-        **{"color": colour, "marker": "o", "markersize": 5, "elinewidth": 0.8, "linewidth": 1.2},
-        label=path.label,
+    bars = axes.errorbar(
+        curve.kl, curve.gain, yerr=upright, xerr=sideways, label=path.label, color=colour, elinewidth=0.8
     )
+    bars.lines[0].set(marker="o", markersize=5, linewidth=1.2)
     if curve.kl:
         place = (curve.kl[-1], curve.gain[-1])
         axes.annotate(path.names[-1], place, (-4, 7), textcoords="offset points", fontsize=8, color=colour, ha="right")

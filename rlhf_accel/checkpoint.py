@@ -171,6 +171,11 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     _replace(folder / "summary.json", json.dumps(finite_or_none(summary), indent=2, ensure_ascii=False))
 
 
+def write_environment(folder: Path, facts: Mapping[str, Any]) -> None:
+    """What the run runs on, by where it started last. Raises `OSError`."""
+    _replace(folder / "environment.json", json.dumps(facts, indent=2, ensure_ascii=False))
+
+
 def is_finished(folder: Path, steps: int) -> bool:
     """Whether a run of so many steps ended here and left its model."""
     with suppress(OSError, ValueError):

@@ -51,7 +51,7 @@ MAY_CHANGE = frozenset(
     [
         *("run.output_dir", "run.name", "run.total_steps", "run.save_every", "run.keep_checkpoints", "run.checkpoint"),
         *("run.max_failed_saves", "run.max_skipped_steps", "run.eval_every", "run.sample_every", "run.sample_count"),
-        *("run.resume", "run.changes", "run.collective_timeout", "run.trackers"),
+        *("run.resume", "run.changes", "run.collective_timeout", "run.trackers", "run.report"),
         *("run.fast_kernels", "rollout.logprobs"),
         *("model.gradient_checkpointing", "rollout.gather_parameters", "rollout.forward_batch_size"),
         *("reward.batch_size", "reward.timeout", "reward.retries", "reward.retry_wait", "ppo.micro_batch_tokens"),
@@ -134,6 +134,8 @@ class RunConfig:
     rollout, while sampling; no result changes beyond rounding."""
     trackers: Strings = ("tensorboard",)
     """Trackers that Accelerate's `log_with` knows, beside metrics.jsonl, which is always written."""
+    report: bool = True
+    """Write report.html when the run ends, as `python -m rlhf_accel report` does at any time; needs matplotlib."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

@@ -61,7 +61,8 @@ _PHASES = [name for name in _METRICS if name.startswith("time/") and name != "ti
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a run's folder holds: rows of metrics.jsonl and samples.jsonl, files as trees, and what could not be read."""
+    """What a run's folder holds: rows of metrics.jsonl and samples.jsonl, files as trees; `notes` tell what
+    could not be read."""
 
     name: str
     folder: Path
@@ -110,8 +111,8 @@ def after_training(folder: Path, say: Callable[[str], None]) -> None:
 def write(folders: Sequence[Path], output: Path | None = None) -> tuple[Path, list[str]]:
     """Write the page to `output`, and a PNG of each chart into a folder beside it that is named after it.
 
-    Returns the page's path and what could not be read. Raises `ConfigError` for folders that are no runs or that have no
-    rows yet, for a place that cannot be written, and where matplotlib is missing.
+    Returns the page's path and what could not be read. Raises `ConfigError` for folders that are no runs or that have
+    no rows yet, for a place that cannot be written, and where matplotlib is missing.
     """
     if len(folders) > MOST_RUNS:
         raise ConfigError(f"{len(folders)} runs: at most {MOST_RUNS} can be told apart in a chart; name fewer")
@@ -125,7 +126,8 @@ def write(folders: Sequence[Path], output: Path | None = None) -> tuple[Path, li
     try:
         images.mkdir(parents=True, exist_ok=True)
         figures = []
-        for chart in [*frontier_charts(runs), *panels(runs)]:
+        drawn: list[charts.Chart | charts.FrontierChart] = [*frontier_charts(runs), *panels(runs)]
+        for chart in drawn:
             figure = charts.draw(chart)
             charts.png(figure, images / f"{chart.name}.png")
             figures.append({"chart": chart, "svg": charts.svg(figure, chart.name, chart.title)})
@@ -308,15 +310,14 @@ def _panel(runs: Sequence[Run], title: str, from_zero: bool, quantities: Sequenc
     if several:
         lines = _without_repeats(lines)
     unit = _metric(quantities[0][0]).unit
-    meanings = [
-        f"{label + ': ' if label and len(quantities) > 1 else ''}{_meaning(name)}" for name, label in quantities
-    ]
+    if not unit and "fraction" in quantities[0][0]:
+        unit = "share"
     marks = sorted({step for run in runs for step in skipped_steps(run)}) if title in _UPDATES else []
     return charts.Chart(
         name=_stem(quantities[0][0]),
         title=title,
-        y=unit or "share" if "fraction" in quantities[0][0] else unit,
-        caption="; ".join(meanings),
+        y=unit,
+        caption=_caption(quantities, several),
         lines=tuple(lines),
         marks=tuple(marks),
         from_zero=from_zero,
@@ -331,6 +332,17 @@ def _without_repeats(lines: Sequence[charts.Line]) -> list[charts.Line]:
         kept.append(replace(line, label="" if line.colour in seen else line.label))
         seen.add(line.colour)
     return kept
+
+
+def _caption(quantities: Sequence[tuple[str, str]], several: bool) -> str:
+    """What each line means; where colours are the runs', also how it is drawn."""
+    if len(quantities) == 1:
+        return _meaning(quantities[0][0])
+    told, dashes = [], iter((" (solid)", " (dashed)"))
+    for name, label in quantities:
+        drawn = " (dots)" if name.startswith("eval/") else next(dashes)
+        told.append(f"{label}{drawn if several else ''}: {_meaning(name)}")
+    return "; ".join(told)
 
 
 def _meaning(name: str) -> str:
@@ -393,8 +405,8 @@ def frontier_charts(runs: Sequence[Run]) -> list[charts.FrontierChart]:
         charts.FrontierChart(
             name="frontier",
             title="What the KL bought",
-            caption=f"gain in score over the reference against KL, beside best-of-n and the best that any policy reaches "
-            f"at that KL; from {samples}; bars and bands are 95 % intervals{shared}",
+            caption=f"gain in score over the reference against KL, beside best-of-n and the best that any policy "
+            f"reaches at that KL; from {samples}; bars and bands are 95 % intervals{shared}",
             best_of_n=_curve([vars(point) for point in found.best_of_n]),
             sizes=[point.n for point in found.best_of_n],
             optimum=_curve([vars(point) for point in found.optimum]),
@@ -446,7 +458,7 @@ def _stem(name: str) -> str:
 
 
 def page(runs: Sequence[Run], figures: Sequence[Mapping[str, Any]]) -> str:
-    """The page as text. Everything that a run wrote is escaped; nothing is fetched, by a policy that the page carries."""
+    """The page as text. Everything that a run wrote is escaped, and a security policy in it lets nothing be fetched."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -490,7 +502,7 @@ def state(run: Run) -> str:
 def headlines(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """Rows of what matters most, with a cell for each run; rows that no run has are left out."""
     columns = [_headline(run) for run in runs]
-    names = [name for name in dict.fromkeys(name for column in columns for name in column)]
+    names = dict.fromkeys(name for column in columns for name in column)
     return [(name, [column.get(name, "") for column in columns]) for name in names]
 
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from rlhf_accel import assets, checkpoint, data, models, ppo
+from rlhf_accel import assets, checkpoint, data, models, ppo, report
 from rlhf_accel.checkpoint import Progress, SaveError
 from rlhf_accel.config import BatchSizes, Config, ConfigError, OptimConfig, RunFailed
 from rlhf_accel.distributed import Runtime, cut_micro_batches, missing
@@ -544,6 +544,8 @@ class PPOTrainer:
             summary |= compare(self.progress.base, last)
             summary["samples"] = sample_pairs(self.progress.base_samples or [], last)
         self.keeper.finish(summary, self.tokens)
+        if self.config.run.report and self.runtime.is_main:
+            report.after_training(self.folder, self.line.say)
         return summary
 
     def _say_what_runs(self, module: models.PolicyWithValue) -> None:

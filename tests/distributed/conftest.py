@@ -79,7 +79,7 @@ def tree(gpt2: Path, prompts: Path, *changes: dict[str, dict[str, Any]]) -> dict
     """The config of a tiny run whose responses end early at very different lengths, with all samples logged."""
     config: dict[str, dict[str, Any]] = {
         "run": {
-            **{"total_steps": 6, "eval_samples": 5, "eval_every": 4, "trackers": []},
+            **{"total_steps": 6, "eval_samples": 5, "eval_every": 4, "trackers": [], "report": False},
             **{"sample_every": 1, "sample_count": 8},
         },
         "model": {"name_or_path": str(gpt2), "critic": "head"},
