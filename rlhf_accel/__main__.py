@@ -21,6 +21,7 @@ USAGE = f"""usage: python -m rlhf_accel COMMAND [options]
   merge          an adapter and its base as one full model: RUN_OR_ADAPTER OUTPUT
   push           a run's model to the hub: RUN USER/NAME
   replay         run again what stopped a run: DUMP
+  report         one page with a run's curves, samples and config: RUN... [--output FILE]
   train-reward   a reward model from human ratings: [--config RECIPE_OR_FILE] [--section.key value ...]
 
 COMMAND --help lists a command's options. Recipes: {", ".join(recipe_names())}.
@@ -64,6 +65,12 @@ def replay(arguments: list[str]) -> None:
     main(arguments)
 
 
+def report(arguments: list[str]) -> None:
+    from rlhf_accel.report import main
+
+    main(arguments)
+
+
 def train_reward(arguments: list[str]) -> None:
     from rlhf_accel.reward_trainer import main
 
@@ -77,6 +84,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "merge": merge,
     "push": push,
     "replay": replay,
+    "report": report,
     "train-reward": train_reward,
 }
 

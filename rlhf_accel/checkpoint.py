@@ -225,6 +225,11 @@ def model_folder(folder: Path, which: str) -> Path:
     raise ConfigError(f"{folder} holds no {which}/; the run has not finished")
 
 
+def write_environment(folder: Path, facts: Mapping[str, Any]) -> None:
+    """What the run runs on, by where it started last. Raises `OSError`."""
+    _replace(folder / "environment.json", json.dumps(facts, indent=2, ensure_ascii=False))
+
+
 def is_finished(folder: Path, steps: int) -> bool:
     """Whether a run of so many steps ended here and left its model."""
     with suppress(OSError, ValueError):

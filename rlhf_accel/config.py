@@ -52,7 +52,7 @@ MAY_CHANGE = frozenset(
         *("run.output_dir", "run.name", "run.total_steps", "run.save_every", "run.keep_checkpoints", "run.checkpoint"),
         *("run.max_failed_saves", "run.max_skipped_steps", "run.eval_every", "run.sample_every", "run.sample_count"),
         *("run.resume", "run.changes", "run.collective_timeout", "run.trackers", "run.project", "run.best_kl_budget"),
-        *("run.push_to_hub", "run.hub_private", "reward.gold"),
+        *("run.push_to_hub", "run.hub_private", "run.report", "reward.gold"),
         *("run.fast_kernels", "rollout.logprobs"),
         *("model.gradient_checkpointing", "rollout.gather_parameters", "rollout.forward_batch_size"),
         *("reward.batch_size", "reward.timeout", "reward.retries", "reward.retry_wait", "ppo.micro_batch_tokens"),
@@ -144,6 +144,8 @@ class RunConfig:
     """Hub id `user/name` that final/ goes up to when the run is done; needs a token that may write there."""
     hub_private: bool = False
     """Make that repository a private one, if the run is what makes it."""
+    report: bool = True
+    """Write report.html when the run ends, as `python -m rlhf_accel report` does at any time; needs matplotlib."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -285,8 +287,8 @@ class PPOConfig:
     num_minibatches: PositiveInt = 1
     """Optimizer steps in each pass; must divide rollout.batch_size."""
     micro_batch_tokens: PositiveInt = 8192
-    """Prompt and response tokens, padding included, of one forward and backward pass, and of a pass of the reference or a
-    critic of its own; a memory matter only."""
+    """Prompt and response tokens, padding included, of one forward and backward pass, and of a pass of the reference or
+    a critic of its own; a memory matter only."""
     gamma: Fraction = 1.0
     """Discount per token."""
     lam: Fraction = 0.95

@@ -21,9 +21,9 @@ import numpy as np
 from jaxtyping import Float
 
 # An estimate with few effective samples is too low: the weights cannot reach rewards that were not sampled. On
-# Gaussian, bounded and bimodal scores (64 to 1024 samples) the curve is at most 2 % below the truth while nine tenths of the
-# prompts have 5 effective samples. Rewards with a long tail go wrong earlier, which half of the samples betray: the
-# bias falls about as 1/N, so the gap between all samples and half of them is about the bias that is left.
+# Gaussian, bounded and bimodal scores (64 to 1024 samples) the curve is at most 2 % below the truth while nine tenths
+# of the prompts have 5 effective samples. Rewards with a long tail go wrong earlier, which half of the samples betray:
+# the bias falls about as 1/N, so the gap between all samples and half of them is about the bias that is left.
 MIN_ESS = 5.0
 MAX_GAP = 0.02
 

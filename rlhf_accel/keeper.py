@@ -19,6 +19,7 @@ from rlhf_accel.card import base_model, model_card
 from rlhf_accel.checkpoint import Dump, Progress, SaveError
 from rlhf_accel.config import Config, ConfigError, RunFailed, flatten
 from rlhf_accel.distributed import Runtime, each_once, failure, missing, post
+from rlhf_accel.environment import environment
 from rlhf_accel.metrics import Journal, Progressline
 from rlhf_accel.tokens import Tokens
 from rlhf_accel.types import Experience
@@ -58,6 +59,10 @@ class Keeper:
 
     def _open_files(self, progress: Progress, place: Path | None) -> None:
         checkpoint.make_folder(self.folder, self.config)
+        facts = environment(self.runtime.world_size, self.runtime.device)
+        problem = failure(lambda: checkpoint.write_environment(self.folder, facts))
+        if problem is not None:
+            self.line.say(f"warning: {self.folder / 'environment.json'} could not be written ({problem})")
         if self.config.run.resume is None:
             return
         try:

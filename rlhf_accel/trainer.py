@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from rlhf_accel import assets, checkpoint, data, hub, models, ppo
+from rlhf_accel import assets, checkpoint, data, hub, models, ppo, report
 from rlhf_accel.checkpoint import Progress, SaveError
 from rlhf_accel.config import BatchSizes, Config, ConfigError, OptimConfig, RunFailed
 from rlhf_accel.distributed import Runtime, cut_micro_batches, missing
@@ -582,6 +582,8 @@ class PPOTrainer:
             budget = self.config.run.best_kl_budget
             self.line.say(f"warning: no evaluation was within run.best_kl_budget={budget:g}: best/ is not written")
         self.keeper.finish(summary, self.tokens)
+        if self.config.run.report and self.runtime.is_main:
+            report.after_training(self.folder, self.line.say)
         return summary
 
     def _describe(self, module: models.PolicyWithValue) -> str:

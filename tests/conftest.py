@@ -156,7 +156,13 @@ def tiny(gpt2_folder: Path, prompts_file: Path, tmp_path: Path):
 
     def make(**sections: dict) -> Config:
         tree: dict[str, dict] = {
-            "run": {"output_dir": str(tmp_path / "run"), "total_steps": 2, "eval_samples": 4, "trackers": []},
+            "run": {
+                "output_dir": str(tmp_path / "run"),
+                "total_steps": 2,
+                "eval_samples": 4,
+                "trackers": [],
+                "report": False,
+            },
             "model": {"name_or_path": str(gpt2_folder)},
             "data": {"source": str(prompts_file), "prompt_tokens": [2, 6]},
             "rollout": {"batch_size": 8, "max_prompt_tokens": 6, "max_new_tokens": 8},

@@ -81,7 +81,7 @@ def tree(gpt2: Path, prompts: Path, *changes: dict[str, dict[str, Any]]) -> dict
     """The config of a tiny run whose responses end early at very different lengths, with all samples logged."""
     config: dict[str, dict[str, Any]] = {
         "run": {
-            **{"total_steps": 4, "eval_samples": 5, "eval_every": 3, "trackers": []},
+            **{"total_steps": 4, "eval_samples": 5, "eval_every": 3, "trackers": [], "report": False},
             **{"sample_every": 1, "sample_count": 8},
         },
         "model": {"name_or_path": str(gpt2), "critic": "head"},

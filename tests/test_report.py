@@ -1,0 +1,306 @@
+"""The report page: self-contained, safe with what a policy may write, whole with pieces missing, of several runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from rlhf_accel import charts, frontier, report
+from rlhf_accel.__main__ import main
+from rlhf_accel.config import Config, ConfigError, to_yaml
+from rlhf_accel.metrics import METRICS
+from rlhf_accel.trainer import PPOTrainer
+
+NASTY = "</td><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}\u2028&amp;"
+
+
+def metrics_row(step: int, **changed: float | None) -> dict[str, float | None]:
+    row: dict[str, float | None] = {
+        metric.name: 0.1 * step for metric in METRICS if not metric.name.startswith(("eval/", "step", "optim/skipped"))
+    }
+    return {"step": step, "optim/skipped_steps": 0, **row, **changed}
+
+
+def write_rows(path: Path, rows: list[dict], torn: str = "") -> None:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) + torn
+    path.write_text(text, encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with its page, whose charts are really drawn; that takes seconds, so once."""
+    place = make_run(tmp_path_factory.mktemp("drawn") / "first")
+    assert report.write([place]) == (place / "report.html", [])
+    return place
+
+
+@pytest.fixture
+def sketched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Charts by their titles only."""
+    monkeypatch.setattr(charts, "draw", lambda chart: None)
+    monkeypatch.setattr(charts, "png", lambda figure, path: path.touch())
+    monkeypatch.setattr(charts, "svg", lambda figure, name, title: f"<svg><title>{title}</title></svg>")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, sketched: None) -> Path:
+    """A run that has ended, with every file that a report reads."""
+    return make_run(tmp_path / "first")
+
+
+def make_run(place: Path, steps: int = 6) -> Path:
+    place.mkdir()
+    evaluated = {"eval/score": 1.0, "eval/score_ci": 0.1, "eval/kl": 2.0, "eval/kl_ci": 0.2, "eval/gold/mine": 0.3}
+    rows = [metrics_row(step, **(evaluated if step % 3 == 0 else {})) for step in range(1, steps + 1)]
+    write_rows(place / "metrics.jsonl", rows)
+    samples = [
+        {"step": step, "prompt": f"prompt {step}", "response": NASTY, "score": 0.5, "kl": None} for step in (1, 3)
+    ]
+    write_rows(place / "samples.jsonl", samples)
+    tree = yaml.safe_load(to_yaml(Config()))
+    tree["optim"]["lr"] = 0.123
+    tree["run"]["total_steps"] = steps
+    (place / "config.yaml").write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    summary = {
+        "steps": steps,
+        "seconds": 3725.0,
+        "base": {"score": -0.1, "score_std": 1.0, "kl": 0.0},
+        "trained": {"score": 1.15, "score_std": 1.0, "kl": 0.7, "score_ci": 0.2},
+        "gain": 1.25,
+        "samples": [{"prompt": "p", "base": NASTY, "base score": 0.0, "trained": "t", "trained score": 1.5}],
+    }
+    (place / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    curves = frontier.estimate(np.random.default_rng(0).normal(size=(40, 64))).to_json()
+    point = {"kl_low": 0.6, "kl_high": 0.8, "low": 0.4, "high": 0.6}
+    curves["points"] = [
+        {"name": "final", "step": steps, "kl": 0.7, "gain": 0.5, **point},
+        {"name": "step 3", "step": 3, "kl": 0.3, "gain": 0.2, "low": None, "high": None},
+    ]
+    (place / "frontier.json").write_text(json.dumps(curves), encoding="utf-8")
+    models = {"base": {"step": 0, "score": 0.0, "score_ci": 0.1}, "final": {"step": 6, "score": 1.0, "score_ci": 0.1}}
+    (place / "evaluation.json").write_text(json.dumps({"models": models}), encoding="utf-8")
+    (place / "environment.json").write_text(json.dumps({"machine": {"cpu": "<b>fast</b>"}}), encoding="utf-8")
+    return place
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text outside of them."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+
+def test_the_page_fetches_nothing(drawn: Path) -> None:
+    page = Page(drawn / "report.html")
+    fetching = {"src", "href", "xlink:href", "srcset", "data", "poster", "action", "formaction"}
+    links = [value for _, attributes in page.tags for key, value in attributes.items() if key in fetching]
+    assert links and all(link is not None and link.startswith(("#", "data:")) for link in links), set(links)
+    assert not re.search(r"url\(\s*['\"]?(?!#)|@import|@font-face|fetch\(|XMLHttpRequest", page.source)
+    # What is left of addresses are the names of XML's vocabularies, which nobody fetches.
+    assert set(re.findall(r"https?://[^\"'<\s]*", page.source)) == {"http://www.w3.org/1999/xlink"}
+    forbids = [attributes["content"] for tag, attributes in page.tags if tag == "meta" and "http-equiv" in attributes]
+    assert len(forbids) == 1 and forbids[0] is not None and forbids[0].startswith("default-src 'none'")
+
+
+def test_what_a_policy_writes_stays_text(folder: Path) -> None:
+    (folder / "config.yaml").write_text("run: {name: '<script>alert(3)</script>'}", encoding="utf-8")
+    page = Page(report.write([folder])[0])
+    assert [tag for tag, _ in page.tags].count("script") == 1  # the page's own
+    assert not any(key.startswith("on") for _, attributes in page.tags for key in attributes)
+    assert all(tag != "img" for tag, _ in page.tags)
+    assert page.source.count("alert(1)") == 3  # two samples and a held-out pair
+    assert "{{ 7 * 7 }}" in page.text() and "<b>fast</b>" in page.text()
+
+
+def test_the_scripts_hash_is_that_of_the_policy(folder: Path) -> None:
+    import base64
+    import hashlib
+
+    source = report.write([folder])[0].read_text(encoding="utf-8")
+    script = re.findall(r"<script>(.*?)</script>", source, flags=re.DOTALL)[-1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in source
+
+
+def test_the_headline_tells_what_the_run_did(folder: Path) -> None:
+    found = dict(report.headlines([report.read_run(folder)]))
+    assert found["Held-out score before"] == ["-0.100"] and found["Held-out score after"] == ["+1.150 ± 0.200"]
+    assert found["Gain, in standard deviations of the base"] == ["+1.25"] and found["Time"] == ["1:02:05"]
+    assert found["KL to the reference, nats per response"] == ["0.70"]
+    # Standard normal scores: the optimum's gain at 0.7 nats is sqrt(1.4) = 1.18, of which 0.5 is 42 %.
+    (share,) = found["Share of the best gain at that KL"]
+    percent = re.fullmatch(r"(\d+)% \(final\)", share)
+    assert percent is not None and 40 <= int(percent[1]) <= 45
+
+
+def test_a_share_beyond_what_is_known_is_at_least_so_much(folder: Path) -> None:
+    tree = json.loads((folder / "frontier.json").read_text())
+    tree["points"][0]["kl"] = 5.0
+    (folder / "frontier.json").write_text(json.dumps(tree))
+    (share,) = dict(report.headlines([report.read_run(folder)]))["Share of the best gain at that KL"]
+    assert share.startswith("at least ")
+
+
+def test_every_chart_is_there_with_a_name_and_as_an_image(drawn: Path) -> None:
+    page = Page(drawn / "report.html")
+    named = [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"]
+    expected = ["What the KL bought", *(title for title, _, _ in report._PANELS), "Gold reward: mine", "Time of a step"]
+    assert named == expected
+    images = sorted((drawn / "report").glob("*.png"))
+    assert len(images) == len(named) and all(image.read_bytes()[:4] == b"\x89PNG" for image in images)
+    text = page.text()
+    for word in ("nats/token", "known up to here", "best of n", "held-out, 95 %", "clipped policy loss"):
+        assert word in text
+
+
+def test_marks_are_named_in_the_chart() -> None:
+    line = charts.Line(x=[1, 2, 3], y=[1.0, float("nan"), 2.0])
+    chart = charts.Chart(name="a", title="A & B", y="s", caption="", lines=(line,), marks=(2, 3))
+    text = charts.svg(charts.draw(chart), "a", "A & B")
+    assert text.count("update skipped") == 1 and 'aria-label="A &amp; B"' in text
+
+
+def test_skipped_updates_are_marked_where_the_count_grows(folder: Path) -> None:
+    counts = {1: 0, 2: 1, 3: 1, 4: 3}
+    rows = [metrics_row(step, **{"optim/skipped_steps": count}) for step, count in counts.items()]
+    write_rows(folder / "metrics.jsonl", rows)
+    run = report.read_run(folder)
+    assert report.skipped_steps(run) == [2, 4]
+    marked = {chart.title for chart in report.panels([run]) if chart.marks == (2, 4)}
+    assert marked == set(report._UPDATES)
+
+
+def test_several_runs_share_their_charts_and_keep_their_colours(folder: Path, tmp_path: Path) -> None:
+    other = make_run(tmp_path / "second", steps=4)
+    (other / "frontier.json").unlink()
+    output = tmp_path / "pages" / "both.html"
+    path, _ = report.write([folder, other], output)
+    assert path == output and (output.parent / "both" / "objective-score.png").is_file()
+    runs = [report.read_run(folder), report.read_run(other)]
+    for chart in report.panels(runs):
+        if not chart.stacked:
+            named = {line.label: line.colour for line in chart.lines if line.label}
+            assert named == {"first": 0, "second": 1}, chart.title
+            assert {len(line.x) for line in chart.lines} == {6, 4}
+    text = Page(path).text()
+    assert "Time of a step: first" in text and "Time of a step: second" in text
+    assert f"evaluate {other} --frontier" in text and f"evaluate {folder} --frontier" not in text
+    # What differs between the runs comes first.
+    rows = report.config_rows(runs)
+    assert [row["key"] for row in rows if row["differs"]] == ["run.total_steps"] == [rows[0]["key"]]
+    assert rows[1]["key"] == "optim.lr" and rows[1]["changed"] and not rows[2]["changed"]
+
+
+def test_runs_of_the_same_name_are_told_apart(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    other = make_run(tmp_path / "b" / "first")
+    assert report._names([folder, other]) == [str(folder), str(other)]
+
+
+def test_a_run_that_has_just_begun_has_a_report(tmp_path: Path, sketched: None) -> None:
+    place = tmp_path / "young"
+    place.mkdir()
+    write_rows(place / "metrics.jsonl", [metrics_row(1, **{"loss/policy": None})], torn='{"step": 2, "obj')
+    path, notes = report.write([place])
+    text = Page(path).text()
+    assert notes == ["young: line 2 of metrics.jsonl is torn and left out"] and notes[0] in text
+    assert "still going, or stopped, after step 1" in text
+    assert "Policy loss" not in text and "Value loss" in text
+    for said in ("evaluate", "No samples were logged", "no config.yaml", "no environment.json"):
+        assert said in text
+
+
+@pytest.mark.parametrize("name", ["summary.json", "frontier.json", "evaluation.json", "environment.json"])
+def test_a_file_that_is_no_json_is_said_and_left_out(folder: Path, name: str) -> None:
+    (folder / name).write_text('{"half": ')
+    path, notes = report.write([folder])
+    assert len(notes) == 1 and name in notes[0] and name in Page(path).text()
+
+
+def test_a_frontier_of_another_shape_is_said(folder: Path) -> None:
+    (folder / "frontier.json").write_text('{"prompts": 1}')
+    path, notes = report.write([folder])
+    assert "frontier.json is not as `evaluate --frontier` writes it" in notes[0]
+    assert "What the KL bought" not in Page(path).text()
+
+
+def test_long_runs_show_samples_of_some_steps(folder: Path) -> None:
+    rows = [{"step": step, "prompt": "p", "response": "r", "score": 0.0} for step in range(1, 2001)]
+    write_rows(folder / "samples.jsonl", rows)
+    shown, left_out = report.shown_samples([report.read_run(folder)])
+    assert len(shown) == 600 and left_out == 1400
+    assert shown[0]["step"] == 1 and shown[-1]["step"] == 2000
+
+
+def test_what_is_no_run_ends_in_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "metrics.jsonl").write_text("")
+    (tmp_path / "file").write_text("")
+    cases = [
+        ([str(tmp_path / "nowhere")], "no run's folder"),
+        ([str(empty)], "holds no whole row yet"),
+        ([str(folder), str(tmp_path)], "no run's folder"),
+        ([str(folder)] * 8, "at most 7"),
+        ([str(folder), "--output", str(tmp_path / "file" / "page.html")], "--output"),
+    ]
+    for arguments, said in cases:
+        with pytest.raises(SystemExit) as end:
+            main(["report", *arguments])
+        told = capsys.readouterr().err
+        assert end.value.code == 2 and said in told and told.count("\n") == 1 and told.startswith("error: ")
+
+
+def test_without_matplotlib_the_line_names_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "rlhf_accel.charts", raising=False)
+    monkeypatch.delattr("rlhf_accel.charts", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match="pip install 'matplotlib"):
+        report.write([folder])
+    said: list[str] = []
+    report.after_training(folder, said.append)  # and a run goes on
+    assert len(said) == 1 and said[0].startswith("warning: no report") and "pip install" in said[0]
+
+
+def test_the_command_says_where_the_page_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["report", str(folder), "--output", str(folder / "page.html")])
+    assert f"wrote {folder / 'page.html'}" in capsys.readouterr().out
+    assert not (folder / "report.html").exists() and (folder / "page" / "frontier.png").is_file()
+
+
+@pytest.mark.usefixtures("exact_fp32")
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_run_writes_its_report_when_it_ends(
+    tiny, wanted: bool, sketched: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = PPOTrainer(tiny(run={"report": wanted, "total_steps": 1}))
+    trainer.fit()
+    path = trainer.folder / "report.html"
+    assert path.is_file() == wanted
+    told = json.loads((trainer.folder / "environment.json").read_text())
+    assert told["processes"] == 1 and told["device"] == "cpu"
+    assert {"torch", "transformers", "accelerate", "peft", "python", "rlhf_accel"} <= set(told["versions"])
+    assert told["machine"]["cpu"] and told["machine"]["platform"]
+    if wanted:
+        assert f"report: {path}" in capsys.readouterr().out.replace("\n", "")
+        assert told["versions"]["torch"] in Page(path).text() and "ended after step 1" in Page(path).text()
