@@ -60,7 +60,8 @@ def load(config: RewardTrainingConfig, tokenizer: Any, labels: Sequence[str]) ->
     if config.lora.r == 0:
         return model
     # What lies outside the trunk, and what is new in it, learns in full: frozen, it would stay random.
-    outside = [name for name, child in model.named_children() if child is not model.base_model]
+    heads = (name for name, child in model.named_children() if child is not model.base_model)
+    outside = [name for name in heads if any(True for _ in model.get_submodule(name).parameters())]
     targets = config.lora.target_modules
     settings = PeftLoraConfig(
         task_type=TaskType.SEQ_CLS,

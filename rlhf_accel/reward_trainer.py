@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 import transformers
@@ -132,14 +133,18 @@ class FeedbackTrainer(Trainer):
         """Logits (N, K) of the texts in fp64, on every process."""
         if not texts:
             return np.zeros((0, self.model.config.num_labels))
-        found = self.predict(self._numbered(texts))
+        measured, self.compute_metrics = self.compute_metrics, None  # which is for the tuning texts
+        try:
+            found = self.predict(self._numbered(texts))
+        finally:
+            self.compute_metrics = measured
         return _in_order(found.predictions, found.label_ids, len(texts))
 
     def _numbered(self, texts: tuple[str, ...]) -> list[dict[str, Any]]:
         """Texts with their places: the Trainer groups these sets by length too, so that rows come in another order."""
         return [{"input_ids": ids, "labels": i} for i, ids in enumerate(self._encoded(texts))]
 
-    def _examples(self, learned: Feedback) -> list[dict[str, Any]]:
+    def _examples(self, learned: Feedback) -> list[dict[str, Any]] | datasets.Dataset:
         ids = self._encoded(learned.texts)
         if learned.targets is not None:
             return [{"input_ids": row, "labels": t} for row, t in zip(ids, learned.targets.tolist(), strict=True)]
@@ -158,7 +163,10 @@ class FeedbackTrainer(Trainer):
                 f"{len(pairs) - len(different)} of {len(pairs)} pairs are left out: their texts are the same in their "
                 f"first data.max_tokens={self.max_tokens} tokens"
             )
-        return different
+        # Batches are made of rows of like length, in the order of their lengths. Were those the preferred texts', then
+        # for some steps all preferred texts would be long, then all short, and that alone would be learned.
+        longer = [max(len(pair["input_ids"]), len(pair["rejected_ids"])) for pair in different]
+        return datasets.Dataset.from_list(different).add_column("length", longer)
 
     @staticmethod
     def is_speaker() -> bool:
