@@ -80,6 +80,8 @@ def load(config: RewardTrainingConfig, tokenizer: Any, labels: Sequence[str]) ->
 
 def output_layer(model: Classifier) -> nn.Linear:
     """The linear layer that gives the scores: the last one outside the trunk, whatever other layers the head has."""
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
     trunk = {id(layer) for layer in model.base_model.modules()}
     *_, last = (layer for layer in model.modules() if isinstance(layer, nn.Linear) and id(layer) not in trunk)
     return last
