@@ -19,7 +19,7 @@ USAGE = f"""usage: python -m rlhf_accel COMMAND [options]
   generate       continue prompts with a trained model, beside its base and with scores
   merge          an adapter and its base as one full model: RUN_OR_ADAPTER OUTPUT
   replay         run again what stopped a run: DUMP
-  train-reward   a reward model from human ratings: [--config RECIPE_OR_FILE] [--section.key value ...]
+  train-reward   a reward model from human feedback: [--config RECIPE_OR_FILE] [--section.key value ...]
 
 COMMAND --help lists a command's options. Recipes: {", ".join(recipe_names())}.
 Without --config, train uses {DEFAULT_RECIPE}."""

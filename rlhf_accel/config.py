@@ -373,8 +373,8 @@ class RewardDataConfig:
     eval_split: str = "heldout"
     """Split that the reported figures come from; a file keeps a tenth back, or this is the name of another file."""
     tuning_split: str | None = None
-    """Split or file that chooses the best checkpoint and the temperature of the calibration; by default half of the
-    held-out data, which the figures then leave out."""
+    """Split or file that chooses the best checkpoint and the temperature of the calibration; by default, and
+    for a file unless this names another one, half of the held-out data, which the figures then leave out."""
     text_field: str = "text"
     """Ratings and labels: column that holds the text."""
     target_field: str = "rating"

@@ -76,7 +76,8 @@ def read(config: RewardDataConfig, tokenizer: Any, model_name: str, known_labels
 
     Labels that are those of the model, `known_labels`, keep its order, so that its head goes on.
 
-    A file has no splits: it keeps a fixed tenth back by its texts, unless data.eval_split names another file.
+    A file has no splits: it keeps a fixed tenth back by its texts, unless data.eval_split names another file, and half of
+    that tunes, unless data.tuning_split names one.
 
     Raises `ConfigError` for what cannot be read or learned from, naming the key and the first row that is wrong.
     """
@@ -146,7 +147,8 @@ class _Reader:
             learned, held = self._tenth(learned)
         else:
             held = take(*self._rows(config.eval_split, "data.eval_split"))
-        if config.tuning_split is None:
+        in_file = data.is_file_name(config.source) and not data.is_file_name(config.tuning_split or "")
+        if config.tuning_split is None or in_file:
             tuning, held = _halves(held)
         else:
             tuning = take(*self._rows(config.tuning_split, "data.tuning_split"))
@@ -170,10 +172,6 @@ class _Reader:
         limit = self.config.max_samples
         if data.is_file_name(split):
             return data.load_rows(split, "train", limit, source_key=key), split
-        if data.is_file_name(self.config.source):
-            raise ConfigError(
-                f"{key}={split}: data.source={self.config.source} is a file, which has no splits; name another file"
-            )
         return data.load_rows(self.config.source, split, limit, split_key=key), self.config.source
 
     def _tenth(self, feedback: Feedback) -> tuple[Feedback, Feedback]:

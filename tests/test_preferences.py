@@ -68,6 +68,7 @@ def test_what_is_held_out_does_not_depend_on_the_order(read):
     first, again = read(rows, objective="pairs"), read(rows[::-1], objective="pairs")
     assert texts_of(first.held) == texts_of(again.held)
     assert texts_of(first.tuning) == texts_of(again.tuning)
+    assert texts_of(read(rows, objective="pairs", tuning_split="validation").tuning) == texts_of(first.tuning)
 
 
 def test_no_text_of_a_pair_is_on_both_sides(read):

@@ -186,7 +186,6 @@ def test_a_figure_that_nothing_can_tell_is_null(config, tmp_path):
         (ratings(1), {}, ["data.source", "too few", "data.eval_split"]),
         (ratings(20), {}, ["run.eval_every=0.25", "too few", "data.tuning_split", "run.eval_every=0"]),
         (None, {"data": {"tuning_split": "none.csv"}}, ["data.tuning_split=none.csv"]),
-        (None, {"data": {"tuning_split": "test"}}, ["data.tuning_split=test", "no splits"]),
         (None, {"lora": {"r": 4, "target_modules": "none"}}, ["lora.target_modules", "none"]),
         (None, {"data": {"source": "none.csv"}}, ["data.source=none.csv"]),
         (None, {"data": {"eval_split": "none.csv"}}, ["none.csv"]),
