@@ -76,8 +76,8 @@ def read(config: RewardDataConfig, tokenizer: Any, model_name: str, known_labels
 
     Labels that are those of the model, `known_labels`, keep its order, so that its head goes on.
 
-    A file has no splits: it keeps a fixed tenth back by its texts, unless data.eval_split names another file, and half of
-    that tunes, unless data.tuning_split names one.
+    A file has no splits: it keeps a fixed tenth back by its texts, unless data.eval_split names another file, and half
+    of that tunes, unless data.tuning_split names one.
 
     Raises `ConfigError` for what cannot be read or learned from, naming the key and the first row that is wrong.
     """

@@ -94,6 +94,7 @@ class FeedbackTrainer(Trainer):
             scores = _in_order(prediction.predictions, prediction.label_ids, len(sets.tuning.texts))
             return {"loss": tuning_loss(self.objective, sets.tuning, scores)}
 
+        self._tuning_metrics = loss
         super().__init__(
             model=model,
             args=arguments,
@@ -101,7 +102,7 @@ class FeedbackTrainer(Trainer):
             eval_dataset=evaluated,
             data_collator=_Collator(tokenizer),
             processing_class=tokenizer,
-            compute_metrics=loss,
+            compute_metrics=loss,  # of evaluate(); scores() takes it out
             callbacks=[_Progress(config.data.objective)],
         )
         for noisy in (transformers.trainer_callback.PrinterCallback, transformers.trainer_callback.ProgressCallback):
@@ -133,11 +134,11 @@ class FeedbackTrainer(Trainer):
         """Logits (N, K) of the texts in fp64, on every process."""
         if not texts:
             return np.zeros((0, self.model.config.num_labels))
-        measured, self.compute_metrics = self.compute_metrics, None  # which is for the tuning texts
+        self.compute_metrics = None  # which is for the tuning texts
         try:
             found = self.predict(self._numbered(texts))
         finally:
-            self.compute_metrics = measured
+            self.compute_metrics = self._tuning_metrics
         return _in_order(found.predictions, found.label_ids, len(texts))
 
     def _numbered(self, texts: tuple[str, ...]) -> list[dict[str, Any]]:
