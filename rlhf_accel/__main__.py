@@ -22,7 +22,7 @@ USAGE = f"""usage: python -m rlhf_accel COMMAND [options]
   push           a run's model to the hub: RUN USER/NAME
   replay         run again what stopped a run: DUMP
   report         one page with a run's curves, samples and config: RUN... [--output FILE]
-  train-reward   a reward model from human ratings: [--config RECIPE_OR_FILE] [--section.key value ...]
+  train-reward   a reward model from human feedback: [--config RECIPE_OR_FILE] [--section.key value ...]
 
 COMMAND --help lists a command's options. Recipes: {", ".join(recipe_names())}.
 Without --config, train uses {DEFAULT_RECIPE}."""

