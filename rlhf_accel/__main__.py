@@ -19,6 +19,7 @@ USAGE = f"""usage: python -m rlhf_accel COMMAND [options]
   generate       continue prompts with a trained model, beside its base and with scores
   merge          an adapter and its base as one full model: RUN_OR_ADAPTER OUTPUT
   replay         run again what stopped a run: DUMP
+  doctor         check a run before it starts, plan its memory: as train, and [--num_processes N] [--gpu_memory 80GiB]
   train-reward   a reward model from human ratings: [--config RECIPE_OR_FILE] [--section.key value ...]
 
 COMMAND --help lists a command's options. Recipes: {", ".join(recipe_names())}.
@@ -50,6 +51,12 @@ def replay(arguments: list[str]) -> None:
     main(arguments)
 
 
+def doctor(arguments: list[str]) -> None:
+    from rlhf_accel.doctor import main
+
+    main(arguments)
+
+
 def train_reward(arguments: list[str]) -> None:
     from rlhf_accel.reward_trainer import main
 
@@ -61,6 +68,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "generate": generate,
     "merge": merge,
     "replay": replay,
+    "doctor": doctor,
     "train-reward": train_reward,
 }
 
