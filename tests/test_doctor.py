@@ -232,8 +232,8 @@ def test_a_gradient_that_is_cut(examined, monkeypatch):
 
 
 def test_prompts_left_out_and_uneven_batches(examined):
-    findings = examined(data={"prompt_tokens": None}, rollout={"max_prompt_tokens": 18}, optim={"lr": 1.0}, processes=3)
-    assert "longer than rollout.max_prompt_tokens=18" in findings["warning", "prompts"]
+    findings = examined(data={"prompt_tokens": None}, rollout={"max_prompt_tokens": 34}, optim={"lr": 1.0}, processes=3)
+    assert "longer than rollout.max_prompt_tokens=34" in findings["warning", "prompts"]
     assert "uneven over 3 processes" in findings["warning", "batch sizes"]
     assert "optim.lr=1" in findings["warning", "learning rate"]
 
