@@ -231,8 +231,6 @@ class Doctor:
             )
         else:
             self.note("ok", "batch sizes", f"{size} responses a step, {parts} minibatches, {minibatch // ranks} a rank")
-        if minibatch < 4:
-            self.note("warning", "minibatch", f"{minibatch} samples an optimizer step: lower ppo.num_minibatches")
 
     def _look_at_rates(self, config: Config) -> None:
         low, high = _PLAUSIBLE[config.lora.r > 0]
@@ -253,20 +251,21 @@ class Doctor:
     def build(self, config: Config) -> PPOTrainer | None:
         """The run as training would build it, with what cannot work left out, each such thing a problem; None where too
         much is wrong."""
+        stands_in = False
         for _ in range(_MOST_FAULTS):
-            # A free folder, so that only a name that is given is looked at; nothing is made.
             try:
                 with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    if config.reward.model or config.reward.url or config.reward.function:
-                        return PPOTrainer(config)
-                    return PPOTrainer(config, reward=_stand_in)
+                    return PPOTrainer(config, reward=_stand_in if stands_in else None)
             except ConfigError as error:
                 said = str(error)
             except Exception as error:  # whatever a library raises is what training would meet too
                 said = f"building the run raised {type(error).__name__}: {error}"
             mended, check = self._mend(config, said)
+            if check == "reward" and "IndexError" in said and config.reward.model:
+                said += "; the tokenizer beside it may be another model's, with more ids than it has embeddings"
             self.note("problem", check, said)
+            stands_in = stands_in or check == "reward"
             if mended is None:
                 return None
             config = mended
@@ -290,14 +289,11 @@ class Doctor:
             if reward.dtype == "fp16" and ("nan" in said or "inf" in said):
                 return replace(config, reward=replace(reward, dtype="fp32")), "reward in fp16"
             tree = asdict(config)
-            keep = {"clip": reward.clip, "missing_eos_penalty": reward.missing_eos_penalty}
-            tree["reward"] = keep
-            if tree["model"]["critic_init"] == "reward":
-                tree["model"]["critic_init"] = "policy"
-            return (parse(Config, tree) if reward.model or reward.url or reward.function else None), "reward"
-        if said.startswith(("run.output_dir", "run.resume")) and (config.run.output_dir or config.run.resume):
-            free = str(Path(tempfile.gettempdir()) / f"doctor-{time.time_ns()}")
-            return replace(config, run=replace(config.run, output_dir=free, resume=None)), "run folder"
+            tree["reward"] = {"clip": reward.clip, "missing_eos_penalty": reward.missing_eos_penalty}
+            tree["model"]["critic_init"] = "policy"
+            return parse(Config, tree), "reward"
+        if said.startswith("run.output_dir") and config.run.output_dir:
+            return _elsewhere(config), "run folder"
         if said.startswith("run.trackers") and config.run.trackers:
             return replace(config, run=replace(config.run, trackers=())), "trackers"
         if said.startswith("lora.target_modules") and config.lora.target_modules:
@@ -353,6 +349,14 @@ class Doctor:
                 said = f"{name}: the tokenizer has {len(term.tokenizer)} ids for {rows} embeddings"
                 mend = "; it is not this model's, save the right one beside it" if level == "problem" else ""
                 self.note(level, "reward tokenizer", said + mend)
+                longest = trainer.config.rollout.max_prompt_tokens + trainer.config.rollout.max_new_tokens
+                if longest > term.max_tokens:
+                    self.note(
+                        "warning",
+                        "reward window",
+                        f"{name} reads {term.max_tokens} tokens, and samples have up to {longest} of the policy's: the "
+                        "end may go unread; set reward.text=response or lower rollout.max_prompt_tokens",
+                    )
 
     def _look_at_adapters(self, trainer: PPOTrainer) -> None:
         config = trainer.config
@@ -451,8 +455,11 @@ class Doctor:
             ratings = torch.tensor(rows["rating"])
             correlation = float(torch.corrcoef(torch.stack([scores, ratings.float()]))[0, 1])
             said = f"on {len(rows)} human-rated snippets the reward correlates with the ratings by {correlation:.2f}"
-            if correlation < -0.1:
-                self.note("problem", "reward label", f"{said}: it likes what people do not; look at reward.label")
+            # With 200 snippets chance alone stays above -0.2. A function may mean something else than people do.
+            meant = all(isinstance(term, Classifier) for _, _, term in trainer.reward.terms)
+            if correlation < -0.2:
+                level: Level = "problem" if meant else "warning"
+                self.note(level, "reward label", f"{said}: it likes what people do not; look at the label or the sign")
             else:
                 self.note("ok", "reward label", said)
 
@@ -601,6 +608,12 @@ class Doctor:
             self.note("ok", "gradient", f"reaches all {len(learned)} tensors that learn")
 
 
+def _elsewhere(config: Config) -> Config:
+    """The config as a new run, in a folder that is free and stays unmade."""
+    free = str(Path(tempfile.gettempdir()) / f"doctor-{time.time_ns()}")
+    return replace(config, run=replace(config.run, output_dir=free, resume=None))
+
+
 def _few(trainer: PPOTrainer, rollout: Rollout) -> Rollout:
     """As many samples as one pass may hold, and no more than `_FEW`."""
     longest = int(rollout.sequences.lengths.max())
@@ -651,6 +664,9 @@ def diagnose(
     config = doctor.read(source, overrides)
     if config is None:
         return doctor, None
+    if config.run.resume is not None:
+        doctor.note("ok", "resume", f"run.resume={config.run.resume} is not read: this looks at the run as a new one")
+        config = _elsewhere(config)
     doctor.look(config)
     if config.reward.model is not None and doctor.paths is not None:
         with contextlib.suppress(ConfigError):  # the trainer says it

@@ -21,7 +21,7 @@ from rlhf_accel.doctor import Doctor
 
 REPOSITORY = Path(__file__).parent.parent
 CASES = [f"{kind}-{launch}" for kind in ("full", "lora") for launch in ("zero2-1", "zero2-2", "zero3-1", "zero3-2")]
-TREE = {
+TREE: dict[str, dict[str, Any]] = {
     "run": {"total_steps": 2, "eval_samples": 0, "sample_every": 0, "save_every": 0, "trackers": []},
     "model": {"name_or_path": "wheel:SmolLM2-135M-Instruct"},
     "data": {"prompt_tokens": [8, 8]},
@@ -59,15 +59,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     print("| case | planned MiB | measured MiB | planned / measured |\n| --- | --- | --- | --- |")
-    doctors: dict[str, Doctor] = {}
+    doctor = Doctor(lambda _: None)
     for case in parser.parse_args().cases:
         kind, stage, processes = case.split("-")
         with tempfile.TemporaryDirectory() as work:
             config = config_of(kind, Path(work) / "run")
-            if kind not in doctors:
-                doctors[kind] = Doctor(lambda _: None)
-                doctors[kind].look(config)
-            doctor = doctors[kind]
+            if doctor.base is None:  # before anything else takes memory here
+                doctor.look(config)
             assert doctor.paths is not None and doctor.base is not None
             launch = plan.Launch(processes=int(processes), zero_stage=int(stage[-1]))
             planned = plan.plan(config, plan.measure(config, *doctor.paths), launch, base=doctor.base).peak / plan.MIB

@@ -181,7 +181,7 @@ def test_a_tokenizer_of_another_model(examined, classifier_folder, gpt2_folder, 
     for path in gpt2_folder.glob("*token*"):
         shutil.copy(path, folder)
     findings = examined(reward={"model": str(folder), "label": "POSITIVE", "function": []})
-    assert problems(findings)
+    assert "another model's" in findings["problem", "reward"]
 
 
 def test_all_problems_show_at_once(examined, tmp_path):
@@ -199,7 +199,23 @@ def test_labels_that_the_ratings_contradict(examined):
         data={"source": "embedded:movie_reviews", "prompt_tokens": [2, 6]},
         reward={"function": "tests.test_doctor:dislikes_what_people_like"},
     )
-    assert "-1.00" in findings["problem", "reward label"]
+    assert "-1.00" in findings["warning", "reward label"]  # a function may mean to
+
+
+def test_no_reward_at_all(examined):
+    findings = examined(reward={"function": []})
+    assert "no reward is given" in findings["problem", "reward"]
+    assert ("ok", "gradient") in findings
+
+
+def test_a_folder_that_holds_a_run(examined, tmp_path, tiny):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "config.yaml").write_text(to_yaml(tiny()))
+    findings = examined(run={"output_dir": str(taken)})
+    assert "already holds a run" in findings["problem", "run folder"]
+    assert ("ok", "gradient") in findings
+    assert problems(examined(run={"output_dir": str(taken), "resume": "latest"})) == set()
 
 
 def test_scores_that_are_not_finite(examined):
