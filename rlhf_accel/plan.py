@@ -7,6 +7,7 @@ them, written out with their sources in docs/memory.md. Knows no data, no tokeni
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -120,7 +121,8 @@ def measure(config: Config, policy_path: str, reward_path: str | None = None, *,
         targets = PeftConfig.from_pretrained(config.lora.adapter).target_modules
         targets = (targets,) if isinstance(targets, str) else tuple(sorted(targets or ()))
         plain = replace(plain, lora=replace(config.lora, adapter=None, target_modules=targets))
-    with torch.device("meta"):
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore", FutureWarning)  # what peft and transformers say to each other
         policy = models.fitted(AutoModelForCausalLM.from_config(settings, dtype=dtype), plain)
         separate = _critic(plain, settings, reward_path, policy) if config.model.critic == "separate" else None
         outline = models.with_critic(plain, policy, separate).eval()
