@@ -22,6 +22,7 @@ USAGE = f"""usage: python -m rlhf_accel COMMAND [options]
   push           a run's model to the hub: RUN USER/NAME
   replay         run again what stopped a run: DUMP
   report         one page with a run's curves, samples and config: RUN... [--output FILE]
+  doctor         check a run before it starts, plan its memory: as train, and [--num_processes N] [--gpu_memory 80GiB]
   train-reward   a reward model from human feedback: [--config RECIPE_OR_FILE] [--section.key value ...]
 
 COMMAND --help lists a command's options. Recipes: {", ".join(recipe_names())}.
@@ -71,6 +72,12 @@ def report(arguments: list[str]) -> None:
     main(arguments)
 
 
+def doctor(arguments: list[str]) -> None:
+    from rlhf_accel.doctor import main
+
+    main(arguments)
+
+
 def train_reward(arguments: list[str]) -> None:
     from rlhf_accel.reward_trainer import main
 
@@ -85,6 +92,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "push": push,
     "replay": replay,
     "report": report,
+    "doctor": doctor,
     "train-reward": train_reward,
 }
 

@@ -516,10 +516,16 @@ def load(cls: type[C], source: str | Path | None = None, overrides: Sequence[str
 
     Raises `ConfigError` naming the key for an unknown key, a wrong type, a value out of range or a contradiction.
     """
+    return parse(cls, read_tree(cls, source, overrides))
+
+
+def read_tree(cls: Any, source: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What `load` parses: the mapping in the source with the overrides on top, whose keys are known. Raises
+    `ConfigError`."""
     tree = read_yaml(source) if source is not None else {}
     for key, value in parse_overrides(overrides):
         _set(tree, key, value, cls)
-    return parse(cls, tree)
+    return tree
 
 
 def from_command_line(cls: type[C], arguments: Sequence[str], default: str) -> C:
@@ -534,22 +540,32 @@ def from_command_line(cls: type[C], arguments: Sequence[str], default: str) -> C
         sys.exit(0)
     print_config = "--print_config" in rest
     rest = [argument for argument in rest if argument != "--print_config"]
-    source = default
-    places = [i for i, argument in enumerate(rest) if argument.partition("=")[0] == "--config"]
-    if len(places) > 1:
-        raise ConfigError("--config is given more than once; keep one of them")
-    for i in places:
-        _, equals, source = rest[i].partition("=")
-        used = 1 if equals else 2
-        source = source if equals else "".join(rest[i + 1 : i + 2])
-        if not source or (not equals and source.startswith("--")):
-            raise ConfigError("--config needs a value: --config RECIPE_OR_FILE")
-        del rest[i : i + used]
+    source = take_option(rest, "config", "RECIPE_OR_FILE") or default
     config = load(cls, source, rest)
     if print_config:
         print(to_yaml(config), end="")
         sys.exit(0)
     return config
+
+
+def take_option(arguments: list[str], name: str, value: str) -> str | None:
+    """Take `--name VALUE` or `--name=VALUE` out of the arguments; None if it is not there.
+
+    Raises `ConfigError` if it has no value, which the error calls `value`, or stands there twice.
+    """
+    places = [i for i, argument in enumerate(arguments) if argument.partition("=")[0] == f"--{name}"]
+    if len(places) > 1:
+        raise ConfigError(f"--{name} is given more than once; keep one of them")
+    if not places:
+        return None
+    i = places[0]
+    _, equals, said = arguments[i].partition("=")
+    if not equals:
+        said = "".join(arguments[i + 1 : i + 2])
+    if not said or (not equals and said.startswith("--")):
+        raise ConfigError(f"--{name} needs a value: --{name} {value}")
+    del arguments[i : i + (1 if equals else 2)]
+    return said
 
 
 def describe(cls: Any, prefix: str = "") -> str:

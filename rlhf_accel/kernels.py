@@ -52,6 +52,13 @@ def packed(model: nn.Module, rows: int) -> Iterator[None]:
             del layer.forward
 
 
+def packed_bytes(model: nn.Module) -> int:
+    """What the copies of `packed` take, in bytes."""
+    matrices = [] if not has_onednn() else [_matrix(layer) for layer in model.modules()]
+    numbers = [matrix.numel() for matrix in matrices if matrix is not None]
+    return 4 * sum(number for number in numbers if number >= _WORTH_PACKING)
+
+
 class VocabularyLinear(nn.Linear):
     """A linear layer with far more outputs than inputs, in which torch's own product is the slower one.
 

@@ -206,6 +206,11 @@ def load_policy(config: Config, path: str, device: torch.device) -> LanguageMode
     for architecture in model.config.architectures or ():
         if "Classification" in architecture:  # with tied embeddings nothing is missing: it would load and write noise
             raise ConfigError(f"model.name_or_path={path}: holds a classifier ({architecture}), not a language model")
+    return fitted(model, config)
+
+
+def fitted(model: LanguageModel, config: Config) -> LanguageModel:
+    """A causal language model made ready for a run: checkpointing, kernels and adapters as the config says."""
     model = _checkpointed(model, config)
     if config.run.fast_kernels:
         kernels.quicken(model.get_output_embeddings())
@@ -324,9 +329,8 @@ def build(config: Config, policy: LanguageModel, policy_path: str, reward_path: 
 
     Raises `ConfigError` if the critic cannot start from the reward model: other architecture or other vocabulary.
     """
-    temperature = config.rollout.temperature
     if config.model.critic in ("head", "adapter"):
-        return PolicyWithValue(policy, None, temperature)
+        return with_critic(config, policy, None)
     dtype = policy.get_base_model().dtype if config.lora.r else torch.float32
     if config.model.critic_init == "policy":
         critic = _load(AutoModel, config.model, policy_path, dtype)
@@ -341,10 +345,16 @@ def build(config: Config, policy: LanguageModel, policy_path: str, reward_path: 
                 "model.critic_init=policy"
             )
         critic = classifier.base_model
-    critic = _checkpointed(critic, config)
-    if config.lora.r:
-        critic = _with_adapter(critic, config, TaskType.FEATURE_EXTRACTION)
-    return PolicyWithValue(policy, critic, temperature)
+    return with_critic(config, policy, critic)
+
+
+def with_critic(config: Config, policy: LanguageModel, critic: LanguageModel | None) -> PolicyWithValue:
+    """The policy with its value head, which reads `critic`, a transformer as loaded, or the policy's own trunk."""
+    if critic is not None:
+        critic = _checkpointed(critic, config)
+        if config.lora.r:
+            critic = _with_adapter(critic, config, TaskType.FEATURE_EXTRACTION)
+    return PolicyWithValue(policy, critic, config.rollout.temperature)
 
 
 def load_pretrained(kind: Any, path: str, said: str, **settings: Any) -> Any:

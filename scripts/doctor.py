@@ -1,0 +1,8 @@
+"""Check a run before it starts: python scripts/doctor.py [--config RECIPE_OR_FILE] [--section.key value ...]"""
+
+import sys
+
+from rlhf_accel.__main__ import doctor, run
+
+if __name__ == "__main__":
+    run(doctor, sys.argv[1:])

@@ -1,0 +1,289 @@
+"""Each planted fault is found at toy size, what is sound is not blamed, and nothing is written."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rlhf_accel import __main__ as command_line
+from rlhf_accel import models
+from rlhf_accel.config import to_yaml
+from rlhf_accel.doctor import diagnose
+from tests.conftest import TEXTS
+
+pytestmark = pytest.mark.usefixtures("exact_fp32")
+
+
+def always_one(prompts, responses, **columns):
+    return [1.0] * len(prompts)
+
+
+def nearly_always_one(prompts, responses, **columns):
+    return [1.0 + (number == 0) for number in range(len(prompts))]
+
+
+def sometimes_nan(prompts, responses, **columns):
+    return [float("nan") if number == 5 else float(number) for number in range(len(prompts))]
+
+
+def dislikes_what_people_like(prompts, responses, **columns):
+    return [-float(rating) for rating in columns.get("rating", [0.0] * len(prompts))]
+
+
+@pytest.fixture
+def examined(tiny, tmp_path, monkeypatch):
+    """A function that examines a toy run with these changes and overrides; gives the findings as (level, check) with
+    what was said, and sees to it that nothing was written."""
+    monkeypatch.chdir(tmp_path)
+
+    def examine(*overrides, processes=1, **sections):
+        path = tmp_path / "config.yaml"
+        path.write_text(to_yaml(tiny(**sections)))
+        before = sorted(tmp_path.rglob("*"))
+        doctor, _ = diagnose(path, overrides, say=lambda _: None, processes=processes)
+        assert sorted(tmp_path.rglob("*")) == before
+        return {(found.level, found.check): found.said for found in doctor.findings}
+
+    return examine
+
+
+def problems(findings):
+    return {check for level, check in findings if level == "problem"}
+
+
+def test_a_healthy_run_has_no_problem(examined):
+    findings = examined()
+    assert problems(findings) == set()
+    checked = {check for _, check in findings}
+    assert {"config", "data", "prompts", "tokenizer", "chat template", "batch sizes", "reward", "stops"} <= checked
+    assert {"reference", "KL", "dropout", "ratio", "gradient"} <= checked
+    assert "bit for bit" in findings["ok", "reference"]
+
+
+@pytest.mark.parametrize("critic", ["head", "adapter", "separate"])
+def test_a_healthy_run_with_lora_has_no_problem(examined, llama_folder, critic):
+    findings = examined(model={"name_or_path": str(llama_folder), "critic": critic}, lora={"r": 4})
+    assert problems(findings) == set()
+    assert "in 2 of 2 layers" in findings["ok", "adapters"]
+
+
+# The ten planted faults
+
+
+def test_swapped_label(examined, classifier_folder):
+    reward = {"model": str(classifier_folder), "label": "NEGATIVE", "function": []}
+    assert "POSITIVE" in examined(reward=reward)["problem", "reward label"]
+
+
+def test_pad_is_eos_and_nothing_stops(examined):
+    """With the five likeliest tokens only, this model never says EOS."""
+    findings = examined(rollout={"top_k": 5})
+    assert problems(findings) == set()
+    assert "0% of 64 responses end" in findings["warning", "stops"]
+    assert "PAD = EOS, no rollout.stop" in findings["warning", "stops"]
+    punished = examined(rollout={"top_k": 5}, reward={"missing_eos_penalty": 1.0})
+    assert "reward.missing_eos_penalty=1" in punished["problem", "stops"]
+
+
+def test_constant_reward(examined):
+    assert "constant" in examined(reward={"function": "tests.test_doctor:always_one"})["problem", "reward"]
+    findings = examined(reward={"function": "tests.test_doctor:nearly_always_one"})
+    assert "63 of them the same" in findings["warning", "reward"]
+
+
+def test_adapter_on_the_head_only(examined):
+    findings = examined(lora={"r": 4, "target_modules": ["lm_head"]})
+    assert "none of the 2 layers" in findings["problem", "adapters"]
+
+
+def test_batch_that_does_not_divide(examined):
+    findings = examined("--ppo.num_minibatches", "3")
+    assert "ppo.num_minibatches=3 does not divide" in findings["problem", "config"]
+    assert ("ok", "gradient") in findings  # the rest was looked at nevertheless
+
+
+def test_dropout_left_on(examined, monkeypatch):
+    findings = examined(lora={"r": 4, "dropout": 0.3})
+    assert "lora.dropout=0.3" in findings["warning", "dropout"]
+    monkeypatch.setattr(models, "_without_dropout", lambda model: model)
+    findings = examined()
+    assert "left on" in findings["warning", "dropout"]
+    findings = examined(model={"gradient_checkpointing": True})
+    assert {"dropout", "ratio"} <= problems(findings)
+
+
+def test_wrong_chat_template(examined, tmp_path):
+    rows = [{"text": f"<|im_start|>user\n{text}<|im_end|>"} for text in TEXTS * 5]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = examined(data={"source": str(path)})["problem", "chat template"]
+    assert "<|im_start|>" in said
+    assert "40 of 40 prompts" in said
+
+
+def test_prompt_longer_than_the_context(examined):
+    findings = examined(rollout={"max_prompt_tokens": 60}, ppo={"micro_batch_tokens": 128})
+    assert "64 positions" in findings["problem", "context window"]
+    assert ("ok", "gradient") in findings
+
+
+@pytest.fixture
+def overflowing(classifier_folder, tmp_path_factory):
+    """A reward model whose numbers fp16 cannot hold, and fp32 can."""
+    folder = tmp_path_factory.mktemp("overflowing")
+    model = AutoModelForSequenceClassification.from_pretrained(classifier_folder)
+    with torch.no_grad():
+        model.roberta.encoder.layer[0].output.dense.weight.mul_(1e5)
+        model.roberta.encoder.layer[0].output.dense.bias.fill_(1e5)
+    model.save_pretrained(folder)
+    for path in classifier_folder.glob("*token*"):
+        shutil.copy(path, folder)
+    return folder
+
+
+def test_fp16_overflow(examined, overflowing):
+    reward = {"model": str(overflowing), "label": "POSITIVE", "function": [], "dtype": "fp16"}
+    findings = examined(reward=reward)
+    assert "nan" in findings["problem", "reward in fp16"]
+    assert "reward" not in problems(findings)  # in fp32 it works, so it is looked at further
+    assert ("ok", "gradient") in findings
+
+
+def test_fp16_overflow_of_the_policy(examined, gpt2_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("overflowing_policy")
+    shutil.copytree(gpt2_folder, folder, dirs_exist_ok=True)
+    model = AutoModelForCausalLM.from_pretrained(gpt2_folder)
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight.mul_(1e6)
+    model.save_pretrained(folder)
+    findings = examined(model={"name_or_path": str(folder), "dtype": "fp16"}, lora={"r": 4})
+    assert "fp16" in findings["problem", "logits"]
+
+
+def test_reward_model_without_its_tokenizer(examined, classifier_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bare") / "model"
+    shutil.copytree(classifier_folder, folder, ignore=shutil.ignore_patterns("*token*"))
+    findings = examined(reward={"model": str(folder), "label": "POSITIVE", "function": []})
+    assert "no tokenizer could be loaded" in findings["problem", "reward"]
+    assert ("ok", "gradient") in findings
+
+
+# What else is looked at
+
+
+def test_a_tokenizer_of_another_model(examined, classifier_folder, gpt2_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("foreign")
+    shutil.copytree(classifier_folder, folder, dirs_exist_ok=True)
+    for path in folder.glob("*token*"):
+        path.unlink()
+    for path in gpt2_folder.glob("*token*"):
+        shutil.copy(path, folder)
+    findings = examined(reward={"model": str(folder), "label": "POSITIVE", "function": []})
+    assert "another model's" in findings["problem", "reward"]
+
+
+def test_all_problems_show_at_once(examined, tmp_path):
+    findings = examined(
+        *("--ppo.num_minibatches", "3", "--optim.lr", "-1", "--reward.function", "no.such:module"),
+        *("--data.source", str(tmp_path / "absent.jsonl")),
+    )
+    assert {"config", "data"} <= problems(findings)
+    said = " ".join(findings.values())
+    assert "optim.lr=-1" in said or "does not divide" in said
+
+
+def test_labels_that_the_ratings_contradict(examined):
+    findings = examined(
+        data={"source": "embedded:movie_reviews", "prompt_tokens": [2, 6]},
+        reward={"function": "tests.test_doctor:dislikes_what_people_like"},
+    )
+    assert "-1.00" in findings["warning", "reward label"]  # a function may mean to
+
+
+def test_no_reward_at_all(examined):
+    findings = examined(reward={"function": []})
+    assert "no reward is given" in findings["problem", "reward"]
+    assert ("ok", "gradient") in findings
+
+
+def test_a_folder_that_holds_a_run(examined, tmp_path, tiny):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "config.yaml").write_text(to_yaml(tiny()))
+    findings = examined(run={"output_dir": str(taken)})
+    assert "already holds a run" in findings["problem", "run folder"]
+    assert ("ok", "gradient") in findings
+    assert problems(examined(run={"output_dir": str(taken), "resume": "latest"})) == set()
+
+
+def test_scores_that_are_not_finite(examined):
+    findings = examined(reward={"function": "tests.test_doctor:sometimes_nan"})
+    assert "1 of 64 reference samples" in findings["problem", "reward"]
+
+
+def test_a_reference_that_is_not_the_policy(examined, monkeypatch):
+    made = models.load_reference
+
+    def disturbed(config, policy):
+        reference = made(config, policy)
+        with torch.no_grad():
+            next(reference.parameters()).mul_(2.0)
+        return reference
+
+    monkeypatch.setattr(models, "load_reference", disturbed)
+    assert {"reference", "KL"} <= problems(examined())
+
+
+def test_a_gradient_that_is_cut(examined, monkeypatch):
+    whole = models.response_logits
+
+    def cut(*args):
+        logits, hidden = whole(*args)
+        return logits.detach(), hidden.detach()
+
+    monkeypatch.setattr(models, "response_logits", cut)
+    assert "does not reach" in examined()["problem", "gradient"]
+
+
+def test_prompts_left_out_and_uneven_batches(examined):
+    findings = examined(data={"prompt_tokens": None}, rollout={"max_prompt_tokens": 34}, optim={"lr": 1.0}, processes=3)
+    assert "longer than rollout.max_prompt_tokens=34" in findings["warning", "prompts"]
+    assert "uneven over 3 processes" in findings["warning", "batch sizes"]
+    assert "optim.lr=1" in findings["warning", "learning rate"]
+
+
+# The command
+
+
+def test_the_command_says_what_is_wrong_and_plans_memory(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(to_yaml(tiny()))
+    command_line.main(["doctor", "--config", "config.yaml", "--num_processes", "2", "--zero_stage", "2"])
+    said = capsys.readouterr().out
+    assert "ok      memory: 2 process(es), ZeRO-2" in said
+    assert "smallest that fits as configured: 1 process(es), no ZeRO" in said
+    assert "0 problem(s)" in said
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main(["doctor", "--config", "config.yaml", "--gpu_memory", "100MiB"])
+    assert stopped.value.code == 2
+    assert "problem memory" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--gpu_memory", "much"],
+        ["--zero_stage", "4"],
+        ["--num_processes", "0"],
+        ["--offload", "true"],
+        ["--zero_stage"],
+    ],
+)
+def test_options_that_make_no_sense(options, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main(["doctor", *options])
+    assert stopped.value.code == 2
+    assert options[0] in capsys.readouterr().err
