@@ -98,18 +98,14 @@ class Doctor:
         return not any(finding.level == "problem" for finding in self.findings)
 
     @contextlib.contextmanager
-    def _checking(self, check: str, *, ok: str | None = None) -> Iterator[None]:
+    def _checking(self, check: str) -> Iterator[None]:
         """What the block raises is a problem of this check, and the others go on."""
-        before = len(self.findings)
         try:
             yield
         except (ConfigError, RewardError, RunFailed) as error:
             self.note("problem", check, str(error))
         except Exception as error:  # a check is a look at something unknown: what it meets is a finding, not a crash
             self.note("problem", check, f"{type(error).__name__}: {error}")
-        else:
-            if ok is not None and len(self.findings) == before:
-                self.note("ok", check, ok)
 
     # The config
 
