@@ -225,3 +225,11 @@ def test_json_holds_everything_and_reads_back() -> None:
     assert told["points"] == [] and told["reference"]["score"] == found.score
     assert Frontier.from_json({**told, "points": [{"kl": 1}]}) == found
     assert best_of_n_kl(1) == 0.0
+
+
+def test_few_effective_samples_are_not_trusted_even_where_halves_agree() -> None:
+    """Rewards of 0 and 1: at most 12 of 16 weights vanish, to which the halves are blind."""
+    scores = np.tile(np.repeat([1.0, 0.0], [4, 12]), (50, 1))[:, [0, 1, *range(4, 10), 2, 3, *range(10, 16)]]
+    found = estimate(scores)
+    assert found.optimum and all(point.ess >= frontier.MIN_ESS for point in found.optimum)
+    assert found.reliable_kl < 1.2 < np.log(4)  # 4 of 16 samples are good: the plain estimate ends at log 4
