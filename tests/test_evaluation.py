@@ -136,10 +136,9 @@ def learnt(rows: list[dict]) -> list[dict]:
 CALLS: list[int] = []
 
 
-def vowels(prompts: list[str], responses: list[str], **columns: list) -> list[float]:
-    """A gold reward that reads the response and a column of the data: 100, the row's number, and its vowels."""
-    counts = [sum(response.count(vowel) for vowel in "aeiou") for response in responses]
-    return [100.0 + number + count for number, count in zip(columns["number"], counts, strict=True)]
+def row_by_length(prompts: list[str], responses: list[str], **columns: list) -> list[float]:
+    """A gold reward that reads the response and a column of the data, which has to be that of its own row."""
+    return [100.0 + number * len(text) for number, text in zip(columns["number"], responses, strict=True)]
 
 
 def fails_later(prompts: list[str], responses: list[str], **columns: list) -> list[float]:
@@ -160,18 +159,18 @@ def one_short(prompts: list[str], responses: list[str], **columns: list) -> list
 def test_a_gold_reward_is_measured_and_never_learnt_from(tiny, tmp_path) -> None:
     plain = {**RANK["run"], "output_dir": str(tmp_path / "plain")}
     PPOTrainer(tiny(**{**RANK, "run": plain})).fit()
-    gold = {"gold": "tests.test_evaluation:vowels", "calibrate": False, "clip": 50.0}
+    gold = {"gold": "tests.test_evaluation:row_by_length", "calibrate": False, "clip": 50.0}
     trainer = PPOTrainer(tiny(**RANK, reward=gold))
     summary = trainer.fit()
     rows = read(trainer.folder)
     assert learnt(rows) == learnt(read(tmp_path / "plain"))
     texts, prompts = trainer._evaluation.rollout.texts, trainer.held_out.fixed(4)
     # Neither clipped nor shifted.
-    expected = vowels(prompts.texts, texts, number=prompts.columns["number"])
-    assert rows[-1]["eval/gold/vowels"] == pytest.approx(sum(expected) / len(expected))
-    assert rows[-1]["eval/gold_ci/vowels"] >= 0
-    assert summary["base"]["gold/vowels"] >= 100
-    assert summary["trained"]["gold/vowels"] == rows[-1]["eval/gold/vowels"]
+    expected = row_by_length(prompts.texts, texts, number=prompts.columns["number"])
+    assert rows[-1]["eval/gold/row_by_length"] == pytest.approx(sum(expected) / len(expected))
+    assert rows[-1]["eval/gold_ci/row_by_length"] >= 0
+    assert summary["base"]["gold/row_by_length"] >= 100
+    assert summary["trained"]["gold/row_by_length"] == rows[-1]["eval/gold/row_by_length"]
 
 
 @pytest.mark.parametrize(
@@ -184,13 +183,13 @@ def test_a_gold_reward_that_fails_leaves_its_figures_empty_and_the_run_alone(
     plain = {**RANK["run"], "output_dir": str(tmp_path / "plain")}
     PPOTrainer(tiny(**{**RANK, "run": plain})).fit()
     CALLS.clear()
-    golds = [f"tests.test_evaluation:{function}", "tests.test_evaluation:vowels"]
+    golds = [f"tests.test_evaluation:{function}", "tests.test_evaluation:row_by_length"]
     trainer = PPOTrainer(tiny(**RANK, reward={"gold": golds, "retries": 1, "retry_wait": 0.001}))
     trainer.fit()
     rows = read(trainer.folder)
     assert learnt(rows) == learnt(read(tmp_path / "plain"))
     assert [row[f"eval/gold/{function}"] for row in rows] == [None, None]
-    assert all(row["eval/gold/vowels"] >= 100 for row in rows)
+    assert all(row["eval/gold/row_by_length"] >= 100 for row in rows)
     output = capsys.readouterr().out
     assert f"warning: reward.gold=tests.test_evaluation:{function} {said}" in output
     assert f"gold/{function} is left empty here" in output
