@@ -99,19 +99,21 @@ def test_what_is_learned_from_is_not_what_is_reported_on(config):
 
 
 def test_learns_which_words_are_liked_and_writes_what_reward_model_takes(config, tmp_path, capsys):
-    metrics = train_reward(config())
+    # With rows of its own to tune by, all that is held out is reported on.
+    told = config(data={"tuning_split": str(write(tmp_path / "tuning.jsonl", ratings(30, seed=2)))})
+    metrics = train_reward(told)
     assert metrics["reward/pearson"] > 0.95
     assert metrics["reward/accuracy"] > 0.85  # a fifth of the rows is about 0 and has a random sign
     assert metrics["reward/pairwise_agreement"] > 0.97
     assert metrics["reward/mse"] < 0.5
-    assert metrics["reward/train_rows"] + metrics["reward/tuning_rows"] + metrics["reward/eval_rows"] == 400
-    assert 10 <= metrics["reward/tuning_rows"] <= metrics["reward/eval_rows"] <= 30
+    assert metrics["reward/train_rows"] + metrics["reward/eval_rows"] == 400
+    assert metrics["reward/tuning_rows"] == 30 <= metrics["reward/eval_rows"] <= 60
     assert metrics["reward/pair_accuracy"] > 0.97
     assert metrics["time/train"] > 0
 
     folder = tmp_path / "out" / "reward"
     assert json.loads((folder / "reward_metrics.json").read_text()) == metrics
-    assert load(RewardTrainingConfig, folder / "reward_config.yaml") == config()
+    assert load(RewardTrainingConfig, folder / "reward_config.yaml") == told
     assert "squared error" in (folder / "README.md").read_text()
     assert all(tensor.dtype == torch.float32 for tensor in load_file(folder / "model.safetensors").values())
     assert list((tmp_path / "out").iterdir()) == [folder]  # no work folder is left
