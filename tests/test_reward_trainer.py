@@ -112,7 +112,9 @@ def test_learns_which_words_are_liked_and_writes_what_reward_model_takes(config,
     assert metrics["time/train"] > 0
 
     folder = tmp_path / "out" / "reward"
-    assert json.loads((folder / "reward_metrics.json").read_text()) == metrics
+    # No temperature is the likeliest where every pair is ordered right.
+    told_metrics = {name: None if np.isnan(value) else value for name, value in metrics.items()}
+    assert json.loads((folder / "reward_metrics.json").read_text()) == told_metrics
     assert load(RewardTrainingConfig, folder / "reward_config.yaml") == told
     assert "squared error" in (folder / "README.md").read_text()
     assert all(tensor.dtype == torch.float32 for tensor in load_file(folder / "model.safetensors").values())
