@@ -168,6 +168,7 @@ def main(arguments: list[str]) -> None:
         points = frontier_points(judge, curves, reference, evaluations, said.say)
         _write(judge, "frontier.json", {**curves.to_json(), "points": points}, said)
         said.console.print(_frontier_table(curves, points))
+    judge.trainer.runtime.anywhere(False)  # the main process has written: all leave together
     judge.trainer.runtime.close()
 
 

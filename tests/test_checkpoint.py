@@ -275,7 +275,7 @@ def test_a_changed_config_is_refused_with_the_keys_that_differ(tmp_path):
 
 def test_another_version_is_said(tmp_path, monkeypatch):
     save(tmp_path, 1)
-    monkeypatch.setattr(checkpoint, "_versions", lambda: {"torch": "1.0"})
+    monkeypatch.setattr(checkpoint, "versions", lambda: {"torch": "1.0"})
     said = []
     found(tmp_path, said=said)
     assert len(said) == 1 and f"torch {torch.__version__}" in said[0]

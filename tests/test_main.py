@@ -416,7 +416,8 @@ def test_an_unknown_command(capsys):
     output = capsys.readouterr()
     assert stopped.value.code == 2
     assert output.err.startswith(
-        "error: unknown command 'tarin'; commands are train, generate, evaluate, merge, replay, train-reward"
+        "error: unknown command 'tarin'; commands are train, generate, evaluate, merge, push, replay, report, doctor, "
+        "train-reward"
     )
     assert len(output.err.splitlines()) == 1
 
