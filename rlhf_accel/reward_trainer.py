@@ -159,7 +159,7 @@ class FeedbackTrainer(Trainer):
                 f"data.max_tokens={self.max_tokens}: the two texts of every pair are the same in their first "
                 f"{self.max_tokens} tokens; raise it"
             )
-        if len(different) < len(pairs) and self.is_speaker():
+        if len(different) < len(pairs) and _is_main():
             print(
                 f"{len(pairs) - len(different)} of {len(pairs)} pairs are left out: their texts are the same in their "
                 f"first data.max_tokens={self.max_tokens} tokens"
@@ -168,10 +168,6 @@ class FeedbackTrainer(Trainer):
         # for some steps all preferred texts would be long, then all short, and that alone would be learned.
         longer = [max(len(pair["input_ids"]), len(pair["rejected_ids"])) for pair in different]
         return datasets.Dataset.from_list(different).add_column("length", longer)
-
-    @staticmethod
-    def is_speaker() -> bool:
-        return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
     def _encoded(self, texts: tuple[str, ...]) -> list[list[int]]:
         return self.tokenizer(list(texts), truncation=True, max_length=self.max_tokens)["input_ids"] if texts else []
@@ -270,15 +266,19 @@ def _normalization(config: RewardTrainingConfig, trainer: FeedbackTrainer, learn
 @contextmanager
 def _work_folder(output: Path) -> Iterator[Path]:
     """A folder beside the output, the same one for all processes, which is gone afterwards."""
-    main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    made = [tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.work-") if main else ""]
+    made = [tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.work-") if _is_main() else ""]
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(made)
     try:
         yield Path(made[0])
     finally:
-        if main:
+        if _is_main():
             shutil.rmtree(made[0], ignore_errors=True)
+
+
+def _is_main() -> bool:
+    """Whether this is the launch's main process, or the only one."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def _free_folder(config: RewardTrainingConfig) -> Path:

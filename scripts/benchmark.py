@@ -46,6 +46,7 @@ from transformers import (
 from rlhf_accel import assets, data, decoding, kernels
 from rlhf_accel.__main__ import run
 from rlhf_accel.config import Config, ConfigError, load
+from rlhf_accel.environment import cpu_name
 from rlhf_accel.rollout import Sampler
 from rlhf_accel.runtime import computes_in_bf16, quiet_libraries, tune_process
 from rlhf_accel.tokens import Tokens
@@ -600,12 +601,10 @@ def _peer_environment() -> Path:
 def _machine() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     capability = torch.backends.cpu.get_cpu_capability()
-    name = names[0] if names else "CPU"
-    return f"{os.cpu_count()} x {name} ({capability}), {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return (
+        f"{os.cpu_count()} x {cpu_name()} ({capability}), {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
 
 
 def _seconds(figures: dict[str, float]) -> str:
