@@ -25,7 +25,7 @@ from rlhf_accel.keeper import Keeper
 from rlhf_accel.metrics import Progressline, Stopwatch
 from rlhf_accel.reward import Reward, RewardError, RewardFunction, load_golds, load_reward, reward_of
 from rlhf_accel.rollout import FailedScoring, Sampler
-from rlhf_accel.runtime import multiplies_exactly, reseed
+from rlhf_accel.runtime import computes_in_bf16, multiplies_exactly, reseed
 from rlhf_accel.tokens import Tokens
 from rlhf_accel.types import Experience, LossStats, PromptBatch, Rollout
 from rlhf_accel.vigil import STOPPED, StopRequest, is_lost_contact, who_is_missing
@@ -121,6 +121,7 @@ class PPOTrainer:
         with StopRequest() as self._stop:
             try:
                 self.line.say(f"run folder {self.folder}\n{self._what_runs}")
+                self._warn_of_emulation()
                 self._prepare()
                 self.keeper.open(self.progress, self.resume_from)
                 return self._train()
@@ -595,6 +596,13 @@ class PPOTrainer:
             f"{self.config.model.critic}; {self.runtime.world_size} process(es) on {self.runtime.device.type} in "
             f"{self.runtime.precision}; {len(self.prompts)} prompts to train on"
         )
+
+    def _warn_of_emulation(self) -> None:
+        asked = {"run.precision": self.config.run.precision, "model.dtype": self.config.model.dtype}
+        keys = [key for key, dtype in asked.items() if dtype == "bf16"]
+        if keys and not computes_in_bf16(self.runtime.device):
+            said = " and ".join(f"{key}=bf16" for key in keys)
+            self.line.say(f"warning: {said}: this device only emulates bf16, which takes many times longer than fp32")
 
     def _on_main_first(self, make: Callable[[], Any]) -> Any:
         with self.runtime.main_first():

@@ -8,5 +8,5 @@ bin=${VENV:-.venv}/bin
 "$bin/ruff" format --check .
 "$bin/mypy"
 "$bin/lint-imports"
-# Two files at a time, each on a thread of its own: the models are tiny.
-OMP_NUM_THREADS=1 "$bin/python" -m pytest -n 2 --dist loadfile "$@"
+# Two files at a time, each on a thread of its own: the models are tiny. Groups and their order: tests/conftest.py.
+OMP_NUM_THREADS=1 "$bin/python" -m pytest -n 2 --dist loadgroup --no-loadscope-reorder "$@"

@@ -33,8 +33,14 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that takes longest first, so that processes which share the files end together."""
+    """Each process of pytest-xdist gets a file at a time (--dist loadgroup), but of the one that takes longest, and so
+    comes first, what it asks of a launch."""
     items.sort(key=lambda item: "test_world_size" not in item.nodeid)
+    for item in items:
+        group = item.path.name
+        if group == "test_world_size.py" and hasattr(item, "callspec"):
+            group = f"launch under {item.callspec.params.get('config')}"
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 TEXTS = [

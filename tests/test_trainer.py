@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_accel import kernels
 from rlhf_accel import metrics as metrics_module
+from rlhf_accel import trainer as trainer_module
 from rlhf_accel.config import Config, ConfigError, OptimConfig, RunFailed, load
 from rlhf_accel.keeper import Keeper
 from rlhf_accel.trainer import PPOTrainer, lr_factor
@@ -658,3 +659,10 @@ def test_no_evaluation_is_said_aloud(tiny, tmp_path, capsys):
     (tmp_path / "one.jsonl").write_text('{"text": "The film was good enough"}\n')
     PPOTrainer(tiny(data={"source": str(tmp_path / "one.jsonl")}))
     assert "no evaluation" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_emulated_arithmetic_that_was_asked_for_is_said_aloud(fit, monkeypatch, capsys, has_bf16):
+    monkeypatch.setattr(trainer_module, "computes_in_bf16", lambda device: has_bf16)
+    fit(run={"total_steps": 1, "precision": "bf16"})
+    assert ("run.precision=bf16: this device only emulates bf16" in capsys.readouterr().out) != has_bf16

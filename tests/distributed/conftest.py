@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from tests.distributed.launch import run_all
 
@@ -99,15 +102,40 @@ def tree(gpt2: Path, prompts: Path, *changes: dict[str, dict[str, Any]]) -> dict
 
 
 @pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of all processes of pytest-xdist: a launch is made by the first that needs it."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+def once(folder: Path, make: Callable[[], object]) -> Path:
+    """The folder, which `make` fills unless it, or another process, has done so."""
+    with FileLock(f"{folder}.lock"):
+        done = folder.with_suffix(".done")
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            make()
+            done.touch()
+    return folder
+
+
+# Checkpoints name the files they were trained on, so these too are the same for all processes.
+@pytest.fixture(scope="session")
+def gpt2_folder(gpt2_folder: Path, shared: Path) -> Path:
+    return once(shared / "gpt2", lambda: shutil.copytree(gpt2_folder, shared / "gpt2"))
+
+
+@pytest.fixture(scope="session")
+def prompts_file(prompts_file: Path, shared: Path) -> Path:
+    folder = shared / "prompts"
+    return once(folder, lambda: shutil.copytree(prompts_file.parent, folder)) / prompts_file.name
+
+
+@pytest.fixture(scope="session")
 def launched_runs(
-    gpt2_folder: Path,
-    llama_folder: Path,
-    classifier_folder: Path,
-    prompts_file: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    gpt2_folder: Path, llama_folder: Path, classifier_folder: Path, prompts_file: Path, shared: Path
 ) -> Callable[[str | None, int], Path]:
     """A function that gives the folder of a launch's results, launching at the first call."""
-    folders: dict[tuple[str | None, int], Path] = {}
 
     def runs_of(name: str, folder: Path) -> list[dict[str, Any]]:
         if name != "gradient":
@@ -143,13 +171,13 @@ def launched_runs(
         ]
 
     def launched(config: str | None, processes: int) -> Path:
-        key = (config, processes)
-        if key not in folders:
-            folder = tmp_path_factory.mktemp(f"{config}{processes}")
-            text = json.dumps([run for name in LAUNCHES[key] for run in runs_of(name, folder)])
+        folder = shared / f"{config}{processes}"
+
+        def launch() -> None:
+            text = json.dumps([run for name in LAUNCHES[config, processes] for run in runs_of(name, folder)])
             text = text.replace("{llama}", str(llama_folder)).replace("{classifier}", str(classifier_folder))
             run_all(json.loads(text), folder, config, processes)
-            folders[key] = folder
-        return folders[key]
+
+        return once(folder, launch)
 
     return launched
