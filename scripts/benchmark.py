@@ -355,8 +355,8 @@ def update_flops(workload: Workload, path: str, tokens: float, critic: str = "he
 
 
 def matmul_rate(dtype: torch.dtype) -> float:
-    """The machine's FLOP/s: the best product of 2048 x 2048 matrices among torch's kernels, up to 9 tries each, in about
-    10 s: emulated bf16 takes longer for one."""
+    """The machine's FLOP/s: the best product of 2048 x 2048 matrices among torch's kernels, up to 9 tries each in 10 s,
+    since one of emulated bf16 takes longer."""
     best = 0.0
     for precision in ("highest", "medium"):
         torch.set_float32_matmul_precision(precision)
