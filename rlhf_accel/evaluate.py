@@ -21,11 +21,11 @@ from torch import Tensor
 
 from rlhf_accel import frontier
 from rlhf_accel.checkpoint import CHECKPOINTS, model_folder, read_summary, reward_scale, write_json
-from rlhf_accel.config import Config, ConfigError, RunFailed, changed_keys, load
+from rlhf_accel.config import Config, ConfigError, LoraConfig, RunFailed, changed_keys, load
 from rlhf_accel.distributed import check_portable, failure, portable_weights
 from rlhf_accel.evaluation import EVALUATION_SEED, Evaluation, evaluate, mean_interval
 from rlhf_accel.metrics import Progressline
-from rlhf_accel.models import CRITIC, exported_weights
+from rlhf_accel.models import CRITIC, exported_weights, scaled_adapter
 from rlhf_accel.reward import Reward, RewardError, RewardFunction
 from rlhf_accel.runtime import reseed
 from rlhf_accel.trainer import PPOTrainer
@@ -90,8 +90,11 @@ class Judge:
         return self._evaluate(samples, line, done, BASE, None)
 
     def model(self, which: str, base: Evaluation, samples: int, line: Progressline, done: int = 0) -> Evaluation:
-        """A model of the run's folder: `final`, `best`, or the portable checkpoint `step-NNNNNN`."""
-        self.trainer.runtime.set_weights(self._weights(model_folder(self.run, which)))
+        """A model of the run's folder: `final`, `best`, or the portable checkpoint `step-NNNNNN`; with `@SCALE` after
+        its name, that model with its adapter so much smaller."""
+        name, scale = _split(which)
+        weights = self._weights(model_folder(self.run, name))
+        self.trainer.runtime.set_weights(weights if scale == 1 else scaled_adapter(weights, scale))
         return self._evaluate(samples, line, done, which, base)
 
     def reference_scores(self, samples: int, line: Progressline) -> Float[Tensor, "P N"]:
@@ -142,7 +145,7 @@ def main(arguments: list[str]) -> None:
     """The command; raises `ConfigError` for a folder or options that cannot work, `RunFailed` if the reward fails."""
     options, overrides = _parse(arguments)
     config = _config(options, overrides)
-    names = _names(options)
+    names = _names(options, config.lora)
     judge = Judge.of(options.run, config, prompts=options.prompts)
     main_only = judge.trainer.runtime.is_main
     curves, reference, evaluations = None, None, {}
@@ -221,6 +224,7 @@ def step_of(run: Path, which: str) -> int | None:
     """The step that a model of a run's folder is of; None where the folder does not tell."""
     if which == BASE:
         return 0
+    which, _ = _split(which)
     if which.startswith("step-"):
         return int(which.removeprefix("step-").removesuffix(".old"))
     summary = read_summary(run) or {}
@@ -274,7 +278,8 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         nargs="+",
         metavar="MODEL",
         help="base, best, final, or step-NNNNNN of a portable checkpoint; by default best and final. The base is "
-        "always evaluated, for the others are compared with it",
+        "always evaluated, for the others are compared with it. final@0.7 is final with its adapter scaled by 0.7: "
+        "less gain for much less KL",
     )
     parser.add_argument("--samples", type=_count, default=1, help="responses to each prompt (default 1)")
     parser.add_argument("--prompts", type=_count, help="held-out prompts (default: run.eval_samples)")
@@ -315,7 +320,7 @@ def _config(options: argparse.Namespace, overrides: Sequence[str]) -> Config:
     return config
 
 
-def _names(options: argparse.Namespace) -> list[str] | None:
+def _names(options: argparse.Namespace, lora: LoraConfig) -> list[str] | None:
     """The models to evaluate beside the base, checked to be there; None for no evaluation."""
     run = options.run
     if options.which is None:
@@ -328,13 +333,30 @@ def _names(options: argparse.Namespace) -> list[str] | None:
             )
         return names
     names = [name for name in dict.fromkeys(options.which) if name != BASE]
-    for name in names:
-        if name not in ("best", "final") and not name.startswith("step-"):
-            raise ConfigError(f"--which {name}: expected base, best, final or step-NNNNNN")
+    for which in names:
+        name, scale = _split(which)
+        if (name not in ("best", "final") and not name.startswith("step-")) or not 0 < scale <= 1:
+            raise ConfigError(
+                f"--which {which}: expected base, best, final or step-NNNNNN; after an @ a scale above 0 and up to 1"
+            )
+        if scale != 1 and (not lora.r or lora.use_dora or lora.modules_to_save or lora.adapter):
+            raise ConfigError(
+                f"--which {which}: only runs with lora.r above 0, and without lora.use_dora, lora.modules_to_save and "
+                "lora.adapter, have an adapter whose scale leads back to the base"
+            )
         place = model_folder(run, name)
         if place.parent.name == CHECKPOINTS:
             check_portable(place)
     return names
+
+
+def _split(which: str) -> tuple[str, float]:
+    """The model's name and the scale of its adapter: nan if that is no number."""
+    name, at, scale = which.partition("@")
+    try:
+        return name, float(scale) if at else 1.0
+    except ValueError:
+        return name, math.nan
 
 
 def _for_a_look(config: Config, run: Path) -> Config:

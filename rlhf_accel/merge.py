@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from rlhf_accel import assets
 from rlhf_accel.checkpoint import VALUE_HEAD, model_folder
 from rlhf_accel.config import Config, ConfigError, load
-from rlhf_accel.models import CRITIC, DTYPES, load_pretrained
+from rlhf_accel.models import CRITIC, DTYPES, load_pretrained, scaled_adapter
 from rlhf_accel.runtime import quiet_libraries
 from rlhf_accel.tokens import Tokens
 
@@ -25,6 +25,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--which", choices=("final", "best"), default="final", help="which adapter of a run's folder")
     parser.add_argument("--base", help="the base instead of the one that the run or the adapter names")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the merged weights (default fp32)")
+    parser.add_argument(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="of what the adapter adds, up to 1: less gain for much less KL (default 1)",
+    )
     options = parser.parse_args(arguments)
     quiet_libraries()
     folder, base, trust = options.model, options.base, False
@@ -32,27 +38,44 @@ def main(arguments: list[str]) -> None:
         model = load(Config, folder / "config.yaml").model
         base, trust = base or model.name_or_path, model.trust_remote_code
         folder = model_folder(folder, options.which)
-    merge(folder, options.output, base=base, dtype=options.dtype, trust_remote_code=trust)
+    merge(folder, options.output, base=base, dtype=options.dtype, trust_remote_code=trust, scale=options.scale)
     print(f"merged into {options.output}")
 
 
 def merge(
-    adapter: Path, output: Path, *, base: str | None = None, dtype: str = "fp32", trust_remote_code: bool = False
+    adapter: Path,
+    output: Path,
+    *,
+    base: str | None = None,
+    dtype: str = "fp32",
+    trust_remote_code: bool = False,
+    scale: float = 1.0,
 ) -> None:
     """Write base and adapter as one model to `output`, with the tokenizer and the value head that lie beside it.
 
-    The sum is taken in fp32 and rounded once. Raises `ConfigError` if there is no adapter or `output` is taken.
+    The sum is taken in fp32 and rounded once; `scale` is that of the adapter in it. Raises `ConfigError` if there is no
+    adapter, if it has no scale, or if `output` is taken.
     """
+    if not 0 < scale <= 1:
+        raise ConfigError(f"--scale {scale:g}: expected a number above 0 and up to 1")
     if not (adapter / "adapter_config.json").is_file():
         raise ConfigError(f"{adapter} holds no adapter; only runs with lora.r above 0 have something to merge")
     if output.exists():
         raise ConfigError(f"{output} is there already; name another folder")
-    name = base or PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    about = PeftConfig.from_pretrained(str(adapter))
+    if scale != 1 and (about.use_dora or about.modules_to_save):
+        raise ConfigError(
+            f"--scale {scale:g}: {adapter} has DoRA or layers that learnt in full, which no scale leads back"
+        )
+    name = base or about.base_model_name_or_path
     path = assets.resolve_model(name, "--base")
     settings = {"dtype": DTYPES["fp32"], "trust_remote_code": trust_remote_code}
     model = load_pretrained(AutoModelForCausalLM, path, f"--base {name}", **settings)
     try:
-        merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+        both = PeftModel.from_pretrained(model, str(adapter))
+        if scale != 1:
+            both.load_state_dict(scaled_adapter(both.state_dict(), scale))
+        merged = both.merge_and_unload(safe_merge=True)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"{adapter} does not fit the base {name} ({str(error).splitlines()[0]})") from error
     beside = output.with_name(f".{output.name}")

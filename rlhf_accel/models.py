@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -247,6 +247,16 @@ def exported_weights(policy: LanguageModel, config: Config, folder: str) -> dict
     except Exception as error:  # a missing, broken or foreign file raises many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"{folder}: holds no adapter of this run ({reason})") from error
+
+
+def scaled_adapter(weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """An adapter's weights, by name, with what they add to the base `scale` times as large.
+
+    From 1 to 0 this is the straight way from the policy back to its base, on which the KL falls faster than the gain:
+    about with the square of the scale (Ramé et al. 2024, "WARP", the interpolation towards the initialization).
+    """
+    ends = {"lora_B", "lora_embedding_B"}
+    return {name: weight * scale if ends & set(name.split(".")) else weight for name, weight in weights.items()}
 
 
 def _continued(model: LanguageModel, config: Config, path: str) -> LanguageModel:

@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 import threading
 from http.server import HTTPServer
 from pathlib import Path
@@ -14,6 +16,9 @@ from rlhf_accel.config import Config, RewardTrainingConfig, key_names, load
 from rlhf_accel.reward import RewardConfig, load_reward
 from rlhf_accel.trainer import PPOTrainer
 from scripts.reward_server import RewardServer
+from tests.conftest import TEXTS
+from tests.distributed.launch import environment
+from tests.hub_cache import make_hub_cache_dataset, offline_environment, put_model
 
 REPOSITORY = Path(__file__).parent.parent
 PAGES = sorted((REPOSITORY / "docs").glob("*.md"))
@@ -111,3 +116,95 @@ def serve(function: str) -> str:
     server = RewardServer(("127.0.0.1", 0), load_reward(RewardConfig(function=(function,)), None, None), 1 << 20)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return f"http://127.0.0.1:{server.server_address[1]}/"
+
+
+GUIDES = ["sentiment", "lora", "zero2", "two_nodes", "own_preferences"]
+HUB = ["lvwerra/gpt2-imdb", "gpt2", "gpt2-xl", "EleutherAI/gpt-j-6b"]
+_PPO = (
+    "--run.total_steps 2 --run.save_every 1 --run.eval_samples 2 --run.report false --rollout.batch_size 8 "
+    "--rollout.max_new_tokens 8 --ppo.num_minibatches 2 --ppo.ppo_epochs 1 --data.max_samples 40"
+)
+TOY = {
+    **dict.fromkeys(("train", "doctor", "scripts/train.py", "scripts/two_nodes.sh"), _PPO),
+    "train-reward": "--optim.batch_size 8",
+    "evaluate": "--prompts 4",
+    "scripts/evaluate.py": "--prompts 4",
+}
+
+
+def commands(code: str) -> list[list[str]]:
+    """The words of each command of a block for the shell, at toy size and on two processes of this machine."""
+    programs = {"python": [sys.executable], "accelerate launch": [sys.executable, "-m", "accelerate.commands.launch"]}
+    here = {"--num_processes": "2", "--main_process_ip": "127.0.0.1", "--gpu_memory": "80GiB"}
+    made = []
+    for line in code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line)
+        words = [here.get(option, word) for option, word in zip(["", *words], words, strict=False)]
+        toy = next((overrides for name, overrides in TOY.items() if name in words), "")
+        length = 2 if words[0] == "accelerate" else 1
+        program = programs.get(" ".join(words[:length]), words[:length])
+        made.append([*program, *words[length:], *shlex.split(toy)])
+    return made
+
+
+def blocks(guide: str) -> list[re.Match[str]]:
+    return list(_BLOCK.finditer((REPOSITORY / "docs" / f"{guide}.md").read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_the_commands_of_a_guide_name_keys_that_exist(guide, tmp_path, monkeypatch):
+    """Each config of a command resolves, as the command line reads it."""
+    monkeypatch.chdir(tmp_path)
+    found = 0
+    for block in blocks(guide):
+        if (block["marker"] or "").startswith("file: "):
+            Path(block["marker"].removeprefix("file: ")).write_text(block["code"], encoding="utf-8")
+        for words in commands(block["code"]) if block["marker"] in ("run", "nodes") else []:
+            start = next(
+                (i for i, word in enumerate(words) if word in ("train", "train-reward", "scripts/train.py")), None
+            )
+            if start is not None:
+                command = words[start].removeprefix("scripts/").removesuffix(".py")
+                with pytest.raises(SystemExit, match="0"):
+                    command_line.main([command, *words[start + 1 :], "--print_config"])
+                found += 1
+    assert found >= 1 + (guide != "two_nodes")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("guide", GUIDES)
+def test_the_commands_of_a_guide_run(guide, gpt2_folder, classifier_folder, tmp_path):
+    """In their order, each as a user starts it, with tiny models in the place of those of the hub."""
+    cache, work = tmp_path / "hf_home" / "hub", tmp_path / "work"
+    for name in HUB:
+        put_model(cache, name, gpt2_folder)
+    for name in ("siebert/sentiment-roberta-large-english", "distilroberta-base"):
+        put_model(cache, name, classifier_folder)
+    rows = [{"text": f"{text} <br />{text}", "label": i % 2} for i, text in enumerate(TEXTS * 20)]
+    make_hub_cache_dataset(cache, "stanfordnlp/imdb", {"train": rows, "test": rows[:40]})
+    work.mkdir()
+    for name in ("scripts", "accelerate_configs", "ds_configs", "rlhf_accel"):
+        (work / name).symlink_to(REPOSITORY / name)
+    env = environment(**offline_environment(cache), PYTHON=sys.executable)
+
+    def start(words: list[str]) -> subprocess.Popen[str]:
+        return subprocess.Popen(words, cwd=work, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    ran = 0
+    for block in blocks(guide):
+        marker = block["marker"]
+        if (marker or "").startswith("file: "):
+            (work / marker.removeprefix("file: ")).write_text(block["code"], encoding="utf-8")
+        elif block["language"] == "python":
+            subprocess.run([sys.executable, "-c", block["code"]], cwd=work, env=env, check=True)
+        elif marker in ("run", "nodes"):
+            made = commands(block["code"])
+            for together in [made] if marker == "nodes" else [[words] for words in made]:
+                for words, process in zip(together, [start(words) for words in together], strict=True):
+                    said, _ = process.communicate(timeout=400)
+                    # The doctor of random models may rightly find a label that is the wrong one.
+                    assert process.returncode == 0 or ("doctor" in words and "problem" in said), (
+                        f"{words}\n{said[-6000:]}"
+                    )
+                    ran += 1
+    assert ran >= 3

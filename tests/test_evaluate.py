@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from rlhf_accel import __main__ as command_line
 from rlhf_accel import evaluate
@@ -85,6 +86,21 @@ def test_the_command_says_of_each_model_what_the_run_said(fitted, llama_folder, 
     assert {path: data for path, data in on_disk(run).items() if "evaluation.json" not in path} == before
     output = capsys.readouterr().out
     assert "evaluation 5/5  final" in output and "length, not trained on" in output
+
+
+def test_a_scaled_adapter_lies_between_the_base_and_the_policy(fitted) -> None:
+    run = fitted(lora={"r": 4}).folder
+    evaluate.main([str(run), "--which", "final", "final@0.5", "step-000003@0.5"])
+    models = tree(run / "evaluation.json")["models"]
+    assert models["final@0.5"] == models["step-000003@0.5"] and models["final@0.5"]["step"] == 3
+    assert len({models[name]["kl"] for name in ("base", "final", "final@0.5")}) == 3
+    # The same as a file whose adapter adds half as much.
+    file = run / "best" / "adapter_model.safetensors"
+    weights = load_file(run / "final" / "adapter_model.safetensors")
+    save_file({key: value / 2 if "lora_B" in key else value for key, value in weights.items()}, file, {"format": "pt"})
+    evaluate.main([str(run), "--which", "best"])
+    by_hand = tree(run / "evaluation.json")["models"]["best"]
+    assert {**by_hand, "step": 3} == models["final@0.5"]
 
 
 def test_without_which_the_exported_models_are_evaluated(fitted) -> None:
@@ -186,6 +202,9 @@ def broken(prompts, responses, **columns):
 REFUSED = [
     (["no_such_run"], 2, "no_such_run is no run's folder: it holds no config.yaml"),
     (["RUN", "--which", "finale"], 2, "--which finale: expected base, best, final or step-NNNNNN"),
+    (["RUN", "--which", "final@2"], 2, "after an @ a scale above 0 and up to 1"),
+    (["RUN", "--which", "final@half"], 2, "after an @ a scale above 0 and up to 1"),
+    (["RUN", "--which", "final@0.5"], 2, "--which final@0.5: only runs with lora.r above 0"),
     (["RUN", "--which", "step-000009"], 2, "holds no checkpoint step-000009; those kept: step-000003, step-000002"),
     (["RUN", "--which", "step-000002"], 2, "step-000002 is not a whole checkpoint: progress.json"),
     (["RUN", "--which", "step-000001"], 2, "step-000001 is cut by rank"),

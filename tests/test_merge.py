@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,19 @@ def test_the_merged_model_is_the_base_with_the_adapter(
     assert ids[0] == ids[1]
 
 
+def test_a_scale_goes_part_of_the_way(trained: Path, gpt2_folder: Path, tmp_path: Path) -> None:
+    """Weights add up, so with a quarter of the adapter they lie at a quarter of the line from the base."""
+    for scale in (1.0, 0.25):
+        merge.main([str(trained), str(tmp_path / f"{scale}"), "--scale", str(scale)])
+    base, whole, part = (
+        AutoModelForCausalLM.from_pretrained(place).state_dict()
+        for place in (gpt2_folder, tmp_path / "1.0", tmp_path / "0.25")
+    )
+    assert any((whole[name] - base[name]).abs().max() > 0.01 for name in base)
+    for name in base:
+        torch.testing.assert_close(part[name], torch.lerp(base[name], whole[name], 0.25), atol=1e-6, rtol=1e-5)
+
+
 def test_the_critic_goes_with_it(trained: Path, tmp_path: Path) -> None:
     merge.merge(trained / "final", tmp_path / "merged", dtype="bf16")
     for name in ("value_head.safetensors", "critic/adapter_model.safetensors"):
@@ -52,6 +67,14 @@ def test_the_critic_goes_with_it(trained: Path, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_merged_is_refused(trained: Path, gpt2_folder: Path, llama_folder: Path, tmp_path: Path) -> None:
+    for scale in (0.0, 1.5, float("nan")):
+        with pytest.raises(ConfigError, match="expected a number above 0 and up to 1"):
+            merge.merge(trained / "final", tmp_path / "merged", scale=scale)
+    about = json.loads((trained / "final" / "adapter_config.json").read_text())
+    shutil.copytree(trained / "final", tmp_path / "dora")
+    (tmp_path / "dora" / "adapter_config.json").write_text(json.dumps({**about, "use_dora": True}))
+    with pytest.raises(ConfigError, match="has DoRA or layers that learnt in full"):
+        merge.merge(tmp_path / "dora", tmp_path / "merged", scale=0.5)
     with pytest.raises(ConfigError, match="holds no adapter"):
         merge.merge(gpt2_folder, tmp_path / "merged")
     (tmp_path / "taken").mkdir()
