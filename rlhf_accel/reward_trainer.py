@@ -307,7 +307,7 @@ def _arguments(config: RewardTrainingConfig, work: str) -> TrainingArguments:
     # The option was renamed after transformers 5.0.
     new_name = "train_sampling_strategy" in TrainingArguments.__dataclass_fields__
     grouped: dict[str, Any] = {"train_sampling_strategy": "group_by_length"} if new_name else {"group_by_length": True}
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=work,
         seed=config.run.seed,
         bf16=bf16,
@@ -327,6 +327,10 @@ def _arguments(config: RewardTrainingConfig, work: str) -> TrainingArguments:
         **_best_checkpoint(config.run.eval_every),
         **grouped,
     )
+    if arguments.deepspeed_plugin is not None:  # else ZeRO-3 leaves cut weights where a model should be, and only warns
+        zero = arguments.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    return arguments
 
 
 def _best_checkpoint(eval_every: float) -> dict[str, Any]:
