@@ -40,8 +40,10 @@ def train_reward(config: RewardTrainingConfig) -> dict[str, float]:
     that cannot be loaded.
     """
     output = _free_folder(config)
-    tokenizer = classifiers.load_tokenizer(config)
-    sets = preferences.read(config.data, tokenizer, config.model.name_or_path, classifiers.known_labels(config))
+    name = config.model.name_or_path
+    labels = classifiers.known_labels(config)
+    tokenizer = classifiers.load_tokenizer(assets.resolve_model(name), f"model.name_or_path={name}")
+    sets = preferences.read(config.data, tokenizer, name, labels)
     if config.run.eval_every and not len(sets.tuning):
         raise ConfigError(
             f"run.eval_every={config.run.eval_every:g}: {config.data.eval_split} holds too few rows to choose a "
@@ -87,7 +89,8 @@ class FeedbackTrainer(Trainer):
         self, config: RewardTrainingConfig, arguments: TrainingArguments, model: Any, tokenizer: Any, sets: Sets
     ) -> None:
         self.objective = config.data.objective
-        self.tokenizer, self.max_tokens = tokenizer, config.data.max_tokens
+        self.tokenizer = tokenizer
+        self.max_tokens = min(config.data.max_tokens, classifiers.most_tokens(model, tokenizer))
         evaluated = self._numbered(sets.tuning.texts) if config.run.eval_every else None
 
         def loss(prediction: transformers.EvalPrediction) -> dict[str, float]:
@@ -113,12 +116,12 @@ class FeedbackTrainer(Trainer):
     ) -> Tensor:
         """Mean over the rows of the batch; the processes' gradients are averaged."""
         labels = inputs.pop("labels")
-        logits = model(**inputs).logits
+        logits = model(**inputs).logits.float()
         if self.objective == "ratings":
             return nn.functional.mse_loss(logits.squeeze(-1), labels)
         if self.objective == "labels":
-            return nn.functional.cross_entropy(logits.float(), labels)
-        chosen, rejected = logits.float().squeeze(-1).chunk(2)
+            return nn.functional.cross_entropy(logits, labels)
+        chosen, rejected = logits.squeeze(-1).chunk(2)
         return preference_loss(chosen, rejected, labels)
 
     def prediction_step(

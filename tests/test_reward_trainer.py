@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -207,6 +208,34 @@ def test_bad_input_ends_in_one_line_that_names_the_key(config, tmp_path, rows, s
     assert "\n" not in message
     assert all(word in message for word in words), message
     assert not (tmp_path / "out" / "reward").exists()
+
+
+def torn(folder: Path, name: str) -> None:
+    (folder / name).write_bytes((folder / name).read_bytes()[:50])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda folder: [path.unlink() for path in folder.glob("token*")], "no tokenizer could be loaded; save one"),
+        (lambda folder: torn(folder, "tokenizer.json"), "no tokenizer could be loaded"),
+        (lambda folder: torn(folder, "model.safetensors"), "neither a folder with a model"),
+        (lambda folder: torn(folder, "config.json"), "neither a folder with a model"),
+    ],
+)
+def test_a_model_with_a_missing_or_torn_file_is_named(config, bert_folder, tmp_path, spoil, words):
+    """Without its tokenizer, transformers makes one up, to which all words are unknown."""
+    folder = tmp_path / "spoilt"
+    shutil.copytree(bert_folder, folder)
+    spoil(folder)
+    with pytest.raises(ConfigError, match=rf"^model\.name_or_path={folder}: {words}"):
+        train_reward(config(model={"name_or_path": str(folder)}))
+
+
+def test_texts_are_cut_to_what_the_model_can_read(config):
+    """The model has 32 positions."""
+    rows = [{"text": "very " * 40 + row["text"], "rating": row["rating"]} for row in ratings(60)]
+    train_reward(config(rows, data={"max_tokens": 100}, optim={"epochs": 0.5}, run={"eval_every": 0}))
 
 
 def test_a_row_number_counts_the_rows_of_the_file(config):
