@@ -25,7 +25,7 @@ from transformers import Trainer, TrainingArguments
 
 from rlhf_accel import assets, calibration, classifiers, preferences, reward_card
 from rlhf_accel.calibration import preference_loss
-from rlhf_accel.config import ConfigError, RewardTrainingConfig, from_command_line
+from rlhf_accel.config import ConfigError, RewardTrainingConfig, RunFailed, from_command_line
 from rlhf_accel.preferences import Feedback, Sets
 from rlhf_accel.runtime import computes_in_bf16, quiet_libraries, tune_process
 
@@ -37,7 +37,7 @@ def train_reward(config: RewardTrainingConfig) -> dict[str, float]:
     """Train, evaluate on data.eval_split and write the folder run.output_dir; returns what its metrics file holds.
 
     Raises `ConfigError` before any training on an output folder in use, data that cannot be learned from, or a model
-    that cannot be loaded.
+    that cannot be loaded; `RunFailed` if the model diverged.
     """
     output = _free_folder(config)
     name = config.model.name_or_path
@@ -46,8 +46,8 @@ def train_reward(config: RewardTrainingConfig) -> dict[str, float]:
     sets = preferences.read(config.data, tokenizer, name, labels)
     if config.run.eval_every and not len(sets.tuning):
         raise ConfigError(
-            f"run.eval_every={config.run.eval_every:g}: {config.data.eval_split} holds too few rows to choose a "
-            "checkpoint by and to report on; add rows, name data.tuning_split, or set run.eval_every=0"
+            f"run.eval_every={config.run.eval_every:g}: {sets.sources[1]} holds no rows to choose a checkpoint by; add "
+            "rows, name data.tuning_split, or set run.eval_every=0"
         )
     transformers.set_seed(config.run.seed)  # the new head
     model = classifiers.load(config, tokenizer, sets.labels)
@@ -73,7 +73,7 @@ def train_reward(config: RewardTrainingConfig) -> dict[str, float]:
         trainer.save_model(str(finished))
         if trainer.is_world_process_zero():
             classifiers.finish(finished, config, tokenizer, sets.labels, shift, scale)
-            notes = [*sets.notes, *reward_card.describe(finished, config, sets.labels, metrics, curves)]
+            notes = [*sets.notes, *reward_card.describe(finished, config, sets.labels, sets.sources, metrics, curves)]
             if output.exists():
                 output.rmdir()  # empty: _free_folder looked
             finished.rename(output)
@@ -134,7 +134,7 @@ class FeedbackTrainer(Trainer):
         return None, logits.float(), places
 
     def scores(self, texts: tuple[str, ...]) -> np.ndarray:
-        """Logits (N, K) of the texts in fp64, on every process."""
+        """Logits (N, K) of the texts in fp64, on every process; raises `RunFailed` if they are not finite."""
         if not texts:
             return np.zeros((0, self.model.config.num_labels))
         self.compute_metrics = None  # which is for the tuning texts
@@ -142,7 +142,13 @@ class FeedbackTrainer(Trainer):
             found = self.predict(self._numbered(texts))
         finally:
             self.compute_metrics = self._tuning_metrics
-        return _in_order(found.predictions, found.label_ids, len(texts))
+        scores = _in_order(found.predictions, found.label_ids, len(texts))
+        if not np.isfinite(scores).all():
+            raise RunFailed(
+                f"the model scores {scores[~np.isfinite(scores)][0]} after training, so it diverged; lower optim.lr. "
+                "Nothing is written"
+            )
+        return scores
 
     def _numbered(self, texts: tuple[str, ...]) -> list[dict[str, Any]]:
         """Texts with their places: the Trainer groups these sets by length too, so that rows come in another order."""
@@ -194,6 +200,13 @@ class _Progress(transformers.TrainerCallback):
 
     def __init__(self, objective: str = "ratings") -> None:
         self.loss = {"ratings": "squared error", "labels": "cross entropy", "pairs": "preference loss"}[objective]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        if args.eval_strategy == "steps" and state.eval_steps > state.max_steps:
+            raise ConfigError(
+                f"run.eval_every={state.eval_steps:g} is above the {state.max_steps} steps of this training, so that "
+                "no model would be evaluated; lower it, or set 0 to write the last one"
+            )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
         for key, place in (("loss", ""), ("eval_loss", " on the tuning rows")):
