@@ -121,6 +121,8 @@ def test_learns_which_words_are_liked_and_writes_what_reward_model_takes(config,
     assert "squared error" in card and f"| figure on a tenth of `{told.data.source}`, kept back | value |" in card
     assert all(tensor.dtype == torch.float32 for tensor in load_file(folder / "model.safetensors").values())
     assert list((tmp_path / "out").iterdir()) == [folder]  # no work folder is left
+    modes = {path.stat().st_mode for path in folder.iterdir()}
+    assert len(modes) == 1, "safetensors' own files are for nobody else"
     assert "reward/accuracy" in capsys.readouterr().out
 
     model = AutoModelForSequenceClassification.from_pretrained(folder)
