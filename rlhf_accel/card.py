@@ -23,8 +23,6 @@ _LABELS = {
     "score": "score",
     "score_std": "spread of the scores (standard deviation)",
     "kl": "KL to the reference, nats a response (k1)",
-    "eval/score": "held-out score",
-    "eval/kl": "KL to the reference on held-out prompts, nats a response (k1)",
     "gain": "gain, in standard deviations of the score before",
     "win_rate": "win rate against the model before",
     "steps": "PPO steps",
@@ -63,16 +61,18 @@ _CITATIONS = """```bibtex
 def model_card(config: Config, results: Mapping[str, Any], versions: Mapping[str, str]) -> str:
     """The README.md of an exported model, with front matter that the hub reads.
 
-    `results` are figures by name, among them `base` and `trained`, each with figures of its own (those of
-    summary.json); what is no figure is left out. `versions` are those of the packages that wrote the model.
+    `results` are figures by name, among them `steps`, those that this model has learnt for, and `base` and `trained`,
+    each with figures of its own (all as in summary.json); what is no figure is left out. `versions` are those of the
+    packages that wrote the model.
     """
     peft = config.lora.r > 0
     base = base_model(config)
     reward = _reward(config)
     parts = [
         f"# {config.run.name}",
-        f"`{config.model.name_or_path}`, fine-tuned by PPO{' with LoRA' if peft else ''} for {config.run.total_steps} "
-        f"steps of {config.rollout.batch_size} responses against the reward {reward}.",
+        f"`{config.model.name_or_path}`, fine-tuned by PPO{' with LoRA' if peft else ''} for "
+        f"{results.get('steps', config.run.total_steps)} steps of {config.rollout.batch_size} responses against the "
+        f"reward {reward}.",
         "## Results",
         _results(results),
         "## Use",

@@ -282,7 +282,7 @@ def save_checkpoint(folder: Path, progress: Progress, runtime: Runtime, config: 
         if runtime.writes_shards and parts != runtime.world_size:
             raise OSError(f"{parts} of {runtime.world_size} processes' parts are here; they need one folder")
         _write_manifest(beside, runtime)
-        _flush(beside, like=beside / "progress.json")
+        flush(beside, like=beside / "progress.json")
         _move(beside, place)
         _replace(place.parent / _LATEST, place.name)
 
@@ -427,7 +427,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _flush(folder: Path, *, like: Path | None = None) -> None:
+def flush(folder: Path, *, like: Path | None = None) -> None:
     """Have the disk hold what was written: the names in a folder; and with `like`, one of its files, all files below,
     readable by the same people as that one: safetensors makes files that nobody else may read."""
     for path in (*(folder.rglob("*") if like is not None else ()), folder):
@@ -452,7 +452,7 @@ def _move(beside: Path, place: Path) -> None:
         if old.exists():
             old.rename(place)
         raise
-    _flush(place.parent)
+    flush(place.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -464,7 +464,7 @@ def _replace(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def export(folder: Path, module: PolicyWithValue, weights: Mapping[str, Tensor], tokens: Tokens, card: str) -> None:
@@ -485,7 +485,7 @@ def export(folder: Path, module: PolicyWithValue, weights: Mapping[str, Tensor],
     critic = {name: value.contiguous() for name, value in weights.items() if not name.startswith("policy.")}
     save_file(critic, beside / VALUE_HEAD)
     (beside / "README.md").write_text(card, encoding="utf-8")
-    _flush(beside, like=beside / "README.md")
+    flush(beside, like=beside / "README.md")
     _move(beside, folder)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +27,41 @@ from rlhf_accel.config import ConfigError, RewardTrainingConfig
 Classifier = Any
 
 
-def load_tokenizer(config: RewardTrainingConfig) -> Any:
-    """The tokenizer of model.name_or_path, with a PAD; raises `ConfigError` if there is none."""
+def load_tokenizer(path: str, said: str) -> Any:
+    """The tokenizer of the classifier at `path`, with a PAD; raises `ConfigError`, which begins with `said`, if there
+    is none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(assets.resolve_model(config.model.name_or_path))
-    except ConfigError:
-        raise
-    except (OSError, ValueError) as error:
-        raise _no_model(config, error) from error
-    if tokenizer.pad_token is None:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        # For a folder with a model and no tokenizer, transformers may make one up that knows its special tokens only.
+        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+            raise ValueError("its vocabulary is empty")
+    except Exception as error:  # the libraries below raise many kinds for a missing or broken tokenizer
+        raise ConfigError(
+            f"{said}: no tokenizer could be loaded; save one beside the model ({_reason(error)})"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        # Decoder classifiers find a text's last token by the model's own pad id.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def known_labels(config: RewardTrainingConfig) -> tuple[str, ...]:
-    """Names of the labels of model.name_or_path; transformers makes up two where it is no classifier."""
-    try:
-        found = transformers.AutoConfig.from_pretrained(assets.resolve_model(config.model.name_or_path)).id2label
-    except ConfigError:
-        raise
-    except (OSError, ValueError) as error:
-        raise _no_model(config, error) from error
+    """Names of the labels of model.name_or_path; transformers makes up two where it is no classifier. Raises
+    `ConfigError` if there is no such model."""
+    path = assets.resolve_model(config.model.name_or_path)
+    with _named(config):
+        found = transformers.AutoConfig.from_pretrained(path).id2label
     return tuple(found[i] for i in sorted(found))
+
+
+def most_tokens(model: Classifier, tokenizer: Any) -> int:
+    """How many tokens of a text the model can read, special ones included."""
+    config = model.config
+    positions = getattr(config, "max_position_embeddings", 10**9)
+    if "roberta" in config.model_type:
+        # RoBERTa counts positions from its padding id on; those up to it are not for tokens.
+        positions -= config.pad_token_id + 1
+    return int(min(tokenizer.model_max_length, positions))
 
 
 def load(config: RewardTrainingConfig, tokenizer: Any, labels: Sequence[str]) -> Classifier:
@@ -118,9 +132,10 @@ def finish(
 
 def _load(config: RewardTrainingConfig, tokenizer: Any, labels: Sequence[str]) -> tuple[Classifier, list[str]]:
     """The model without adapters, and the names of its layers that no checkpoint gave."""
-    try:
+    path = assets.resolve_model(config.model.name_or_path)
+    with _named(config):
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            assets.resolve_model(config.model.name_or_path),
+            path,
             dtype=torch.float32,
             num_labels=len(labels),
             problem_type="regression" if len(labels) == 1 else "single_label_classification",
@@ -130,8 +145,6 @@ def _load(config: RewardTrainingConfig, tokenizer: Any, labels: Sequence[str]) -
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
-        raise _no_model(config, error) from error
     model.config.pad_token_id = tokenizer.pad_token_id
     # One epoch over ratings does not overfit, and attention without dropout takes torch's fast path on a CPU.
     for layer in model.modules():
@@ -148,9 +161,17 @@ def _load(config: RewardTrainingConfig, tokenizer: Any, labels: Sequence[str]) -
     return model, new_layers
 
 
-def _no_model(config: RewardTrainingConfig, error: Exception) -> ConfigError:
-    reason = str(error).strip().splitlines()[0]
-    return ConfigError(
-        f"model.name_or_path={config.model.name_or_path}: neither a folder with a model and its tokenizer nor one that "
-        f"the hub or its cache gave ({reason})"
-    )
+@contextmanager
+def _named(config: RewardTrainingConfig) -> Iterator[None]:
+    """Raises `ConfigError` for a model that cannot be loaded here."""
+    try:
+        yield
+    except Exception as error:  # a missing, broken or foreign file raises many kinds
+        raise ConfigError(
+            f"model.name_or_path={config.model.name_or_path}: neither a folder with a model and its tokenizer nor one "
+            f"that the hub or its cache gave ({_reason(error)})"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

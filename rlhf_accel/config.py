@@ -406,7 +406,7 @@ class RewardDataConfig:
     max_samples: PositiveInt | None = None
     """Use only the first this many rows of each split."""
     max_tokens: PositiveInt = 128
-    """Longer texts are cut."""
+    """Longer texts are cut, as are those that are longer than the model can read."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

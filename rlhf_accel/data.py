@@ -45,6 +45,8 @@ def load_rows(
     if name != source:
         rows = assets.embedded_dataset(name, split)
     elif is_file_name(source):
+        if split != "train":
+            raise ConfigError(f"{split_key}={split}: the file {source} has no splits; remove {split_key}")
         rows = _load_file(source, source_key)
     else:
         rows = _load_hub(source, split, source_key, split_key)
@@ -84,8 +86,6 @@ def split_rows(config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset]:
 
     Without data.eval_split the second may be empty, where there are too few texts for a tenth of them to be one.
     """
-    if is_file_name(config.source) and config.split != "train":
-        raise ConfigError(f"data.split={config.split}: the file {config.source} has no splits; remove data.split")
     rows = load_rows(config.source, config.split, config.max_samples)
     texts = checked_texts(rows, config.source, config.text_field)
     if config.eval_split is not None:

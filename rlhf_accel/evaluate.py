@@ -7,7 +7,6 @@ figures are those of evaluation.py and frontier.py.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from rlhf_accel.checkpoint import CHECKPOINTS, model_folder, read_summary, rewar
 from rlhf_accel.config import Config, ConfigError, LoraConfig, RunFailed, changed_keys, load
 from rlhf_accel.distributed import check_portable, failure, portable_weights
 from rlhf_accel.evaluation import EVALUATION_SEED, Evaluation, evaluate, mean_interval
-from rlhf_accel.metrics import Progressline
+from rlhf_accel.metrics import Progressline, read_rows
 from rlhf_accel.models import CRITIC, exported_weights, scaled_adapter
 from rlhf_accel.reward import Reward, RewardError, RewardFunction
 from rlhf_accel.runtime import reseed
@@ -204,12 +203,14 @@ def frontier_points(
     training, of which only the mean is kept, it is the score's, which is the wider one.
     """
     points = []
-    rows = _rows_of(judge.run)
+    rows, _ = read_rows(judge.run / "metrics.jsonl")
     held_out, usual = judge.trainer.held_out, judge.config.run.eval_samples
     if held_out is not None and len(judge.prompts) != min(usual, len(held_out)):
         say(f"evaluations while training had other prompts (run.eval_samples={usual}) and are not set beside these")
         rows = []
     for row in rows:
+        if row.get("eval/score") is None or row.get("eval/kl") is None:  # none was due, or its figures were not finite
+            continue
         gain = (row["eval/score"] - curves.score, row.get("eval/score_ci"))
         points.append(_point(curves, f"step {row['step']}", row["step"], (row["eval/kl"], row.get("eval/kl_ci")), gain))
     for name, evaluation in evaluations.items():
@@ -247,22 +248,6 @@ def _point(
         "share": None if share is None else share.value,
         "share_is_lower_bound": None if share is None else share.is_lower_bound,
     }
-
-
-def _rows_of(run: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl with an evaluation whose figures are finite."""
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            row = json.loads(line)
-        except ValueError:  # the end of a file that is being written, or a torn row
-            continue
-        if row.get("eval/score") is not None and row.get("eval/kl") is not None:
-            rows.append(row)
-    return rows
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -360,8 +345,9 @@ def _split(which: str) -> tuple[str, float]:
 
 
 def _for_a_look(config: Config, run: Path) -> Config:
-    """The config of a run that is not trained: no critic but a head, no trackers, and nothing is written."""
-    changed = replace(config.run, resume=None, changes=(), trackers=(), output_dir=str(run / "evaluate"))
+    """The config of a run that is not trained: no critic but a head, no trackers, no hub, and nothing is written."""
+    place = str(run / "evaluate")
+    changed = replace(config.run, resume=None, changes=(), trackers=(), push_to_hub=None, output_dir=place)
     model = replace(config.model, critic="head", critic_init="policy", gradient_checkpointing=False)
     return replace(config, run=changed, model=model)
 

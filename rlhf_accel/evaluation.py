@@ -215,10 +215,13 @@ def _gold_scores(
     return runtime.gather_rows(scores, len(prompts))
 
 
-def compare(base: dict[str, float], trained: Evaluation) -> dict[str, Any]:
-    """Figures before and after, and the gain: the rise of the mean score in standard deviations of the base's."""
-    comparison: dict[str, Any] = {"base": base, "trained": trained.figures}
-    if base["score_std"] > 0:
+def compare(base: dict[str, float] | None, trained: Evaluation) -> dict[str, Any]:
+    """Figures before and after, and the gain: the rise of the mean score in standard deviations of the base's.
+
+    Without the figures before, of a run that was not evaluated at its start, only those after.
+    """
+    comparison: dict[str, Any] = {"base": base or {}, "trained": trained.figures}
+    if base is not None and base["score_std"] > 0:
         comparison["gain"] = (trained.figures["score"] - base["score"]) / base["score_std"]
     return comparison
 

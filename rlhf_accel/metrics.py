@@ -146,6 +146,27 @@ def finite_or_none(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The rows that `JsonLines` wrote, and the numbers of the lines that are torn, such as the end of a file that is
+    being written. Both are empty where there is no file."""
+    rows: list[dict[str, Any]] = []
+    torn = []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    # Not splitlines: texts may hold line breaks that JSON does not escape (U+2028).
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            torn.append(number)
+    return rows, torn
+
+
 class JsonLines:
     """Appends one JSON object a line; figures that are not finite as null.
 

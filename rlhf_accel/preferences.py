@@ -61,6 +61,8 @@ class Sets:
     held: Feedback
     labels: tuple[str, ...]
     """Names of the model's outputs: the classes, or the one name of the score."""
+    sources: tuple[str, str, str]
+    """Where the three come from, in words."""
     notes: tuple[str, ...] = ()
     """Lines to tell the user: what was left out."""
 
@@ -143,15 +145,18 @@ class _Reader:
         }
         take = parse[config.objective]
         learned = take(rows, config.source)
-        if data.is_file_name(config.source) and not data.is_file_name(config.eval_split):
+        is_file = data.is_file_name(config.source)
+        learned_from = f"`{config.source}`" if is_file else f"the split `{config.split}` of `{config.source}`"
+        if is_file and not data.is_file_name(config.eval_split):
             learned, held = self._tenth(learned)
+            learned_from, held_from = f"{learned_from} but for a tenth", f"a tenth of `{config.source}`, kept back"
         else:
-            held = take(*self._rows(config.eval_split, "data.eval_split"))
-        in_file = data.is_file_name(config.source) and not data.is_file_name(config.tuning_split or "")
-        if config.tuning_split is None or in_file:
+            held, held_from = take(*self._rows(config.eval_split, "data.eval_split")), f"`{config.eval_split}`"
+        if config.tuning_split is None or (is_file and not data.is_file_name(config.tuning_split)):
             tuning, held = _halves(held)
+            tuned_on, held_from = f"one half of {held_from}", f"the other half of {held_from}"
         else:
-            tuning = take(*self._rows(config.tuning_split, "data.tuning_split"))
+            tuning, tuned_on = take(*self._rows(config.tuning_split, "data.tuning_split")), f"`{config.tuning_split}`"
         notes = []
         if config.objective == "ratings":
             tuning, held = _with_pairs(tuning, _HELD_ROUNDS), _with_pairs(held, _HELD_ROUNDS)
@@ -166,7 +171,8 @@ class _Reader:
         if not len(learned) or not len(held):
             key = f"data.source={config.source}" if len(held) else f"data.eval_split={config.eval_split}"
             raise ConfigError(f"{key}: no rows are left to learn from and to report on; add rows")
-        return Sets(learned=learned, tuning=tuning, held=held, labels=labels, notes=tuple(notes))
+        sources = (learned_from, tuned_on, held_from)
+        return Sets(learned=learned, tuning=tuning, held=held, labels=labels, sources=sources, notes=tuple(notes))
 
     def _rows(self, split: str, key: str) -> tuple[datasets.Dataset, str]:
         limit = self.config.max_samples
@@ -202,13 +208,13 @@ class _Reader:
         """In the order that the data set gives them, else sorted, numbers by their size."""
         given = set(self._label_column(rows, self.config.source))
         feature = rows.features[self.config.target_field]
+        if len(given) < 2:  # such as the first data.max_samples of a data set that lists one label after the other
+            raise ConfigError(
+                f"data.target_field={self.config.target_field}: all {len(rows)} rows read of {self.config.source} have "
+                f"the label {given.pop()}; expected two labels or more"
+            )
         if isinstance(feature, datasets.ClassLabel):
             return tuple(feature.names)
-        if len(given) < 2:
-            raise ConfigError(
-                f"data.target_field={self.config.target_field}: all rows of {self.config.source} have the label "
-                f"{given.pop()}; expected two labels or more"
-            )
         numbers = all(name.lstrip("-").isdigit() for name in given)
         return tuple(sorted(given, key=int if numbers else str))
 

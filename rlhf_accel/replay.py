@@ -96,7 +96,7 @@ def experience_of(dump: Dump) -> Experience:
 
 def _alone(config: Config, folder: Path) -> Config:
     """The config for a look at the model: a new run in one process, which scores and writes nothing."""
-    run = replace(config.run, resume=None, trackers=(), output_dir=str(folder / "replay"))
+    run = replace(config.run, resume=None, trackers=(), push_to_hub=None, output_dir=str(folder / "replay"))
     model = replace(config.model, critic_init="policy")  # the weights come from the dump
     return replace(config, run=run, model=model, reward=RewardConfig())
 

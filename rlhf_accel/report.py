@@ -23,7 +23,7 @@ import yaml
 from rlhf_accel import __version__
 from rlhf_accel.config import Config, ConfigError, flatten, to_yaml
 from rlhf_accel.frontier import Frontier, share_of_optimum
-from rlhf_accel.metrics import METRICS, Metric
+from rlhf_accel.metrics import METRICS, Metric, read_rows
 
 if TYPE_CHECKING:
     from rlhf_accel import charts
@@ -184,21 +184,8 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    rows: list[dict[str, Any]] = []
-    # Not splitlines: texts may hold line breaks that JSON does not escape (U+2028).
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
-            notes.append(f"line {number} of {path.name} is torn and left out")
+    rows, torn = read_rows(path)
+    notes.extend(f"line {number} of {path.name} is torn and left out" for number in torn)
     return rows
 
 

@@ -25,8 +25,9 @@ from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_ope
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
+from rlhf_accel.classifiers import load_tokenizer, most_tokens
 from rlhf_accel.config import ConfigError, RewardConfig, gold_name
 from rlhf_accel.models import DTYPES, load_pretrained
 from rlhf_accel.runtime import computes_in_bf16
@@ -129,19 +130,12 @@ class Classifier:
         self.device = device
         self.dtype = reward_dtype(config, device)
         said = f"reward.model={config.model}"
-        self.tokenizer = _load_tokenizer(path, said)
+        self.tokenizer = load_tokenizer(path, said)
         model = load_pretrained(AutoModelForSequenceClassification, path, said, dtype=self.dtype)
         self.model = model.to(device).eval().requires_grad_(False)
         self.label = self._label_index()
-        if self.tokenizer.pad_token_id is None:
-            # Decoder classifiers find a text's last token by the model's own pad id.
-            self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
-        positions = getattr(self.model.config, "max_position_embeddings", 10**9)
-        if "roberta" in self.model.config.model_type:
-            # RoBERTa counts positions from its padding id on; those up to it are not for tokens.
-            positions -= self.model.config.pad_token_id + 1
-        self.max_tokens = min(self.tokenizer.model_max_length, positions)
+        self.max_tokens = most_tokens(self.model, self.tokenizer)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Sequence[Any]) -> list[float]:
@@ -223,18 +217,6 @@ class RemoteReward:
 class _NoRedirection(HTTPRedirectHandler):
     def redirect_request(self, *_: Any) -> None:
         return None
-
-
-def _load_tokenizer(path: str, said: str) -> Any:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        # For a folder with a model and no tokenizer, transformers may make one up that knows its special tokens only.
-        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-            raise ValueError("its vocabulary is empty")
-    except Exception as error:  # the libraries below raise many kinds for a missing or broken tokenizer
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"{said}: no tokenizer could be loaded; save one beside the model ({reason})") from error
-    return tokenizer
 
 
 def reward_dtype(config: RewardConfig, device: torch.device) -> torch.dtype:

@@ -34,12 +34,14 @@ def describe(
     folder: Path,
     config: RewardTrainingConfig,
     labels: tuple[str, ...],
+    sources: tuple[str, str, str],
     metrics: Mapping[str, float],
     curves: Mapping[str, Reliability],
 ) -> list[str]:
     """Write `reward_metrics.json` (null for nan), `reward_config.yaml`, the card and, with matplotlib, the plot.
 
-    Returns lines to tell the user.
+    `sources` say in words what the model learned from, what tuned it and what the figures are of. Returns lines to tell
+    the user.
     """
     numbers = {name: None if math.isnan(value) else value for name, value in metrics.items()}
     (folder / "reward_metrics.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
@@ -51,7 +53,7 @@ def describe(
         plot_reliability(folder / PLOT, curves)
     elif len(curves["before"].count):
         notes.append(f"no {PLOT}: it needs matplotlib, pip install 'rlhf_accel[report]'")
-    (folder / "README.md").write_text(_card(config, labels, metrics, has_plot), encoding="utf-8")
+    (folder / "README.md").write_text(_card(config, labels, sources, metrics, has_plot), encoding="utf-8")
     return notes
 
 
@@ -76,19 +78,24 @@ def plot_reliability(path: Path, curves: Mapping[str, Reliability]) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _card(config: RewardTrainingConfig, labels: tuple[str, ...], metrics: Mapping[str, float], has_plot: bool) -> str:
-    data = config.data
+def _card(
+    config: RewardTrainingConfig,
+    labels: tuple[str, ...],
+    sources: tuple[str, str, str],
+    metrics: Mapping[str, float],
+    has_plot: bool,
+) -> str:
+    data, (learned_from, tuned_on, reported_on) = config.data, sources
     meaning = _MEANING[data.objective].format(target=data.target_field, labels=" or ".join(f"`{x}`" for x in labels))
     rows = "".join(
         f"| `{name}` | {'-' if math.isnan(value) else format(value, '.4g')} |\n" for name, value in metrics.items()
     )
-    tuned_on = f"`{data.tuning_split}`" if data.tuning_split else "the other half of the held-out data"
     card = f"""# Reward model
 
-Gives a text {meaning}. Trained with `python -m rlhf_accel train-reward` from `{config.model.name_or_path}` on the split
-`{data.split}` of `{data.source}` by {_LOSS[data.objective]} (`reward_config.yaml`).
+Gives a text {meaning}. Trained with `python -m rlhf_accel train-reward` from `{config.model.name_or_path}` on
+{learned_from} by {_LOSS[data.objective]} (`reward_config.yaml`).
 
-| figure on `{data.eval_split}` | value |
+| figure on {reported_on} | value |
 | --- | --- |
 {rows}
 `reward/ece` is the expected calibration error, in {BINS} bins of equal mass, of the probability

@@ -23,9 +23,9 @@ import transformers
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from rlhf_accel import assets, calibration, classifiers, preferences, reward_card
+from rlhf_accel import assets, calibration, checkpoint, classifiers, preferences, reward_card
 from rlhf_accel.calibration import preference_loss
-from rlhf_accel.config import ConfigError, RewardTrainingConfig, from_command_line
+from rlhf_accel.config import ConfigError, RewardTrainingConfig, RunFailed, from_command_line
 from rlhf_accel.preferences import Feedback, Sets
 from rlhf_accel.runtime import computes_in_bf16, quiet_libraries, tune_process
 
@@ -37,15 +37,17 @@ def train_reward(config: RewardTrainingConfig) -> dict[str, float]:
     """Train, evaluate on data.eval_split and write the folder run.output_dir; returns what its metrics file holds.
 
     Raises `ConfigError` before any training on an output folder in use, data that cannot be learned from, or a model
-    that cannot be loaded.
+    that cannot be loaded; `RunFailed` if the model diverged.
     """
     output = _free_folder(config)
-    tokenizer = classifiers.load_tokenizer(config)
-    sets = preferences.read(config.data, tokenizer, config.model.name_or_path, classifiers.known_labels(config))
+    name = config.model.name_or_path
+    labels = classifiers.known_labels(config)
+    tokenizer = classifiers.load_tokenizer(assets.resolve_model(name), f"model.name_or_path={name}")
+    sets = preferences.read(config.data, tokenizer, name, labels)
     if config.run.eval_every and not len(sets.tuning):
         raise ConfigError(
-            f"run.eval_every={config.run.eval_every:g}: {config.data.eval_split} holds too few rows to choose a "
-            "checkpoint by and to report on; add rows, name data.tuning_split, or set run.eval_every=0"
+            f"run.eval_every={config.run.eval_every:g}: {sets.sources[1]} holds no rows to choose a checkpoint by; add "
+            "rows, name data.tuning_split, or set run.eval_every=0"
         )
     transformers.set_seed(config.run.seed)  # the new head
     model = classifiers.load(config, tokenizer, sets.labels)
@@ -71,7 +73,8 @@ def train_reward(config: RewardTrainingConfig) -> dict[str, float]:
         trainer.save_model(str(finished))
         if trainer.is_world_process_zero():
             classifiers.finish(finished, config, tokenizer, sets.labels, shift, scale)
-            notes = [*sets.notes, *reward_card.describe(finished, config, sets.labels, metrics, curves)]
+            notes = [*sets.notes, *reward_card.describe(finished, config, sets.labels, sets.sources, metrics, curves)]
+            checkpoint.flush(finished, like=finished / "config.json")
             if output.exists():
                 output.rmdir()  # empty: _free_folder looked
             finished.rename(output)
@@ -87,7 +90,8 @@ class FeedbackTrainer(Trainer):
         self, config: RewardTrainingConfig, arguments: TrainingArguments, model: Any, tokenizer: Any, sets: Sets
     ) -> None:
         self.objective = config.data.objective
-        self.tokenizer, self.max_tokens = tokenizer, config.data.max_tokens
+        self.tokenizer = tokenizer
+        self.max_tokens = min(config.data.max_tokens, classifiers.most_tokens(model, tokenizer))
         evaluated = self._numbered(sets.tuning.texts) if config.run.eval_every else None
 
         def loss(prediction: transformers.EvalPrediction) -> dict[str, float]:
@@ -113,12 +117,12 @@ class FeedbackTrainer(Trainer):
     ) -> Tensor:
         """Mean over the rows of the batch; the processes' gradients are averaged."""
         labels = inputs.pop("labels")
-        logits = model(**inputs).logits
+        logits = model(**inputs).logits.float()
         if self.objective == "ratings":
             return nn.functional.mse_loss(logits.squeeze(-1), labels)
         if self.objective == "labels":
-            return nn.functional.cross_entropy(logits.float(), labels)
-        chosen, rejected = logits.float().squeeze(-1).chunk(2)
+            return nn.functional.cross_entropy(logits, labels)
+        chosen, rejected = logits.squeeze(-1).chunk(2)
         return preference_loss(chosen, rejected, labels)
 
     def prediction_step(
@@ -131,7 +135,7 @@ class FeedbackTrainer(Trainer):
         return None, logits.float(), places
 
     def scores(self, texts: tuple[str, ...]) -> np.ndarray:
-        """Logits (N, K) of the texts in fp64, on every process."""
+        """Logits (N, K) of the texts in fp64, on every process; raises `RunFailed` if they are not finite."""
         if not texts:
             return np.zeros((0, self.model.config.num_labels))
         self.compute_metrics = None  # which is for the tuning texts
@@ -139,7 +143,13 @@ class FeedbackTrainer(Trainer):
             found = self.predict(self._numbered(texts))
         finally:
             self.compute_metrics = self._tuning_metrics
-        return _in_order(found.predictions, found.label_ids, len(texts))
+        scores = _in_order(found.predictions, found.label_ids, len(texts))
+        if not np.isfinite(scores).all():
+            raise RunFailed(
+                f"the model scores {scores[~np.isfinite(scores)][0]} after training, so it diverged; lower optim.lr. "
+                "Nothing is written"
+            )
+        return scores
 
     def _numbered(self, texts: tuple[str, ...]) -> list[dict[str, Any]]:
         """Texts with their places: the Trainer groups these sets by length too, so that rows come in another order."""
@@ -191,6 +201,13 @@ class _Progress(transformers.TrainerCallback):
 
     def __init__(self, objective: str = "ratings") -> None:
         self.loss = {"ratings": "squared error", "labels": "cross entropy", "pairs": "preference loss"}[objective]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        if args.eval_strategy == "steps" and state.eval_steps > state.max_steps:
+            raise ConfigError(
+                f"run.eval_every={state.eval_steps:g} is above the {state.max_steps} steps of this training, so that "
+                "no model would be evaluated; lower it, or set 0 to write the last one"
+            )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
         for key, place in (("loss", ""), ("eval_loss", " on the tuning rows")):
@@ -307,7 +324,7 @@ def _arguments(config: RewardTrainingConfig, work: str) -> TrainingArguments:
     # The option was renamed after transformers 5.0.
     new_name = "train_sampling_strategy" in TrainingArguments.__dataclass_fields__
     grouped: dict[str, Any] = {"train_sampling_strategy": "group_by_length"} if new_name else {"group_by_length": True}
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=work,
         seed=config.run.seed,
         bf16=bf16,
@@ -327,6 +344,10 @@ def _arguments(config: RewardTrainingConfig, work: str) -> TrainingArguments:
         **_best_checkpoint(config.run.eval_every),
         **grouped,
     )
+    if arguments.deepspeed_plugin is not None:  # else ZeRO-3 leaves cut weights where a model should be, and only warns
+        zero = arguments.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    return arguments
 
 
 def _best_checkpoint(eval_every: float) -> dict[str, Any]:

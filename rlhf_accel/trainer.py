@@ -466,8 +466,9 @@ class PPOTrainer:
             return
         if budget is not None and not kl <= budget:
             return
+        results = {"steps": self.progress.step, **compare(self.progress.base, evaluation)}
         try:
-            self.keeper.export("best", {"eval/score": score, "eval/kl": kl}, self.tokens)
+            self.keeper.export("best", results, self.tokens)
         except SaveError as error:
             self.line.say(f"warning: best/ could not be written: {error}")
         else:

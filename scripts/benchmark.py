@@ -19,6 +19,7 @@ import functools
 import importlib.util
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -381,8 +382,6 @@ def measure(
     name: str, workload: Workload, options: argparse.Namespace, overrides: Sequence[str] = (), peer: str | None = None
 ) -> dict[str, Any]:
     """Medians of a workload's figures, of this trainer and, in turns with it, of the peer in the Python `peer`."""
-    if peer is not None and workload.stop:
-        raise ConfigError(f"{name} ends responses at texts, which trl does not know")
     path = build_model(workload, assets.cache_dir() / "benchmark")
     prompts = build_prompts(workload, path)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
@@ -563,7 +562,8 @@ def main(arguments: list[str]) -> None:
     if options.worker:
         work(json.loads(options.worker))
         return
-    chosen = options.names or [name for name in WORKLOADS if name not in ("W2-bf16", "W3", "W7", "W8")]
+    usual = [name for name in WORKLOADS if name not in ("W2-bf16", "W3", "W7", "W8")]
+    chosen = options.names or [name for name in usual if not (options.against and WORKLOADS[name].stop)]
     for name in chosen:
         if name not in WORKLOADS and name not in STUDIES:
             raise ConfigError(f"workload {name!r} is unknown; there are {names}")
@@ -574,6 +574,14 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(f"--steps {options.steps} must be at least 1")
     if options.chart and importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("--chart needs matplotlib; pip install matplotlib")
+    for option, file in (("--chart", options.chart), ("--output", options.output)):
+        if file and not Path(file).resolve().parent.is_dir():
+            raise ConfigError(f"{option} {file}: there is no folder {Path(file).resolve().parent}")
+    if options.peer_python and shutil.which(options.peer_python) is None:
+        raise ConfigError(f"--peer-python {options.peer_python} is no program")
+    texts = [name for name in chosen if name in WORKLOADS and WORKLOADS[name].stop]
+    if options.against and texts:
+        raise ConfigError(f"{', '.join(texts)}: responses end at texts, which trl does not know; leave out --against")
     tune_process()
     quiet_libraries()
     peer = (options.peer_python or str(_peer_environment())) if options.against else None

@@ -128,8 +128,11 @@ def test_more_samples_begin_with_the_usual_ones(fitted) -> None:
 def test_the_frontier_is_that_of_the_runs_reference_on_its_own_scale(fitted) -> None:
     trainer = fitted()
     run = trainer.folder
+    rows = rows_of(run)
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('12\n{"step": 4, "obj')  # torn rows, of which one is JSON
     evaluate.main([str(run), "--frontier", "6", "--which", "final"])
-    told, rows = tree(run / "frontier.json"), rows_of(run)
+    told = tree(run / "frontier.json")
     assert (told["prompts"], told["samples"]) == (len(trainer.held_out.fixed(4)), 6)
 
     # Again, by the reference alone: the run's base, scored by hand.
@@ -267,6 +270,12 @@ def test_what_cannot_be_evaluated_ends_in_one_line(folders, tiny, capfd, options
     assert len(lines) == 1
     assert words in lines[0]
     assert {name: on_disk(folder) for name, folder in named.items()} == before
+
+
+def test_a_run_meant_for_the_hub_is_judged_without_it(folders, tiny) -> None:
+    run = folders(tiny)["RUN"]
+    config = load(Config, run / "config.yaml", ["--run.push_to_hub", "nobody/model"])
+    assert len(Judge.of(run, config).prompts)
 
 
 def test_ctrl_c_while_drawing_leaves_all_as_it_was(fitted, monkeypatch, capsys) -> None:

@@ -336,6 +336,12 @@ def test_best_is_the_best_within_the_budget(tiny, monkeypatch, capsys, budget, f
     assert ("no evaluation was within run.best_kl_budget=2: best/ is not written" in output) == (not steps)
     if steps:
         score, kl = figures[steps[-1] - 1]
+        card = (trainer.folder / "best" / "README.md").read_text(encoding="utf-8")
+        assert f"for {steps[-1]} steps of" in card
+        assert f"| score | 0.000 | {score:.3f} |" in card
+        assert (
+            f"| gain, in standard deviations of the score before | {score / summary['base']['score_std']:.3f} |" in card
+        )
         assert summary["best"] == {"step": steps[-1], "score": score, "kl": kl}
 
 

@@ -40,6 +40,8 @@ def test_the_merged_model_is_the_base_with_the_adapter(
     adapted = AutoPeftModelForCausalLM.from_pretrained(trained / "final")
     torch.testing.assert_close(logits(merged), logits(adapted), atol=1e-5, rtol=1e-5)
     assert (logits(merged) - logits(AutoModelForCausalLM.from_pretrained(gpt2_folder))).abs().max() > 0.01
+    modes = {path.stat().st_mode for path in (tmp_path / "merged").rglob("*") if path.is_file()}
+    assert len(modes) == 1, "safetensors' own files are for nobody else"
     text = "A dull, tired"
     ids = [AutoTokenizer.from_pretrained(place)(text).input_ids for place in (tmp_path / "merged", gpt2_folder)]
     assert ids[0] == ids[1]

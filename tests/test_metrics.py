@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from rlhf_accel import metrics
-from rlhf_accel.metrics import METRICS, NAMES, JsonLines, Progressline, Stopwatch, markdown_table
+from rlhf_accel.metrics import METRICS, NAMES, JsonLines, Progressline, Stopwatch, markdown_table, read_rows
 
 # The keys that design.md promises to readers of metrics.jsonl.
 PROMISED = """
@@ -201,3 +201,12 @@ def test_a_table_shows_texts_as_they_are(capsys: pytest.CaptureFixture[str]) -> 
 def test_say_shows_texts_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     Progressline(1, enabled=True).say("[red]/tmp/:smile:[/red]")
     assert capsys.readouterr().out == "[red]/tmp/:smile:[/red]\n"
+
+
+def test_rows_are_read_back_and_torn_lines_are_numbered(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    assert read_rows(path) == ([], [])
+    JsonLines(path).write({"step": 1, "text": "line\u2028break", "kl": math.nan})
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"step": 2}{"st\n12\nnull\n\n{"step": 3}\n{"step": 4, "ob')
+    assert read_rows(path) == ([{"step": 1, "text": "line\u2028break", "kl": None}, {"step": 3}], [2, 3, 4, 7])

@@ -167,6 +167,26 @@ def test_class_names_come_with_the_data_set(read, monkeypatch):
     rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, -1]}, features=names)
     with pytest.raises(ConfigError, match=r"row 2 of some/set .*expected a label"):
         read(**hub)
+    # As the first rows of many data sets are.
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 1]}, features=names)
+    with pytest.raises(ConfigError, match=r"all 2 rows read of some/set have the label pos; expected two"):
+        read(**hub)
+
+
+def test_where_the_sets_come_from_is_told_in_words(read, tmp_path):
+    rows = [{"text": f"film {i}", "rating": i / 100} for i in range(200)]
+    # A file has no splits, so that the default names of such are not told.
+    file, other = str(tmp_path / "rows.jsonl"), write(tmp_path / "other.jsonl", rows[:20])
+    tenth = f"a tenth of `{file}`, kept back"
+    halves = (f"`{file}` but for a tenth", f"one half of {tenth}", f"the other half of {tenth}")
+    assert read(rows).sources == read(rows, tuning_split="validation").sources == halves
+    assert read(rows, eval_split=other).sources == (
+        f"`{file}`",
+        f"one half of `{other}`",
+        f"the other half of `{other}`",
+    )
+    embedded = read(tuning_split="validation", max_samples=50).sources
+    assert embedded == ("the split `train` of `embedded:movie_reviews`", "`validation`", "`heldout`")
 
 
 @pytest.mark.parametrize("objective", ["ratings", "labels", "pairs"])
@@ -233,7 +253,7 @@ def test_bad_pairs_are_refused(read, rows, changes, words):
 @pytest.mark.parametrize(
     ("labels", "words"),
     [
-        ([1, 1, 1], ["all rows", "the label 1", "two labels"]),
+        ([1, 1, 1], ["all 3 rows", "the label 1", "two labels"]),
         ([0, 1, None], ["row 3", "None", "expected a label"]),
         ([0.5, 1.0, 0.0], ["row 1", "0.5", "expected a label"]),
         (["a", "b", ""], ["row 3", "expected a label"]),

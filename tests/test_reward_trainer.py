@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 from rlhf_accel import preferences, reward_trainer
-from rlhf_accel.config import Config, ConfigError, RewardConfig, RewardTrainingConfig, load, parse
+from rlhf_accel.config import Config, ConfigError, RewardConfig, RewardTrainingConfig, RunFailed, load, parse
 from rlhf_accel.reward import Classifier
 from rlhf_accel.reward_trainer import train_reward
 from rlhf_accel.trainer import PPOTrainer
@@ -116,9 +117,12 @@ def test_learns_which_words_are_liked_and_writes_what_reward_model_takes(config,
     told_metrics = {name: None if np.isnan(value) else value for name, value in metrics.items()}
     assert json.loads((folder / "reward_metrics.json").read_text()) == told_metrics
     assert load(RewardTrainingConfig, folder / "reward_config.yaml") == told
-    assert "squared error" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "squared error" in card and f"| figure on a tenth of `{told.data.source}`, kept back | value |" in card
     assert all(tensor.dtype == torch.float32 for tensor in load_file(folder / "model.safetensors").values())
     assert list((tmp_path / "out").iterdir()) == [folder]  # no work folder is left
+    modes = {path.stat().st_mode for path in folder.iterdir()}
+    assert len(modes) == 1, "safetensors' own files are for nobody else"
     assert "reward/accuracy" in capsys.readouterr().out
 
     model = AutoModelForSequenceClassification.from_pretrained(folder)
@@ -188,10 +192,15 @@ def test_a_figure_that_nothing_can_tell_is_null(config, tmp_path):
         ([{"text": "a film", "rating": "four"}] * 30, {}, ["data.target_field=rating", "row 1", "'four'"]),
         ([{"text": "a film", "rating": True}] * 30, {}, ["data.target_field=rating", "row 1", "True"]),
         (ratings(1), {}, ["data.source", "too few", "data.eval_split"]),
-        (ratings(20), {}, ["run.eval_every=0.25", "too few", "data.tuning_split", "run.eval_every=0"]),
+        (
+            ratings(20),
+            {},
+            ["run.eval_every=0.25: one half of a tenth of", "no rows", "data.tuning_split", "run.eval_every=0"],
+        ),
         (None, {"data": {"tuning_split": "none.csv"}}, ["data.tuning_split=none.csv"]),
         (None, {"lora": {"r": 4, "target_modules": "none"}}, ["lora.target_modules", "none"]),
         (None, {"data": {"source": "none.csv"}}, ["data.source=none.csv"]),
+        (None, {"data": {"split": "test"}}, ["data.split=test: the file", "remove data.split"]),
         (None, {"data": {"eval_split": "none.csv"}}, ["none.csv"]),
         (None, {"data": {"source": "embedded:plays"}}, ["data.source=embedded:plays", "movie_reviews"]),
         (None, {"data": {"source": "embedded:movie_reviews", "split": "tests"}}, ["data.split=tests", "heldout"]),
@@ -207,6 +216,46 @@ def test_bad_input_ends_in_one_line_that_names_the_key(config, tmp_path, rows, s
     assert "\n" not in message
     assert all(word in message for word in words), message
     assert not (tmp_path / "out" / "reward").exists()
+
+
+def torn(folder: Path, name: str) -> None:
+    (folder / name).write_bytes((folder / name).read_bytes()[:50])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda folder: [path.unlink() for path in folder.glob("token*")], "no tokenizer could be loaded; save one"),
+        (lambda folder: torn(folder, "tokenizer.json"), "no tokenizer could be loaded"),
+        (lambda folder: torn(folder, "model.safetensors"), "neither a folder with a model"),
+        (lambda folder: torn(folder, "config.json"), "neither a folder with a model"),
+    ],
+)
+def test_a_model_with_a_missing_or_torn_file_is_named(config, bert_folder, tmp_path, spoil, words):
+    """Without its tokenizer, transformers makes one up, to which all words are unknown."""
+    folder = tmp_path / "spoilt"
+    shutil.copytree(bert_folder, folder)
+    spoil(folder)
+    with pytest.raises(ConfigError, match=rf"^model\.name_or_path={folder}: {words}"):
+        train_reward(config(model={"name_or_path": str(folder)}))
+
+
+def test_texts_are_cut_to_what_the_model_can_read(config):
+    """The model has 32 positions."""
+    rows = [{"text": "very " * 40 + row["text"], "rating": row["rating"]} for row in ratings(60)]
+    train_reward(config(rows, data={"max_tokens": 100}, optim={"epochs": 0.5}, run={"eval_every": 0}))
+
+
+def test_a_model_that_diverged_is_not_written(config, tmp_path):
+    with pytest.raises(RunFailed, match=r"scores nan after training.*lower optim\.lr"):
+        train_reward(config(ratings(60), optim={"lr": 1e30, "epochs": 1}, run={"eval_every": 0}))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_evaluation_that_never_comes_is_refused(config):
+    """Sixteen rows a step: the training has four steps or fewer."""
+    with pytest.raises(ConfigError, match=r"^run\.eval_every=5 is above the \d steps of this training"):
+        train_reward(config(ratings(64), run={"eval_every": 5}, optim={"epochs": 1}))
 
 
 def test_a_row_number_counts_the_rows_of_the_file(config):
