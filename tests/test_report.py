@@ -237,6 +237,53 @@ def test_a_file_that_is_no_json_is_said_and_left_out(folder: Path, name: str) ->
     assert len(notes) == 1 and name in notes[0] and name in Page(path).text()
 
 
+@pytest.mark.parametrize(
+    "name", ["summary.json", "frontier.json", "evaluation.json", "environment.json", "config.yaml"]
+)
+@pytest.mark.parametrize("content", [b"[1]", b"a: \xff", b""])
+def test_a_file_of_another_shape_is_said_and_left_out(folder: Path, name: str, content: bytes) -> None:
+    (folder / name).write_bytes(content)
+    run = report.read_run(folder)
+    (note,) = run.notes
+    assert note.startswith(f"{name} ") and "left out" in note and "\n" not in note
+    report.page([run], [])
+
+
+def test_a_gold_reward_that_failed_has_no_figure(folder: Path) -> None:
+    """Its figures are null in the summary, of the base, of the trained policy, or of both."""
+    tree = json.loads((folder / "summary.json").read_text())
+    tree["base"] |= {"gold/a": 0.25, "gold/b": None}
+    tree["trained"] |= {"gold/a": None, "gold/b": None, "win_rate": None, "kl": None}
+    (folder / "summary.json").write_text(json.dumps(tree))
+    found = dict(report.headlines([report.read_run(folder)]))
+    assert found["a, not trained on"] == ["+0.250 → not known"] and found["b, not trained on"] == [
+        "not known → not known"
+    ]
+    assert found["KL to the reference, nats per response"] == ["not known"] == found["Wins over the base"]
+
+
+def test_a_summary_from_before_the_run_went_on_is_left_out(folder: Path) -> None:
+    """run.total_steps was raised, and the run went on from its last checkpoint."""
+    write_rows(folder / "metrics.jsonl", [metrics_row(step) for step in range(1, 9)])
+    run = report.read_run(folder)
+    assert run.summary is None and "summary.json is of step 6" in run.notes[0]
+    assert report.state(run).startswith("still going, or stopped, after step 8")
+
+
+@pytest.mark.parametrize("gold", ["social_circle", "gold_ci", "vader_ci"])
+def test_a_gold_reward_of_any_name_is_shown(folder: Path, gold: str) -> None:
+    row = metrics_row(1, **{f"eval/gold/{gold}": 0.5, f"eval/gold_ci/{gold}": 0.25, "eval/win_rate_ci": 0.1})
+    write_rows(folder / "metrics.jsonl", [row])
+    models = {"base": {f"gold/{gold}": 0.5, f"gold_ci/{gold}": 0.25}}
+    (folder / "evaluation.json").write_text(json.dumps({"models": models}))
+    run = report.read_run(folder)
+    shown = {chart.title: chart for chart in report.panels([run])}
+    assert [title for title in shown if title.startswith("Gold") or "ci" in title.split()] == [f"Gold reward: {gold}"]
+    assert shown[f"Gold reward: {gold}"].lines[0].half == [0.25]
+    ((_, _, rows),) = report._models([run])
+    assert rows == [(f"gold/{gold}", [(0.5, 0.25)])]
+
+
 def test_a_frontier_of_another_shape_is_said(folder: Path) -> None:
     (folder / "frontier.json").write_text('{"prompts": 1}')
     path, notes = report.write([folder])
@@ -263,6 +310,7 @@ def test_what_is_no_run_ends_in_one_line(folder: Path, tmp_path: Path, capsys: p
         ([str(folder), str(tmp_path)], "no run's folder"),
         ([str(folder)] * 8, "at most 7"),
         ([str(folder), "--output", str(tmp_path / "file" / "page.html")], "--output"),
+        ([str(folder), "--output", str(tmp_path / "page")], "page.html"),
     ]
     for arguments, said in cases:
         with pytest.raises(SystemExit) as end:
