@@ -467,11 +467,12 @@ class PPOTrainer:
         if budget is not None and not kl <= budget:
             return
         try:
-            self.keeper.export("best", {"eval/score": score, "eval/kl": kl}, self.tokens)
+            step = self.progress.step
+            self.keeper.export("best", {"steps": step, "eval/score": score, "eval/kl": kl}, self.tokens)
         except SaveError as error:
             self.line.say(f"warning: best/ could not be written: {error}")
         else:
-            self.progress = replace(self.progress, best_score=score, best_kl=kl, best_step=self.progress.step)
+            self.progress = replace(self.progress, best_score=score, best_kl=kl, best_step=step)
 
     def _log_samples(self, step: int) -> None:
         if self.rollout is not None and self.config.run.sample_every:

@@ -76,6 +76,12 @@ def test_the_card_says_what_was_done_and_what_came_out():
     assert "| held-out score | 0.500 |" in best
 
 
+def test_a_model_of_a_step_before_the_last_says_so():
+    config = hub_config(run={"total_steps": 100}, rollout={"batch_size": 256})
+    assert "fine-tuned by PPO for 100 steps of 256 responses" in model_card(config, {}, VERSIONS)
+    assert "fine-tuned by PPO for 40 steps of" in model_card(config, {"steps": 40, "eval/score": 0.5}, VERSIONS)
+
+
 def test_the_settings_in_the_card_make_the_same_run(tmp_path):
     """What differs from the defaults, without what is of one machine, is a config of its own."""
     config = hub_config(

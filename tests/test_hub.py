@@ -139,6 +139,28 @@ def test_an_adapter_goes_up_with_its_base_by_name_and_stays_here_as_it_is(client
     assert {path: path.read_bytes() for path in exported.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("base", ["/no/longer/here", "../models/base", None])
+def test_an_adapter_whose_base_is_no_hub_id_is_refused(client, exported, base):
+    """A folder too that this machine has no more, or never had."""
+    (exported / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    with pytest.raises(ConfigError, match=r"--base"):
+        hub.main([str(exported), "ada/m"])
+    assert client.calls == []
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}"])
+def test_an_adapter_whose_config_is_torn_is_refused(client, exported, content):
+    (exported / "adapter_config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"adapter_config\.json is not what peft writes"):
+        hub.main([str(exported), "ada/m"])
+
+
+def test_an_adapter_whose_base_is_on_the_hub_needs_no_word_about_it(client, exported):
+    (exported / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "openai-community/gpt2"}))
+    hub.main([str(exported), "ada/m"])
+    assert json.loads(client.files["adapter_config.json"])["base_model_name_or_path"] == "openai-community/gpt2"
+
+
 def test_a_folder_without_a_model_is_refused(client, tmp_path):
     with pytest.raises(ConfigError, match="holds no model"):
         hub.main([str(tmp_path), "ada/m"])

@@ -194,6 +194,8 @@ def test_best_is_the_model_with_the_best_evaluation(fit, monkeypatch):
             expected.append(("best", best))
     assert kept == [*expected, ("final", None)]
     assert trainer.progress.best_score == best
+    card = (trainer.folder / "best" / "README.md").read_text(encoding="utf-8")
+    assert f"for {max(rows, key=lambda row: row['eval/score'])['step']} steps of 8 responses" in card
 
 
 @pytest.mark.parametrize("lora", [{"r": 0}, {"r": 4}])
