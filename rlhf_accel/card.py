@@ -122,7 +122,7 @@ def is_hub_id(name: str) -> bool:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return ":" not in name and not Path(name).exists()
+    return not Path(name).exists()
 
 
 def _reward(config: Config) -> str:

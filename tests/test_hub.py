@@ -1,6 +1,7 @@
 """Sending a model to the hub: against the client's border, and against a small server that answers as the hub does."""
 
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -146,6 +147,18 @@ def test_an_adapter_whose_base_is_no_hub_id_is_refused(client, exported, base):
     with pytest.raises(ConfigError, match=r"--base"):
         hub.main([str(exported), "ada/m"])
     assert client.calls == []
+
+
+def test_of_a_runs_folder_the_model_that_is_named_goes_up_with_the_base_that_the_config_names(client, exported):
+    run = exported.parent
+    shutil.copytree(exported, run / "best")
+    (run / "best" / "value_head.safetensors").write_bytes(b"best head")
+    (run / "config.yaml").write_text("model: {name_or_path: 'wheel:SmolLM2-135M-Instruct'}\nlora: {r: 4}\n")
+    for options, head in (([], b"head"), (["--which", "best"], b"best head")):
+        hub.main([str(run), "ada/m", *options])
+        assert client.files["value_head.safetensors"] == head
+        named = json.loads(client.files["adapter_config.json"])["base_model_name_or_path"]
+        assert named == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}"])
