@@ -27,6 +27,7 @@ from rlhf_accel import __version__
 from rlhf_accel.assets import sha256
 from rlhf_accel.config import Config, ConfigError, Finished, RunFailed, changed_keys, load, to_yaml
 from rlhf_accel.distributed import Runtime, failure
+from rlhf_accel.files import flush, replace_text
 from rlhf_accel.metrics import finite_or_none
 from rlhf_accel.models import CRITIC, POLICY, PolicyWithValue
 from rlhf_accel.tokens import Tokens
@@ -103,7 +104,7 @@ def make_folder(folder: Path, config: Config) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if config.run.resume is not None:
-            _replace(folder / "config.yaml", to_yaml(_of_the_run(config)))
+            replace_text(folder / "config.yaml", to_yaml(_of_the_run(config)))
         else:
             with (folder / "config.yaml").open("x", encoding="utf-8") as file:
                 file.write(to_yaml(config))
@@ -176,7 +177,7 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
 
 def write_json(path: Path, tree: Mapping[str, Any]) -> None:
     """Write a file whole or not at all, figures that are not finite as null. Raises `OSError`."""
-    _replace(path, json.dumps(finite_or_none(tree), indent=2, ensure_ascii=False))
+    replace_text(path, json.dumps(finite_or_none(tree), indent=2, ensure_ascii=False))
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
@@ -227,7 +228,7 @@ def model_folder(folder: Path, which: str) -> Path:
 
 def write_environment(folder: Path, facts: Mapping[str, Any]) -> None:
     """What the run runs on, by where it started last. Raises `OSError`."""
-    _replace(folder / "environment.json", json.dumps(facts, indent=2, ensure_ascii=False))
+    replace_text(folder / "environment.json", json.dumps(facts, indent=2, ensure_ascii=False))
 
 
 def is_finished(folder: Path, steps: int) -> bool:
@@ -284,7 +285,7 @@ def save_checkpoint(folder: Path, progress: Progress, runtime: Runtime, config: 
         _write_manifest(beside, runtime)
         _flush(beside, like=beside / "progress.json")
         _move(beside, place)
-        _replace(place.parent / _LATEST, place.name)
+        replace_text(place.parent / _LATEST, place.name)
 
     def on_main(work: Callable[[], None]) -> str | None:
         return failure(work) if runtime.is_main else None
@@ -312,7 +313,7 @@ def prune(folder: Path, step: int, keep: int) -> None:
 
 def go_back_to(place: Path) -> None:
     """Let `latest` name this checkpoint: newer ones are of steps that the run, which goes on here, takes again."""
-    _replace(place.parent / _LATEST, place.name)
+    replace_text(place.parent / _LATEST, place.name)
 
 
 def load_progress(checkpoint: Path) -> Progress:
@@ -433,11 +434,7 @@ def _flush(folder: Path, *, like: Path | None = None) -> None:
     for path in (*(folder.rglob("*") if like is not None else ()), folder):
         if like is not None and path.is_file():
             path.chmod(like.stat().st_mode)
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        flush(path)
 
 
 def _move(beside: Path, place: Path) -> None:
@@ -454,17 +451,6 @@ def _move(beside: Path, place: Path) -> None:
         raise
     _flush(place.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    beside = path.with_name(f".{path.name}.new")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-    _flush(path.parent)
 
 
 def export(folder: Path, module: PolicyWithValue, weights: Mapping[str, Tensor], tokens: Tokens, card: str) -> None:

@@ -23,6 +23,7 @@ from markupsafe import Markup
 
 from rlhf_accel import __version__
 from rlhf_accel.config import Config, ConfigError, flatten, to_yaml
+from rlhf_accel.files import replace_text
 from rlhf_accel.frontier import Frontier, share_of_optimum
 from rlhf_accel.metrics import METRICS, Metric
 
@@ -135,9 +136,7 @@ def write(folders: Sequence[Path], output: Path | None = None) -> tuple[Path, li
             charts.png(figure, images / f"{chart.name}.png")
             figures.append({"chart": chart, "svg": charts.svg(figure, chart.name, chart.title)})
         text = page(runs, figures)
-        new = output.with_name(f".{output.name}.new")
-        new.write_text(text, encoding="utf-8")
-        new.replace(output)
+        replace_text(output, text)
     except OSError as error:
         raise ConfigError(f"{output} cannot be written ({error.strerror}); name another place by --output") from error
     return output, [f"{run.name}: {note}" for run in runs for note in run.notes]
