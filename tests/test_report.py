@@ -153,6 +153,29 @@ def test_the_headline_tells_what_the_run_did(folder: Path) -> None:
     assert percent is not None and 40 <= int(percent[1]) <= 45
 
 
+def test_the_share_is_that_of_the_final_model_and_else_of_the_last_step(folder: Path) -> None:
+    """best/ may be of the last step too, and stands behind final."""
+    tree = json.loads((folder / "frontier.json").read_text())
+    tree["points"].append({"name": "best", "step": 6, "kl": 0.7, "gain": 0.25})
+    (folder / "frontier.json").write_text(json.dumps(tree))
+    run = report.read_run(folder)
+    assert report._share(run).endswith("% (final)")
+    assert [point["name"] for point in report._in_order(run.points)] == ["step 3", "best"]
+    tree["points"] = tree["points"][1:]
+    (folder / "frontier.json").write_text(json.dumps(tree))
+    assert report._share(report.read_run(folder)).endswith("% (best)")
+
+
+def test_keys_that_differ_come_before_those_that_are_changed_alike(folder: Path, tmp_path: Path) -> None:
+    other = make_run(tmp_path / "second")
+    for place, changed in ((folder, {"lr": 0.5, "eps": 1e-3}), (other, {"lr": 0.5, "eps": 1e-2})):
+        defaults = yaml.safe_load(to_yaml(Config()))
+        (place / "config.yaml").write_text(yaml.safe_dump({"optim": defaults["optim"] | changed}, sort_keys=False))
+    rows = report.config_rows([report.read_run(folder), report.read_run(other)])
+    assert [row["key"] for row in rows if row["changed"]] == ["optim.eps", "optim.lr"]
+    assert [row["changed"] for row in rows[:3]] == [True, True, False]
+
+
 def test_a_share_beyond_what_is_known_is_at_least_so_much(folder: Path) -> None:
     tree = json.loads((folder / "frontier.json").read_text())
     tree["points"][0]["kl"] = 5.0
@@ -181,12 +204,12 @@ def test_marks_are_named_in_the_chart() -> None:
 
 
 def test_skipped_updates_are_marked_where_the_count_grows(folder: Path) -> None:
-    counts = {1: 0, 2: 1, 3: 1, 4: 3}
+    counts = {1: 1, 2: 1, 3: 2, 4: 2, 5: 4}
     rows = [metrics_row(step, **{"optim/skipped_steps": count}) for step, count in counts.items()]
     write_rows(folder / "metrics.jsonl", rows)
     run = report.read_run(folder)
-    assert report.skipped_steps(run) == [2, 4]
-    marked = {chart.title for chart in report.panels([run]) if chart.marks == (2, 4)}
+    assert report.skipped_steps(run) == [1, 3, 5]
+    marked = {chart.title for chart in report.panels([run]) if chart.marks == (1, 3, 5)}
     assert marked == set(report._UPDATES)
 
 
