@@ -25,6 +25,7 @@ import filelock
 import pyarrow.parquet
 
 from rlhf_accel.config import ConfigError, RewardTrainingConfig, load
+from rlhf_accel.files import flush_all
 
 MOVIE_REVIEWS = Path(__file__).parent / "movie_reviews" / "movie_reviews.parquet"
 SPLITS = ("train", "validation", "heldout")
@@ -166,6 +167,7 @@ def _convert_gguf(source: Path, target: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **options, **unpack)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+    flush_all(target, like=target / "config.json")
 
 
 WHEELS = {

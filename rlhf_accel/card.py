@@ -67,12 +67,11 @@ def model_card(config: Config, results: Mapping[str, Any], versions: Mapping[str
     """
     peft = config.lora.r > 0
     base = base_model(config)
-    reward = _reward(config)
+    reward, steps = _reward(config), results.get("steps", config.run.total_steps)
     parts = [
         f"# {config.run.name}",
-        f"`{config.model.name_or_path}`, fine-tuned by PPO{' with LoRA' if peft else ''} for "
-        f"{results.get('steps', config.run.total_steps)} steps of {config.rollout.batch_size} responses against the "
-        f"reward {reward}.",
+        f"`{config.model.name_or_path}`, fine-tuned by PPO{' with LoRA' if peft else ''} for {steps} steps of "
+        f"{config.rollout.batch_size} responses against the reward {reward}.",
         "## Results",
         _results(results),
         "## Use",
@@ -99,7 +98,7 @@ def _front_matter(config: Config, base: str | None) -> ModelCardData:
     source = config.data.source
     return ModelCardData(
         base_model=base,
-        datasets=[source] if _is_hub_id(source) and "/" in source and "." not in source.rpartition("/")[2] else None,
+        datasets=[source] if is_hub_id(source) and "/" in source and "." not in source.rpartition("/")[2] else None,
         library_name="peft" if peft else "transformers",
         pipeline_tag="text-generation",
         tags=["rlhf", "ppo", "rlhf_accel", *(["lora"] if peft else [])],
@@ -112,16 +111,16 @@ def base_model(config: Config) -> str | None:
     if name.startswith("wheel:"):
         wheel = WHEELS.get(name.removeprefix("wheel:"))
         return None if wheel is None else wheel.hub_id
-    return name if _is_hub_id(name) else None
+    return name if is_hub_id(name) else None
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
     """Whether it has the form of one and is no folder here, which would come first."""
     try:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return ":" not in name and not Path(name).exists()
+    return not Path(name).exists()
 
 
 def _reward(config: Config) -> str:

@@ -32,6 +32,7 @@ _SETTINGS: dict[Any, Any] = {  # matplotlib types the keys by their names
     "font.family": ["sans-serif"],
     "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"],
     "font.size": 9.5,
+    "text.parse_math": False,  # a run may be called what TeX would trip over
     "text.color": _TEXT,
     "axes.labelcolor": _TEXT,
     "axes.edgecolor": _QUIET,
@@ -203,11 +204,11 @@ def _draw_line(axes: Axes, line: Line) -> None:
         known = [number for number, value in enumerate(line.y) if not math.isnan(value)]
         x, y = [line.x[n] for n in known], [line.y[n] for n in known]
         half = None if line.half is None else [line.half[n] for n in known]
-        bars = axes.errorbar(x, y, yerr=half, label=line.label or None, capsize=2, elinewidth=1, color=colour)
+        bars = axes.errorbar(x, y, yerr=half, label=_name(line.label), capsize=2, elinewidth=1, color=colour)
         bars.lines[0].set(marker="o", markersize=5, linewidth=0.8, linestyle="--")
         return
     dot = "." if len(line.x) <= _FEW else None
-    axes.plot(line.x, line.y, _STYLES[line.style], color=colour, marker=dot, label=line.label or None)
+    axes.plot(line.x, line.y, _STYLES[line.style], color=colour, marker=dot, label=_name(line.label))
 
 
 def _draw_frontier(axes: Axes, chart: FrontierChart) -> None:
@@ -218,8 +219,7 @@ def _draw_frontier(axes: Axes, chart: FrontierChart) -> None:
         axes.fill_between(optimum.kl, optimum.low, optimum.high, color=_QUIET, alpha=0.3, linewidth=0)
         axes.plot(optimum.kl, optimum.gain, color=_TEXT, linewidth=1.8, label="optimum, 95 %")
         slope = (bound.gain[-1] - bound.gain[0]) / (bound.kl[-1] - bound.kl[0]) if len(bound.kl) > 1 else 0.0
-        edge = max(right, chart.reliable_kl)
-        ends = [chart.reliable_kl, edge], [bound.gain[0], bound.gain[0] + slope * (edge - chart.reliable_kl)]
+        ends = [chart.reliable_kl, right], [bound.gain[0], bound.gain[0] + slope * (right - chart.reliable_kl)]
         axes.plot(*ends, color=_TEXT, linewidth=1.2, linestyle=(0, (4, 3)), label="no policy is above")
         axes.axvline(chart.reliable_kl, color=_QUIET, linewidth=1, linestyle=":")
         where = (chart.reliable_kl, 0.01)
@@ -231,9 +231,7 @@ def _draw_frontier(axes: Axes, chart: FrontierChart) -> None:
             textcoords="offset points",
             fontsize=8,
         )
-    spread = [[a - b for a, b in zip(best.gain, best.low, strict=True)]]
-    spread.append([b - a for a, b in zip(best.gain, best.high, strict=True)])
-    green = COLOURS[2]
+    spread, green = _spread(best.gain, best.low, best.high), COLOURS[2]
     axes.errorbar(best.kl, best.gain, yerr=spread, color=green, marker="s", capsize=2, linewidth=1, label="best of n")
     for size, kl, gain in zip(chart.sizes, best.kl, best.gain, strict=True):
         if size > 1:
@@ -248,14 +246,22 @@ def _draw_frontier(axes: Axes, chart: FrontierChart) -> None:
 
 def _draw_path(axes: Axes, path: Course) -> None:
     curve, colour = path.curve, COLOURS[path.colour]
-    sideways = [[a - b for a, b in zip(curve.kl, path.kl_low, strict=True)]]
-    sideways.append([b - a for a, b in zip(curve.kl, path.kl_high, strict=True)])
-    upright = [[a - b for a, b in zip(curve.gain, curve.low, strict=True)]]
-    upright.append([b - a for a, b in zip(curve.gain, curve.high, strict=True)])
+    sideways, upright = _spread(curve.kl, path.kl_low, path.kl_high), _spread(curve.gain, curve.low, curve.high)
     bars = axes.errorbar(
-        curve.kl, curve.gain, yerr=upright, xerr=sideways, label=path.label, color=colour, elinewidth=0.8
+        curve.kl, curve.gain, yerr=upright, xerr=sideways, label=_name(path.label), color=colour, elinewidth=0.8
     )
     bars.lines[0].set(marker="o", markersize=5, linewidth=1.2)
     if curve.kl:
         place = (curve.kl[-1], curve.gain[-1])
         axes.annotate(path.names[-1], place, (-4, 7), textcoords="offset points", fontsize=8, color=colour, ha="right")
+
+
+def _spread(values: Sequence[float], low: Sequence[float], high: Sequence[float]) -> list[list[float]]:
+    """How far the ends of each interval lie below and above its value; by rounding an end may lie on the wrong side."""
+    below = [max(value - end, 0.0) for value, end in zip(values, low, strict=True)]
+    return [below, [max(end - value, 0.0) for value, end in zip(values, high, strict=True)]]
+
+
+def _name(label: str) -> str | None:
+    """A label as a legend takes it: matplotlib leaves out those that begin with an underscore, as a run's may."""
+    return f" {label}" if label.startswith("_") else label or None

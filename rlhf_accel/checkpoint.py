@@ -27,6 +27,7 @@ from rlhf_accel import __version__
 from rlhf_accel.assets import sha256
 from rlhf_accel.config import Config, ConfigError, Finished, RunFailed, changed_keys, load, to_yaml
 from rlhf_accel.distributed import Runtime, failure
+from rlhf_accel.files import flush, flush_all, replace_text
 from rlhf_accel.metrics import finite_or_none
 from rlhf_accel.models import CRITIC, POLICY, PolicyWithValue
 from rlhf_accel.tokens import Tokens
@@ -103,7 +104,7 @@ def make_folder(folder: Path, config: Config) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if config.run.resume is not None:
-            _replace(folder / "config.yaml", to_yaml(_of_the_run(config)))
+            replace_text(folder / "config.yaml", to_yaml(_of_the_run(config)))
         else:
             with (folder / "config.yaml").open("x", encoding="utf-8") as file:
                 file.write(to_yaml(config))
@@ -176,7 +177,7 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
 
 def write_json(path: Path, tree: Mapping[str, Any]) -> None:
     """Write a file whole or not at all, figures that are not finite as null. Raises `OSError`."""
-    _replace(path, json.dumps(finite_or_none(tree), indent=2, ensure_ascii=False))
+    replace_text(path, json.dumps(finite_or_none(tree), indent=2, ensure_ascii=False))
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
@@ -227,7 +228,7 @@ def model_folder(folder: Path, which: str) -> Path:
 
 def write_environment(folder: Path, facts: Mapping[str, Any]) -> None:
     """What the run runs on, by where it started last. Raises `OSError`."""
-    _replace(folder / "environment.json", json.dumps(facts, indent=2, ensure_ascii=False))
+    replace_text(folder / "environment.json", json.dumps(facts, indent=2, ensure_ascii=False))
 
 
 def is_finished(folder: Path, steps: int) -> bool:
@@ -282,9 +283,9 @@ def save_checkpoint(folder: Path, progress: Progress, runtime: Runtime, config: 
         if runtime.writes_shards and parts != runtime.world_size:
             raise OSError(f"{parts} of {runtime.world_size} processes' parts are here; they need one folder")
         _write_manifest(beside, runtime)
-        flush(beside, like=beside / "progress.json")
+        flush_all(beside, like=beside / "progress.json")
         _move(beside, place)
-        _replace(place.parent / _LATEST, place.name)
+        replace_text(place.parent / _LATEST, place.name)
 
     def on_main(work: Callable[[], None]) -> str | None:
         return failure(work) if runtime.is_main else None
@@ -312,7 +313,7 @@ def prune(folder: Path, step: int, keep: int) -> None:
 
 def go_back_to(place: Path) -> None:
     """Let `latest` name this checkpoint: newer ones are of steps that the run, which goes on here, takes again."""
-    _replace(place.parent / _LATEST, place.name)
+    replace_text(place.parent / _LATEST, place.name)
 
 
 def load_progress(checkpoint: Path) -> Progress:
@@ -427,19 +428,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def flush(folder: Path, *, like: Path | None = None) -> None:
-    """Have the disk hold what was written: the names in a folder; and with `like`, one of its files, all files below,
-    readable by the same people as that one: safetensors makes files that nobody else may read."""
-    for path in (*(folder.rglob("*") if like is not None else ()), folder):
-        if like is not None and path.is_file():
-            path.chmod(like.stat().st_mode)
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def _move(beside: Path, place: Path) -> None:
     """Rename a folder to its place. What is there goes last, and until then is whole, under its name or `NAME.old`."""
     old = place.with_name(f"{place.name}.old")
@@ -454,17 +442,6 @@ def _move(beside: Path, place: Path) -> None:
         raise
     flush(place.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    beside = path.with_name(f".{path.name}.new")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-    flush(path.parent)
 
 
 def export(folder: Path, module: PolicyWithValue, weights: Mapping[str, Tensor], tokens: Tokens, card: str) -> None:
@@ -485,7 +462,7 @@ def export(folder: Path, module: PolicyWithValue, weights: Mapping[str, Tensor],
     critic = {name: value.contiguous() for name, value in weights.items() if not name.startswith("policy.")}
     save_file(critic, beside / VALUE_HEAD)
     (beside / "README.md").write_text(card, encoding="utf-8")
-    flush(beside, like=beside / "README.md")
+    flush_all(beside, like=beside / "README.md")
     _move(beside, folder)
 
 

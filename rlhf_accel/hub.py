@@ -18,7 +18,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from rlhf_accel.card import base_model
+from rlhf_accel.card import base_model, is_hub_id
 from rlhf_accel.config import Config, ConfigError, RunFailed, load
 
 _ADAPTER = "adapter_config.json"
@@ -128,8 +128,13 @@ def main(arguments: list[str]) -> None:
     if not (folder / "config.json").is_file() and not (folder / _ADAPTER).is_file():
         raise ConfigError(f"{folder} holds no model; name a run's folder, or that of a model")
     if base is None and (folder / _ADAPTER).is_file():
-        named = json.loads((folder / _ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
-        if Path(named).exists():
-            raise ConfigError(f"{folder}: the adapter's base, {named}, is a folder; name its hub id with --base")
+        try:
+            named = json.loads((folder / _ADAPTER).read_bytes())["base_model_name_or_path"]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ConfigError(
+                f"{folder / _ADAPTER} is not what peft writes ({type(error).__name__}: {error})"
+            ) from None
+        if named is None or not is_hub_id(named):
+            raise ConfigError(f"{folder}: the adapter's base, {named}, is no hub id; name it with --base")
     _check_access(f"push {options.repo_id}", options.repo_id)
     print(push(folder, options.repo_id, private=options.private, base=base))

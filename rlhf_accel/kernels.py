@@ -36,16 +36,12 @@ def packed(model: nn.Module, rows: int) -> Iterator[None]:
     The layout fits batches of `rows`. Packing reads and writes each weight once, and the copies take as much memory as
     the model while the context lasts. The weights must not change meanwhile.
     """
-    quickened: list[nn.Module] = []
+    quickened: list[Any] = []
     try:
-        if has_onednn() and not torch.is_autocast_enabled("cpu"):
-            for layer in model.modules():
-                weight = _matrix(layer)
-                # One that has a forward of its own already is packed, or hooked by somebody else.
-                if weight is not None and weight.numel() >= _WORTH_PACKING and "forward" not in vars(layer):
-                    laid_out = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
-                    layer.forward = functools.partial(_linear, weight=laid_out, bias=getattr(layer, "bias", None))
-                    quickened.append(layer)
+        for layer, weight in _worth_packing(model):
+            laid_out = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+            layer.forward = functools.partial(_linear, weight=laid_out, bias=getattr(layer, "bias", None))
+            quickened.append(layer)
         yield
     finally:
         for layer in quickened:
@@ -54,9 +50,18 @@ def packed(model: nn.Module, rows: int) -> Iterator[None]:
 
 def packed_bytes(model: nn.Module) -> int:
     """What the copies of `packed` take, in bytes."""
-    matrices = [] if not has_onednn() else [_matrix(layer) for layer in model.modules()]
-    numbers = [matrix.numel() for matrix in matrices if matrix is not None]
-    return 4 * sum(number for number in numbers if number >= _WORTH_PACKING)
+    return sum(weight.numel() * weight.element_size() for _, weight in _worth_packing(model))
+
+
+def _worth_packing(model: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
+    """The layers that `packed` packs, each with its matrix."""
+    if not has_onednn() or torch.is_autocast_enabled("cpu"):
+        return
+    for layer in model.modules():
+        weight = _matrix(layer)
+        # One that has a forward of its own already is packed, or hooked by somebody else.
+        if weight is not None and weight.numel() >= _WORTH_PACKING and "forward" not in vars(layer):
+            yield layer, weight
 
 
 class VocabularyLinear(nn.Linear):

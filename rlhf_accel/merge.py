@@ -9,7 +9,7 @@ from pathlib import Path
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
-from rlhf_accel import assets, checkpoint
+from rlhf_accel import assets, files
 from rlhf_accel.checkpoint import VALUE_HEAD, model_folder
 from rlhf_accel.config import Config, ConfigError, load
 from rlhf_accel.models import CRITIC, DTYPES, load_pretrained, scaled_adapter
@@ -86,5 +86,5 @@ def merge(
         shutil.copy(adapter / VALUE_HEAD, beside)
     if (adapter / CRITIC).is_dir():  # an adapter of the critic's own, on the base as it was
         shutil.copytree(adapter / CRITIC, beside / CRITIC)
-    checkpoint.flush(beside, like=beside / "config.json")
+    files.flush_all(beside, like=beside / "config.json")
     beside.rename(output)

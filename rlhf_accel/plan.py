@@ -480,7 +480,7 @@ def _kept(module: models.PolicyWithValue, config: Config, rows: int, autocast: b
     known = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
     seen: set[int] = set()
     held: list[Tensor] = []  # so that no later tensor gets the number of one that is gone
-    where: list[int] = []
+    where: list[int] = []  # the layers that a pass is in, by id
     sums = {"all": 0, "logits": 0, "outside": 0, "inputs": 0}
     layers: dict[int, int] = {}
     vocabulary = module.policy.get_output_embeddings().out_features
@@ -503,7 +503,7 @@ def _kept(module: models.PolicyWithValue, config: Config, rows: int, autocast: b
         return tensor
 
     def enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        where.append(len(layers) if id(layer) not in numbers else numbers[id(layer)])
+        where.append(id(layer))
         state = args[0] if args else kwargs["hidden_states"]
         sums["inputs"] += state.numel() * state.element_size()
 
@@ -511,7 +511,6 @@ def _kept(module: models.PolicyWithValue, config: Config, rows: int, autocast: b
         where.pop()
 
     checkpointed = [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    numbers = {id(layer): number for number, layer in enumerate(checkpointed)}
     hooks = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in checkpointed]
     hooks += [layer.register_forward_hook(leave) for layer in checkpointed]
     queries = torch.zeros(rows, _tokens(config) - length, dtype=torch.int64)

@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 import yaml
+from markupsafe import Markup
 
 from rlhf_accel import __version__
 from rlhf_accel.config import Config, ConfigError, flatten, to_yaml
+from rlhf_accel.files import replace_text
 from rlhf_accel.frontier import Frontier, share_of_optimum
 from rlhf_accel.metrics import METRICS, Metric, read_rows
 
@@ -123,6 +125,8 @@ def write(folders: Sequence[Path], output: Path | None = None) -> tuple[Path, li
     runs = [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
     output = output or folders[0] / PAGE
     images = output.with_suffix("")
+    if images == output:
+        raise ConfigError(f"--output {output}: expected the page's name, such as {output}.html; images go to {output}/")
     try:
         images.mkdir(parents=True, exist_ok=True)
         figures = []
@@ -132,9 +136,7 @@ def write(folders: Sequence[Path], output: Path | None = None) -> tuple[Path, li
             charts.png(figure, images / f"{chart.name}.png")
             figures.append({"chart": chart, "svg": charts.svg(figure, chart.name, chart.title)})
         text = page(runs, figures)
-        new = output.with_name(f".{output.name}.new")
-        new.write_text(text, encoding="utf-8")
-        new.replace(output)
+        replace_text(output, text)
     except OSError as error:
         raise ConfigError(f"{output} cannot be written ({error.strerror}); name another place by --output") from error
     return output, [f"{run.name}: {note}" for run in runs for note in run.notes]
@@ -154,6 +156,11 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     rows = [row for row in _rows(path, notes) if isinstance(row.get("step"), int)]
     if not rows:
         raise ConfigError(f"{path} holds no whole row yet; the first is written after step 1")
+    summary = _tree(folder / "summary.json", notes)
+    if summary is not None and summary.get("steps") != rows[-1]["step"]:
+        notes.append(f"summary.json is of step {summary.get('steps')}, before the run went on, and left out")
+        summary = None
+    config = _tree(folder / "config.yaml", notes, yaml.safe_load)  # of another version, it may hold keys unknown here
     curves = _tree(folder / "frontier.json", notes)
     frontier = None
     if curves is not None:
@@ -161,14 +168,14 @@ def read_run(folder: Path, name: str | None = None) -> Run:
             frontier = Frontier.from_json(curves)
         except (KeyError, TypeError, ValueError) as error:
             notes.append(f"frontier.json is not as `evaluate --frontier` writes it ({type(error).__name__}: {error})")
-    points = [] if frontier is None or curves is None else [p for p in curves.get("points", []) if _is_point(p)]
+    points = [] if frontier is None or curves is None else [p for p in curves.get("points") or () if _is_point(p)]
     return Run(
         name=name or _names([folder])[0],
         folder=folder,
         rows=rows,
         samples=_rows(folder / "samples.jsonl", notes),
-        config=_config(folder / "config.yaml", notes),
-        summary=_tree(folder / "summary.json", notes),
+        config=None if config is None else flatten(config),
+        summary=summary,
         evaluation=_tree(folder / "evaluation.json", notes),
         environment=_tree(folder / "environment.json", notes),
         frontier=frontier,
@@ -189,27 +196,19 @@ def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _tree(path: Path, notes: list[str]) -> dict[str, Any] | None:
+def _tree(path: Path, notes: list[str], parse: Callable[[bytes], Any] = json.loads) -> dict[str, Any] | None:
+    """What the file holds, None where there is none; one that cannot be read, or holds no tree, is noted."""
     if not path.is_file():
         return None
     try:
-        tree = json.loads(path.read_bytes())
-    except ValueError as error:
-        notes.append(f"{path.name} is no JSON ({error}) and left out")
+        tree = parse(path.read_bytes())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        notes.append(f"{path.name} cannot be read ({' '.join(str(error).split())}) and is left out")
         return None
-    return tree if isinstance(tree, dict) else None
-
-
-def _config(path: Path, notes: list[str]) -> dict[str, Any] | None:
-    # As plain YAML: a run of another version may have keys that this one refuses.
-    if not path.is_file():
-        return None
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        notes.append(f"{path.name} is no YAML ({' '.join(str(error).split())}) and left out")
-        return None
-    return flatten(tree) if isinstance(tree, dict) else None
+    if isinstance(tree, dict):
+        return tree
+    notes.append(f"{path.name} is empty or not as a run writes it, and left out")
+    return None
 
 
 def _is_point(point: Any) -> bool:
@@ -239,7 +238,7 @@ def panels(runs: Sequence[Run]) -> list[charts.Chart]:
 
 
 def _is_other_evaluation(name: str) -> bool:
-    return name.startswith("eval/") and name not in _SHOWN and "_ci" not in name
+    return name.startswith("eval/") and name not in _SHOWN and not _is_interval(name)
 
 
 def _title(name: str) -> str:
@@ -259,13 +258,22 @@ def _metric(name: str) -> Metric:
 
 
 def _interval_of(name: str) -> str:
-    """Where the half-width of a figure's interval is found.
+    """Where the half-width of a figure's interval is found, by its name in metrics.jsonl or in a summary.
 
-    >>> _interval_of("eval/score"), _interval_of("eval/gold/vader")
-    ('eval/score_ci', 'eval/gold_ci/vader')
+    >>> _interval_of("eval/score"), _interval_of("eval/gold/vader"), _interval_of("gold/vader")
+    ('eval/score_ci', 'eval/gold_ci/vader', 'gold_ci/vader')
     """
-    gold = name.startswith("eval/gold/")
-    return name.replace("eval/gold/", "eval/gold_ci/") if gold else f"{name}_ci"
+    before, gold, reward = name.partition("gold/")
+    return f"{before}gold_ci/{reward}" if gold else f"{name}_ci"
+
+
+def _is_interval(name: str) -> bool:
+    """Whether a figure is such a half-width; a gold reward may have any name.
+
+    >>> [_is_interval(name) for name in ("eval/score_ci", "gold_ci/vader", "eval/gold/social_circle", "gold/my_ci")]
+    [True, True, False, False]
+    """
+    return name.removeprefix("eval/").startswith("gold_ci/") or (name.endswith("_ci") and "gold/" not in name)
 
 
 def _panel(runs: Sequence[Run], title: str, from_zero: bool, quantities: Sequence[tuple[str, str]]) -> charts.Chart:
@@ -465,7 +473,7 @@ def page(runs: Sequence[Run], figures: Sequence[Mapping[str, Any]]) -> str:
         colours=COLOURS,
         states=[state(run) for run in runs],
         headlines=headlines(runs),
-        figures=[{**figure, "svg": jinja2.utils.markupsafe.Markup(figure["svg"])} for figure in figures],
+        figures=[{**figure, "svg": Markup(figure["svg"])} for figure in figures],
         without_frontier=[run for run in runs if run.frontier is None],
         samples=samples,
         samples_left_out=left_out,
@@ -503,21 +511,22 @@ def _headline(run: Run) -> dict[str, str]:
     if trained:
         cells["Held-out score after"] = _with_half(trained, "score", "+.3f")
     elif evaluated:
-        cells[f"Held-out score, step {evaluated[-1]['step']}"] = f"{evaluated[-1]['eval/score']:+.3f}"
+        cells[f"Held-out score, step {evaluated[-1]['step']}"] = _figure(evaluated[-1]["eval/score"], "+.3f")
     if not trained:
-        cells["Training score, last step"] = f"{_number(run.rows[-1].get('objective/score')):+.3f}"
+        cells["Training score, last step"] = _figure(run.rows[-1].get("objective/score"), "+.3f")
     if "gain" in summary:
-        cells["Gain, in standard deviations of the base"] = f"{_number(summary['gain']):+.2f}"
+        cells["Gain, in standard deviations of the base"] = _figure(summary["gain"], "+.2f")
     kl = trained.get("kl", run.rows[-1].get("objective/kl"))
-    cells["KL to the reference, nats per response"] = f"{_number(kl):.2f}"
+    cells["KL to the reference, nats per response"] = _figure(kl, ".2f")
     share = _share(run)
     if share:
         cells["Share of the best gain at that KL"] = share
     if "win_rate" in trained:
-        cells["Wins over the base"] = f"{_number(trained['win_rate']):.0%}"
+        cells["Wins over the base"] = _figure(trained["win_rate"], ".0%")
     for name in trained:
         if name.startswith("gold/") and name in base:
-            cells[f"{name.removeprefix('gold/')}, not trained on"] = f"{base[name]:+.3f} → {trained[name]:+.3f}"
+            before, after = (_figure(figures[name], "+.3f") for figures in (base, trained))
+            cells[f"{name.removeprefix('gold/')}, not trained on"] = f"{before} → {after}"
     cells["Steps"] = str(run.rows[-1]["step"])
     seconds = _number(summary.get("seconds")) if summary else sum(v for v in run.column("time/step") if v == v)
     cells["Time"] = _clock(seconds)
@@ -532,7 +541,13 @@ def _headline(run: Run) -> dict[str, str]:
 
 def _with_half(figures: Mapping[str, Any], name: str, form: str) -> str:
     half = _number(figures.get(f"{name}_ci"))
-    return f"{_number(figures[name]):{form}}" + ("" if math.isnan(half) else f" ± {half:{form.removeprefix('+')}}")
+    return _figure(figures[name], form) + ("" if math.isnan(half) else f" ± {half:{form.removeprefix('+')}}")
+
+
+def _figure(value: Any, form: str) -> str:
+    """A figure as text; those that were not finite are null in a run's files."""
+    number = _number(value)
+    return "not known" if math.isnan(number) else f"{number:{form}}"
 
 
 def _share(run: Run) -> str:
@@ -582,11 +597,8 @@ def _models(runs: Sequence[Run]) -> list[tuple[Run, list[str], list[tuple[str, l
     for run in runs:
         models = (run.evaluation or {}).get("models")
         if isinstance(models, dict) and all(isinstance(figures, dict) for figures in models.values()):
-            keys = [k for k in dict.fromkeys(k for figures in models.values() for k in figures) if "_ci" not in k]
-            rows = []
-            for key in keys:
-                half = key.replace("gold/", "gold_ci/") if key.startswith("gold/") else f"{key}_ci"
-                rows.append((key, [(f.get(key), f.get(half)) for f in models.values()]))
+            keys = [k for k in dict.fromkeys(k for figures in models.values() for k in figures) if not _is_interval(k)]
+            rows = [(key, [(f.get(key), f.get(_interval_of(key))) for f in models.values()]) for key in keys]
             tables.append((run, list(models), rows))
     return tables
 

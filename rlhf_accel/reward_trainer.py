@@ -23,7 +23,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from rlhf_accel import assets, calibration, checkpoint, classifiers, preferences, reward_card
+from rlhf_accel import assets, calibration, classifiers, files, preferences, reward_card
 from rlhf_accel.calibration import preference_loss
 from rlhf_accel.config import ConfigError, RewardTrainingConfig, RunFailed, from_command_line
 from rlhf_accel.preferences import Feedback, Sets
@@ -74,7 +74,7 @@ def train_reward(config: RewardTrainingConfig) -> dict[str, float]:
         if trainer.is_world_process_zero():
             classifiers.finish(finished, config, tokenizer, sets.labels, shift, scale)
             notes = [*sets.notes, *reward_card.describe(finished, config, sets.labels, sets.sources, metrics, curves)]
-            checkpoint.flush(finished, like=finished / "config.json")
+            files.flush_all(finished, like=finished / "config.json")
             if output.exists():
                 output.rmdir()  # empty: _free_folder looked
             finished.rename(output)

@@ -6,11 +6,12 @@ Knows the trackers' own libraries, each imported where it is asked for; knows no
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from rlhf_accel.files import replace_text
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -54,9 +55,7 @@ def remember(natives: Mapping[str, Any], folder: Path) -> None:
     """Note which run of each tracker this is, given the trackers' own objects by name. Raises `OSError`."""
     runs = _remembered(folder) | {name: str(_ID[name](native)) for name, native in natives.items() if name in _ID}
     folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / f".{_RUNS}.new"
-    beside.write_text(json.dumps(runs), encoding="utf-8")
-    os.replace(beside, folder / _RUNS)
+    replace_text(folder / _RUNS, json.dumps(runs))
 
 
 def _remembered(folder: Path) -> dict[str, str]:

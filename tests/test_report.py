@@ -153,6 +153,29 @@ def test_the_headline_tells_what_the_run_did(folder: Path) -> None:
     assert percent is not None and 40 <= int(percent[1]) <= 45
 
 
+def test_the_share_is_that_of_the_final_model_and_else_of_the_last_step(folder: Path) -> None:
+    """best/ may be of the last step too, and stands behind final."""
+    tree = json.loads((folder / "frontier.json").read_text())
+    tree["points"].append({"name": "best", "step": 6, "kl": 0.7, "gain": 0.25})
+    (folder / "frontier.json").write_text(json.dumps(tree))
+    run = report.read_run(folder)
+    assert report._share(run).endswith("% (final)")
+    assert [point["name"] for point in report._in_order(run.points)] == ["step 3", "best"]
+    tree["points"] = tree["points"][1:]
+    (folder / "frontier.json").write_text(json.dumps(tree))
+    assert report._share(report.read_run(folder)).endswith("% (best)")
+
+
+def test_keys_that_differ_come_before_those_that_are_changed_alike(folder: Path, tmp_path: Path) -> None:
+    other = make_run(tmp_path / "second")
+    for place, changed in ((folder, {"lr": 0.5, "eps": 1e-3}), (other, {"lr": 0.5, "eps": 1e-2})):
+        defaults = yaml.safe_load(to_yaml(Config()))
+        (place / "config.yaml").write_text(yaml.safe_dump({"optim": defaults["optim"] | changed}, sort_keys=False))
+    rows = report.config_rows([report.read_run(folder), report.read_run(other)])
+    assert [row["key"] for row in rows if row["changed"]] == ["optim.eps", "optim.lr"]
+    assert [row["changed"] for row in rows[:3]] == [True, True, False]
+
+
 def test_a_share_beyond_what_is_known_is_at_least_so_much(folder: Path) -> None:
     tree = json.loads((folder / "frontier.json").read_text())
     tree["points"][0]["kl"] = 5.0
@@ -181,12 +204,12 @@ def test_marks_are_named_in_the_chart() -> None:
 
 
 def test_skipped_updates_are_marked_where_the_count_grows(folder: Path) -> None:
-    counts = {1: 0, 2: 1, 3: 1, 4: 3}
+    counts = {1: 1, 2: 1, 3: 2, 4: 2, 5: 4}
     rows = [metrics_row(step, **{"optim/skipped_steps": count}) for step, count in counts.items()]
     write_rows(folder / "metrics.jsonl", rows)
     run = report.read_run(folder)
-    assert report.skipped_steps(run) == [2, 4]
-    marked = {chart.title for chart in report.panels([run]) if chart.marks == (2, 4)}
+    assert report.skipped_steps(run) == [1, 3, 5]
+    marked = {chart.title for chart in report.panels([run]) if chart.marks == (1, 3, 5)}
     assert marked == set(report._UPDATES)
 
 
@@ -237,6 +260,53 @@ def test_a_file_that_is_no_json_is_said_and_left_out(folder: Path, name: str) ->
     assert len(notes) == 1 and name in notes[0] and name in Page(path).text()
 
 
+@pytest.mark.parametrize(
+    "name", ["summary.json", "frontier.json", "evaluation.json", "environment.json", "config.yaml"]
+)
+@pytest.mark.parametrize("content", [b"[1]", b"a: \xff", b""])
+def test_a_file_of_another_shape_is_said_and_left_out(folder: Path, name: str, content: bytes) -> None:
+    (folder / name).write_bytes(content)
+    run = report.read_run(folder)
+    (note,) = run.notes
+    assert note.startswith(f"{name} ") and "left out" in note and "\n" not in note
+    report.page([run], [])
+
+
+def test_a_gold_reward_that_failed_has_no_figure(folder: Path) -> None:
+    """Its figures are null in the summary, of the base, of the trained policy, or of both."""
+    tree = json.loads((folder / "summary.json").read_text())
+    tree["base"] |= {"gold/a": 0.25, "gold/b": None}
+    tree["trained"] |= {"gold/a": None, "gold/b": None, "win_rate": None, "kl": None}
+    (folder / "summary.json").write_text(json.dumps(tree))
+    found = dict(report.headlines([report.read_run(folder)]))
+    assert found["a, not trained on"] == ["+0.250 → not known"] and found["b, not trained on"] == [
+        "not known → not known"
+    ]
+    assert found["KL to the reference, nats per response"] == ["not known"] == found["Wins over the base"]
+
+
+def test_a_summary_from_before_the_run_went_on_is_left_out(folder: Path) -> None:
+    """run.total_steps was raised, and the run went on from its last checkpoint."""
+    write_rows(folder / "metrics.jsonl", [metrics_row(step) for step in range(1, 9)])
+    run = report.read_run(folder)
+    assert run.summary is None and "summary.json is of step 6" in run.notes[0]
+    assert report.state(run).startswith("still going, or stopped, after step 8")
+
+
+@pytest.mark.parametrize("gold", ["social_circle", "gold_ci", "vader_ci"])
+def test_a_gold_reward_of_any_name_is_shown(folder: Path, gold: str) -> None:
+    row = metrics_row(1, **{f"eval/gold/{gold}": 0.5, f"eval/gold_ci/{gold}": 0.25, "eval/win_rate_ci": 0.1})
+    write_rows(folder / "metrics.jsonl", [row])
+    models = {"base": {f"gold/{gold}": 0.5, f"gold_ci/{gold}": 0.25}}
+    (folder / "evaluation.json").write_text(json.dumps({"models": models}))
+    run = report.read_run(folder)
+    shown = {chart.title: chart for chart in report.panels([run])}
+    assert [title for title in shown if title.startswith("Gold") or "ci" in title.split()] == [f"Gold reward: {gold}"]
+    assert shown[f"Gold reward: {gold}"].lines[0].half == [0.25]
+    ((_, _, rows),) = report._models([run])
+    assert rows == [(f"gold/{gold}", [(0.5, 0.25)])]
+
+
 def test_a_frontier_of_another_shape_is_said(folder: Path) -> None:
     (folder / "frontier.json").write_text('{"prompts": 1}')
     path, notes = report.write([folder])
@@ -263,6 +333,7 @@ def test_what_is_no_run_ends_in_one_line(folder: Path, tmp_path: Path, capsys: p
         ([str(folder), str(tmp_path)], "no run's folder"),
         ([str(folder)] * 8, "at most 7"),
         ([str(folder), "--output", str(tmp_path / "file" / "page.html")], "--output"),
+        ([str(folder), "--output", str(tmp_path / "page")], "page.html"),
     ]
     for arguments, said in cases:
         with pytest.raises(SystemExit) as end:

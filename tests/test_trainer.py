@@ -182,7 +182,7 @@ def test_best_is_the_model_with_the_best_evaluation(fit, monkeypatch):
     export = Keeper.export
 
     def spy(self, name, results, tokens):
-        kept.append((name, results.get("eval/score")))
+        kept.append((name, results["trained"]["score"]))
         export(self, name, results, tokens)
 
     monkeypatch.setattr(Keeper, "export", spy)
@@ -192,8 +192,10 @@ def test_best_is_the_model_with_the_best_evaluation(fit, monkeypatch):
         if row["eval/score"] > best:
             best = row["eval/score"]
             expected.append(("best", best))
-    assert kept == [*expected, ("final", None)]
+    assert kept == [*expected, ("final", rows[-1]["eval/score"])]
     assert trainer.progress.best_score == best
+    card = (trainer.folder / "best" / "README.md").read_text(encoding="utf-8")
+    assert f"for {max(rows, key=lambda row: row['eval/score'])['step']} steps of 8 responses" in card
 
 
 @pytest.mark.parametrize("lora", [{"r": 0}, {"r": 4}])

@@ -1,0 +1,39 @@
+"""A file is the old one or the new one."""
+
+import os
+
+import pytest
+
+from rlhf_accel import files
+
+
+def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path):
+    path = tmp_path / "a.json"
+    for text in ("one", "zw\u00f6lf\u2028"):
+        files.replace_text(path, text)
+        assert path.read_bytes().decode("utf-8") == text
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_a_disk_that_refuses_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    files.replace_text(path, "old")
+
+    def refuses(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuses)
+    with pytest.raises(OSError, match="No space"):
+        files.replace_text(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_the_disk_holds_the_text_before_its_name_and_the_name_before_the_end(tmp_path, monkeypatch):
+    done = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (done.append(os.readlink(f"/proc/self/fd/{handle}")), fsync(handle))
+    )
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append("replace"), replace(old, new)))
+    files.replace_text(tmp_path / "a", "text")
+    assert done == [str(tmp_path / ".a.new"), "replace", str(tmp_path)]
