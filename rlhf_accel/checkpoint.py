@@ -193,11 +193,16 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
 def reward_scale(folder: Path) -> dict[str, Any] | None:
     """`mean` and `std` by which the run shifts and scales raw scores, of its summary or its newest checkpoint.
 
-    None while it has neither.
+    None while it has neither. Raises `ConfigError` if the summary is not what was written.
     """
     summary = read_summary(folder)
     if summary is not None:
-        return dict(summary["calibration"])
+        try:
+            return {name: float(summary["calibration"][name]) for name in ("mean", "std")}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{folder / 'summary.json'} is not what a run writes: no calibration ({error!r})"
+            ) from None
     place = newest(folder)
     if place is None:
         return None

@@ -578,3 +578,10 @@ def test_a_coefficient_that_was_changed_on_purpose_is_the_new_one(tiny, tmp_path
     run |= {"total_steps": 2, "resume": "latest", "changes": ["ppo.kl_coef"]}
     PPOTrainer(tiny(run=run, ppo={"kl_coef": 0.3})).fit()
     assert [row["kl/coef"] for row in rows_of(tmp_path / "a")] == [0.1, 0.3]
+
+
+@pytest.mark.parametrize("text", ['{"steps": 3}', '{"calibration": null}', '{"calibration": {"mean": "x", "std": 1}}'])
+def test_a_summary_without_its_scale_is_named(tmp_path, text):
+    (tmp_path / "summary.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"summary\.json is not what a run writes: no calibration"):
+        checkpoint.reward_scale(tmp_path)
