@@ -20,6 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from rlhf_accel.files import replace_text
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -228,12 +230,7 @@ class JsonLines:
             if torn:
                 raise ValueError(f"line {torn} is torn, and rows up to step {step} follow it")
             kept.append(line + "\n")
-        new = self.path.with_name(self.path.name + ".new")
-        with new.open("w", encoding="utf-8") as file:
-            file.write("".join(kept))
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(self.path)
+        replace_text(self.path, "".join(kept))
 
 
 class Progressline:

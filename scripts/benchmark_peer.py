@@ -114,9 +114,8 @@ def main() -> None:
         out.write(json.dumps(figures) + "\n")
 
     work = json.loads(sys.argv[1])
-    if (
-        work["precision"] == "bf16"
-    ):  # as `accelerate launch --mixed_precision bf16`; PPOConfig's bf16 alone does nothing
+    if work["precision"] == "bf16":
+        # As `accelerate launch --mixed_precision bf16` does; PPOConfig's bf16 alone does nothing.
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     if work["tuned"]:
         ours().tune_process()

@@ -16,16 +16,16 @@ def chart(*lines: Line, **changed) -> Chart:
     return Chart(**{"name": "a", "title": ODD, "y": ODD, "caption": "", "lines": lines, **changed})
 
 
-def frontier_chart(curve: Curve, course: Course) -> FrontierChart:
+def frontier_chart(best: Curve, optimum: Curve, course: Course, reliable_kl: float = 0.2) -> FrontierChart:
     return FrontierChart(
         name="frontier",
         title=ODD,
         caption="",
-        best_of_n=curve,
+        best_of_n=best,
         sizes=[1, 2],
-        optimum=curve,
-        bound=curve,
-        reliable_kl=0.2,
+        optimum=optimum,
+        bound=optimum,
+        reliable_kl=reliable_kl,
         paths=(course,),
     )
 
@@ -49,28 +49,16 @@ def test_intervals_turned_by_rounding_and_unknown_ones_are_drawn() -> None:
     above = math.nextafter(0.5, 1.0)
     curve = Curve(kl=[0.0, 0.2], gain=[0.5, 0.5], low=[above, 0.4], high=[0.6, math.nextafter(0.5, 0.0)])
     course = Course(label=ODD, colour=1, curve=curve, kl_low=[0.1, 0.2], kl_high=[0.0, 0.3], names=["step 1", ODD])
-    figure = charts.draw(frontier_chart(curve, course))
+    figure = charts.draw(frontier_chart(curve, curve, course))
     assert ODD in named(figure)
     assert ODD.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;") in charts.svg(figure, "frontier", ODD)
 
 
 def test_a_frontier_of_a_reward_that_nothing_changes_has_no_optimum() -> None:
-    none, best = (
-        Curve(kl=[], gain=[], low=[], high=[]),
-        Curve(kl=[0.0, 0.2], gain=[0.0] * 2, low=[0.0] * 2, high=[0.0] * 2),
-    )
+    none = Curve(kl=[], gain=[], low=[], high=[])
+    best = Curve(kl=[0.0, 0.2], gain=[0.0] * 2, low=[0.0] * 2, high=[0.0] * 2)
     course = Course(label="run", colour=0, curve=none, kl_low=[], kl_high=[], names=[])
-    drawn = FrontierChart(
-        name="f",
-        title="",
-        caption="",
-        best_of_n=best,
-        sizes=[1, 2],
-        optimum=none,
-        bound=none,
-        reliable_kl=0.0,
-        paths=(course,),
-    )
+    drawn = frontier_chart(best, none, course, reliable_kl=0.0)
     assert "optimum, 95 %" not in named(charts.draw(drawn))
 
 
