@@ -6,6 +6,7 @@ Knows the config and the hub's front matter; knows no model and no tensor.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -70,7 +71,7 @@ def model_card(config: Config, results: Mapping[str, Any], versions: Mapping[str
     reward, steps = _reward(config), results.get("steps", config.run.total_steps)
     parts = [
         f"# {config.run.name}",
-        f"`{config.model.name_or_path}`, fine-tuned by PPO{' with LoRA' if peft else ''} for {steps} steps of "
+        f"`{_public(config.model.name_or_path)}`, fine-tuned by PPO{' with LoRA' if peft else ''} for {steps} steps of "
         f"{config.rollout.batch_size} responses against the reward {reward}.",
         "## Results",
         _results(results),
@@ -126,7 +127,7 @@ def is_hub_id(name: str) -> bool:
 def _reward(config: Config) -> str:
     reward = config.reward
     server = "a reward server" if reward.url is not None else None  # its address is nobody's business
-    named = [name for name in (reward.model, server, *reward.function) if name is not None]
+    named = [_public(name) for name in (reward.model, server, *reward.function) if name is not None]
     if not named:
         return "of a Python function"
     if len(named) == 1 and reward.weights is None:
@@ -196,5 +197,11 @@ def _own_settings(config: Config) -> str:
     for key, value in flatten(asdict(config)).items():
         section, _, name = key.partition(".")
         if value != defaults[key] and key not in _LOCAL_KEYS and key != "reward.url":
-            own.setdefault(section, {})[name] = list(value) if isinstance(value, tuple) else value
+            own.setdefault(section, {})[name] = [*map(_public, value)] if isinstance(value, tuple) else _public(value)
     return yaml.safe_dump(own, sort_keys=False, allow_unicode=True)
+
+
+def _public(value: Any) -> Any:
+    """A path of this machine by its last part, for whose folders it lies in is nobody's business; else as it is."""
+    is_path = isinstance(value, str) and os.path.isabs(value) and os.path.exists(value)
+    return Path(value).name or value if is_path else value

@@ -41,6 +41,10 @@ def load_tokenizer(path: str, said: str) -> Any:
         ) from error
     if tokenizer.pad_token_id is None:
         # Decoder classifiers find a text's last token by the model's own pad id.
+        if tokenizer.eos_token is None:
+            raise ConfigError(
+                f"{said}: its tokenizer has neither a PAD nor an EOS token; give it a PAD and save it again"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 

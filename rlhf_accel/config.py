@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 from urllib.parse import urlsplit
@@ -668,6 +668,13 @@ def changed_keys(before: Config, now: Config) -> list[str]:
         for key in key_names(Config)
         if key not in allowed and was[key] != is_now[key]
     ]
+
+
+def for_a_look(config: Config, place: Path) -> Config:
+    """The config for setting the run up again without training it: a new run that tells no tracker and no hub, in a
+    folder that is not made, without what only training needs."""
+    run = replace(config.run, resume=None, changes=(), trackers=(), push_to_hub=None, output_dir=str(place))
+    return replace(config, run=run, model=replace(config.model, critic_init="policy"))
 
 
 def gold_name(target: str) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rlhf_accel import frontier
 from rlhf_accel.checkpoint import CHECKPOINTS, model_folder, read_summary, reward_scale, write_json
-from rlhf_accel.config import Config, ConfigError, LoraConfig, RunFailed, changed_keys, load
+from rlhf_accel.config import Config, ConfigError, LoraConfig, RunFailed, changed_keys, for_a_look, load
 from rlhf_accel.distributed import check_portable, failure, portable_weights
 from rlhf_accel.evaluation import EVALUATION_SEED, Evaluation, evaluate, mean_interval
 from rlhf_accel.metrics import Progressline, read_rows
@@ -73,7 +73,9 @@ class Judge:
         count = prompts or config.run.eval_samples
         if not count:
             raise ConfigError(f"run.eval_samples=0 in {run / 'config.yaml'}; say how many with --prompts")
-        trainer = PPOTrainer(_for_a_look(config, run), reward=reward)
+        look = for_a_look(config, run / "evaluate")
+        model = replace(look.model, critic="head", gradient_checkpointing=False)  # no critic, but the least of them
+        trainer = PPOTrainer(replace(look, model=model), reward=reward)
         if trainer.held_out is None:
             raise ConfigError("no text of data.source falls into the tenth held out, so there is nothing to judge by")
         return cls(
@@ -342,14 +344,6 @@ def _split(which: str) -> tuple[str, float]:
         return name, float(scale) if at else 1.0
     except ValueError:
         return name, math.nan
-
-
-def _for_a_look(config: Config, run: Path) -> Config:
-    """The config of a run that is not trained: no critic but a head, no trackers, no hub, and nothing is written."""
-    place = str(run / "evaluate")
-    changed = replace(config.run, resume=None, changes=(), trackers=(), push_to_hub=None, output_dir=place)
-    model = replace(config.model, critic="head", critic_init="policy", gradient_checkpointing=False)
-    return replace(config, run=changed, model=model)
 
 
 def _write(judge: Judge, name: str, tree: Mapping[str, Any], line: Progressline) -> None:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from rlhf_accel import assets
 from rlhf_accel.checkpoint import Dump, read_dump
-from rlhf_accel.config import Config, RewardConfig
+from rlhf_accel.config import RewardConfig, for_a_look
 from rlhf_accel.metrics import plain
 from rlhf_accel.models import model_inputs
 from rlhf_accel.reward import RewardError, load_reward
@@ -64,7 +64,8 @@ def replay_reward(dump: Dump) -> list[dict[str, Any]]:
 def replay_model(dump: Dump, folder: Path) -> list[dict[str, Any]]:
     """What the model makes of each sample by itself, in one process: its log-probability and value where these were at
     fault, else loss and gradient."""
-    trainer = PPOTrainer(_alone(dump.config, folder), reward=lambda prompts, responses, **columns: [0.0] * len(prompts))
+    config = replace(for_a_look(dump.config, folder / "replay"), reward=RewardConfig())
+    trainer = PPOTrainer(config, reward=lambda prompts, responses, **columns: [0.0] * len(prompts))
     module = trainer.runtime.plain_module
     module.load_state_dict(dump.weights, strict=False)
     experience = experience_of(dump)
@@ -92,13 +93,6 @@ def experience_of(dump: Dump) -> Experience:
     sequences = Sequences(**{field.name: tensors[field.name] for field in fields(Sequences)})
     rest = {field.name: tensors[field.name] for field in fields(Experience) if field.name != "sequences"}
     return Experience(sequences=sequences, **rest)
-
-
-def _alone(config: Config, folder: Path) -> Config:
-    """The config for a look at the model: a new run in one process, which scores and writes nothing."""
-    run = replace(config.run, resume=None, trackers=(), push_to_hub=None, output_dir=str(folder / "replay"))
-    model = replace(config.model, critic_init="policy")  # the weights come from the dump
-    return replace(config, run=run, model=model, reward=RewardConfig())
 
 
 def _show(console: Console, rows: list[dict[str, Any]]) -> None:

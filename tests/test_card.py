@@ -59,6 +59,23 @@ def test_what_is_said_of_an_adapters_base(tiny):
         assert "base of the adapter" not in model_card(config, {}, VERSIONS)
 
 
+def test_nobody_reads_where_files_lie(tmp_path, classifier_folder, prompts_file):
+    """Cards are pushed; whose folders the run read from is no news for others. A path that is none stays."""
+    base, reward = tmp_path / "base", {"model": str(classifier_folder), "label": "POSITIVE"}
+    base.mkdir()
+    config = hub_config(
+        model={"name_or_path": str(base)},
+        data={"source": str(prompts_file)},
+        reward=reward,
+        rollout={"stop": ["/", "/no/such/file"]},
+    )
+    card = model_card(config, {}, VERSIONS)
+    for path in (base, classifier_folder, prompts_file):
+        assert str(path.parent) not in card
+        assert path.name in card
+    assert "- /\n" in card and "- /no/such/file\n" in card
+
+
 def test_a_folder_that_looks_like_a_hub_id_is_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lvwerra" / "gpt2-imdb").mkdir(parents=True)

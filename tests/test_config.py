@@ -27,6 +27,7 @@ from rlhf_accel.config import (
     RolloutConfig,
     RunConfig,
     describe,
+    for_a_look,
     from_command_line,
     key_names,
     load,
@@ -473,3 +474,15 @@ def test_no_file_breaks_the_reader(text: str, tmp_path_factory: pytest.TempPathF
     path = tmp_path_factory.getbasetemp() / "garbage.yaml"
     path.write_text(text, encoding="utf-8")
     refused_at_most(load, Config, path)
+
+
+def test_a_look_at_a_run_tells_nobody(tmp_path: Path) -> None:
+    """Neither the hub nor a tracker, and goes on from nothing; what it looks at is the same."""
+    run = {"push_to_hub": "nobody/model", "trackers": ["wandb"], "resume": "latest", "output_dir": "there", "seed": 3}
+    config = parse(
+        Config, {"run": run, "model": {"critic": "separate", "critic_init": "reward"}, "reward": {"model": "x"}}
+    )
+    look = for_a_look(config, tmp_path / "look")
+    told = {"seed": 3, "trackers": [], "output_dir": str(tmp_path / "look")}
+    assert look == parse(Config, {"run": told, "model": {"critic": "separate"}, "reward": {"model": "x"}})
+    assert not (tmp_path / "look").exists()

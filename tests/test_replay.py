@@ -259,8 +259,3 @@ def test_a_step_by_itself_writes_nothing_when_it_gives_up(tiny, tmp_path) -> Non
     with pytest.raises(RunFailed, match=r"scores are not finite .* 1 steps in a row were skipped"):
         trainer.step(["The film"] * 8)
     assert not (tmp_path / "run").exists()
-
-
-def test_a_look_at_a_run_meant_for_the_hub_does_not_ask_the_hub(tiny, tmp_path) -> None:
-    alone = replay._alone(tiny(run={"push_to_hub": "nobody/model"}), tmp_path)
-    assert alone.run.push_to_hub is None

@@ -129,6 +129,13 @@ def test_a_classifier_without_a_tokenizer_is_refused(classifier_folder, tmp_path
     refused(tmp_path, r"reward\.model=.*tokenizer")
 
 
+def test_a_tokenizer_that_can_pad_with_nothing_is_refused(classifier_folder, tmp_path):
+    """Scoring would fail at the first batch of unequal lengths."""
+    shutil.copytree(classifier_folder, tmp_path / "reward")
+    make_tokenizer(280, cls_token="<s>").save_pretrained(tmp_path / "reward")
+    refused(tmp_path / "reward", "neither a PAD nor an EOS token")
+
+
 def test_an_absent_reward_model_is_refused(tmp_path):
     refused(tmp_path / "nowhere", r"reward\.model=.*nowhere")
 
