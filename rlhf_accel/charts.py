@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -218,9 +219,9 @@ def _draw_frontier(axes: Axes, chart: FrontierChart) -> None:
     if optimum.kl:
         axes.fill_between(optimum.kl, optimum.low, optimum.high, color=_QUIET, alpha=0.3, linewidth=0)
         axes.plot(optimum.kl, optimum.gain, color=_TEXT, linewidth=1.8, label="optimum, 95 %")
-        slope = (bound.gain[-1] - bound.gain[0]) / (bound.kl[-1] - bound.kl[0]) if len(bound.kl) > 1 else 0.0
-        ends = [chart.reliable_kl, right], [bound.gain[0], bound.gain[0] + slope * (right - chart.reliable_kl)]
-        axes.plot(*ends, color=_TEXT, linewidth=1.2, linestyle=(0, (4, 3)), label="no policy is above")
+        seen = [*(kl for kl in bound.kl if kl < right), right]
+        heights = np.interp(seen, bound.kl, bound.gain)
+        axes.plot(seen, heights, color=_TEXT, linewidth=1.2, linestyle=(0, (4, 3)), label="no policy is above")
         axes.axvline(chart.reliable_kl, color=_QUIET, linewidth=1, linestyle=":")
         where = (chart.reliable_kl, 0.01)
         axes.annotate(

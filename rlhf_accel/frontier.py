@@ -13,7 +13,7 @@ Shapes: `P` prompts, `N` samples of the reference for each, `J` betas, `K` best-
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
@@ -31,9 +31,11 @@ _BETAS = 96
 _WIDEST, _NARROWEST = 30.0, 1 / 30  # betas in standard deviations of a prompt's scores; KL 0.0006 to beyond log N
 _REPLICATES = 1000
 _TAILS = (2.5, 97.5)  # percentiles
-_BOUND_TO = 20  # nats; the bound is written at every whole nat up to here
+_BOUND_TO, _BOUND_STEP = 20.0, 0.25  # nats; where the bound is written
 
 _Curve = TypeVar("_Curve", "Optimum", "BestOfN", "Bound")
+# Of groups of prompts: gain (J), KL (J), effective sample sizes (G, J).
+_Level = tuple[Float[np.ndarray, " J"], Float[np.ndarray, " J"], Float[np.ndarray, "G J"]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +63,11 @@ class Optimum:
 
 @dataclass(frozen=True, kw_only=True)
 class Bound:
-    """No policy with this KL has more than this gain, for all that the samples tell."""
+    """No policy with this KL has more than this gain, for all that the samples tell; `beta` is the bound's slope."""
 
+    beta: float
     kl: float
     gain: float
-    low: float | None
-    high: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,11 +129,12 @@ class Frontier:
 
         By Donsker and Varadhan, `E_pi[r] <= beta KL + beta log E_ref[exp(r / beta)]` for every policy and every beta,
         with equality for the optimum. The least of these lines is the curve itself up to `reliable_kl`, and beyond it
-        a valid bound: the tangent at the last beta whose samples suffice.
+        a valid bound: the tangent at the last beta whose samples suffice, or the line of groups of prompts where lower.
         """
         if not self.optimum or kl <= 0:
             return None
-        return min(point.gain + point.beta * (kl - point.kl) for point in self.optimum)
+        points: tuple[Optimum | Bound, ...] = (*self.optimum, *self.bound)
+        return min(point.gain + point.beta * (kl - point.kl) for point in points)
 
 
 def _points(kind: type[_Curve], rows: list[dict[str, Any]]) -> tuple[_Curve, ...]:
@@ -235,60 +237,93 @@ def _sizes(samples: int) -> list[int]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Tilted:
+    """The prompts tilted by each beta, in rising order of their mean score."""
+
+    means: Float[np.ndarray, " P"]
+    tilted: Float[np.ndarray, "P J"]  # mean score under the tilt
+    log_mean: Float[np.ndarray, "P J"]  # log of the mean of exp(score / beta)
+    log_squares: Float[np.ndarray, "P J"]  # log of the mean of its square
+    samples: int
+
+    @classmethod
+    def of(cls, scores: Float[np.ndarray, "P N"], betas: Float[np.ndarray, " J"]) -> _Tilted:
+        scores = scores[np.argsort(scores.mean(axis=1), kind="stable")]
+        top = scores.max(axis=1, keepdims=True)
+        tilted, log_mean, log_squares = (np.empty((len(scores), len(betas))) for _ in range(3))
+        for j, beta in enumerate(betas):
+            tilts = np.exp((scores - top) / beta)  # at most 1, and 1 for one of them: neither overflow nor a sum of 0
+            tilted[:, j] = (tilts * scores).sum(axis=1) / tilts.sum(axis=1)
+            log_mean[:, j] = top[:, 0] / beta + np.log(tilts.mean(axis=1))
+            log_squares[:, j] = 2 * top[:, 0] / beta + np.log((tilts**2).mean(axis=1))
+        return cls(
+            means=scores.mean(axis=1),
+            tilted=tilted,
+            log_mean=log_mean,
+            log_squares=log_squares,
+            samples=scores.shape[1],
+        )
+
+    def level(self, size: int, betas: Float[np.ndarray, " J"]) -> _Level:
+        """Gain and KL where each group of `size` neighbours, or a few more, is tilted as one, and the groups' effective
+        sample sizes, by self-normalised importance weights."""
+        groups = np.array_split(np.arange(len(self.means)), max(len(self.means) // size, 1))
+        starts, members = [group[0] for group in groups], np.array([len(group) for group in groups])[:, None]
+        total = np.logaddexp.reduceat(self.log_mean, starts, axis=0)
+        parts = np.exp(self.log_mean - np.repeat(total, members[:, 0], axis=0))
+        tilted = np.add.reduceat(parts * self.tilted, starts, axis=0)
+        kls = np.maximum(tilted / betas - (total - np.log(members)), 0.0)
+        sizes = self.samples * np.exp(2 * total - np.logaddexp.reduceat(self.log_squares, starts, axis=0))
+        share = members[:, 0] / len(self.means)
+        return share @ tilted - self.means.mean(), share @ kls, sizes
+
+
 def _optimum(scores: np.ndarray, draws: np.ndarray | None) -> tuple[list[Optimum], list[Bound]]:
-    """The curve as far as its samples suffice, and the bound beyond."""
+    """The curve as far as its samples suffice, and the bound beyond.
+
+    A group of prompts that is tilted as one may also move from prompt to prompt, as no policy can: its gain at a KL is
+    at least what a policy has, its mean over groups a bound as well (by Jensen, `mean log Z <= log mean Z`), and its
+    samples are the more, so that it holds at a KL where each prompt's own do not suffice. Prompts of like scores give
+    it little to move for. Each size of group has its lines, and the least of all of them is the bound.
+    """
     spread = float(np.sqrt(scores.var(axis=1).mean()))
     if not spread > 1e-9 * np.abs(scores).max():  # constant scores: nothing to gain
         return [], []
+    scores = scores - scores.mean()
     betas = np.geomspace(_WIDEST * spread, _NARROWEST * spread, _BETAS)
-    gains, kls, sizes = _tilt(scores, betas)
-    gain, kl = gains.mean(axis=0), kls.mean(axis=0)
-    enough = np.quantile(sizes, 0.1, axis=0) >= MIN_ESS
-    if enough.any():
-        # The mean over the odd and the even samples, at equal KL: both halves together have seen the same scores.
-        halves = [_lines(_tilt(scores[:, start::2], betas), betas).mean(axis=0) for start in (0, 1)]
-        enough &= gain - _least(betas, np.mean(halves, axis=0)[None], kl)[0] <= MAX_GAP * gain
-    count = len(betas) if enough.all() else int(np.argmin(enough))
+    whole, halves = _Tilted.of(scores, betas), [_Tilted.of(scores[:, start::2], betas) for start in (0, 1)]
+    levels = {size: _sufficient(whole, halves, size, betas) for size in _sizes(len(scores))}
+    gain, kl, sizes = levels[1]
+    count = len(gain)
     if not count:
         return [], []
-    betas, gain, kl = betas[:count], gain[:count], kl[:count]
-    ends = [float(nats) for nats in range(1, _BOUND_TO + 1) if nats > kl[-1]]
-    beyond = np.array([kl[-1], *ends])
-    lines = _lines((gains[:, :count], kls[:, :count], sizes), betas)
-    drawn = None if draws is None else _least(betas, draws @ lines, np.concatenate([kl, beyond]))
-    lows, highs = _intervals(drawn, count + len(beyond))
+    each = betas[:count] * whole.log_mean[:, :count] - whole.means[:, None]  # a prompt's own lines
+    lows, highs = _intervals(None if draws is None else _least(betas[:count], draws @ each, kl), count)
     curve = [
         Optimum(beta=float(b), kl=float(k), gain=float(g), low=lows[j], high=highs[j], ess=float(sizes[:, j].mean()))
-        for j, (b, k, g) in enumerate(zip(betas, kl, gain, strict=True))
+        for j, (b, k, g) in enumerate(zip(betas, kl, gain, strict=False))
     ]
-    bound = [
-        Bound(kl=float(nats), gain=float(gain[-1] + betas[-1] * (nats - kl[-1])), low=low, high=high)
-        for nats, low, high in zip(beyond, lows[count:], highs[count:], strict=True)
-    ]
+    slopes = np.concatenate([betas[: len(gains)] for gains, _, _ in levels.values()])
+    lines = np.concatenate([gains - betas[: len(gains)] * kls for gains, kls, _ in levels.values()])
+    grid = np.arange(_BOUND_STEP, _BOUND_TO + _BOUND_STEP, _BOUND_STEP)
+    bound = []
+    for nats in (kl[-1], *grid[grid > kl[-1]]):
+        heights = lines + slopes * nats
+        lowest = int(np.argmin(heights))
+        bound.append(Bound(beta=float(slopes[lowest]), kl=float(nats), gain=float(heights[lowest])))
     return curve, bound
 
 
-def _tilt(
-    scores: Float[np.ndarray, "P N"], betas: Float[np.ndarray, " J"]
-) -> tuple[Float[np.ndarray, "P J"], Float[np.ndarray, "P J"], Float[np.ndarray, "P J"]]:
-    """Gain, KL and effective sample size of each prompt under each beta, by self-normalised importance weights."""
-    means, top = scores.mean(axis=1), scores.max(axis=1, keepdims=True)
-    gains, kls, sizes = (np.empty((len(scores), len(betas))) for _ in range(3))
-    for j, beta in enumerate(betas):
-        tilts = np.exp((scores - top) / beta)  # at most 1, and 1 for one of them: neither overflow nor a sum of 0
-        total = tilts.sum(axis=1)
-        tilted = (tilts * scores).sum(axis=1) / total
-        log_normalizer = top[:, 0] / beta + np.log(total / scores.shape[1])
-        gains[:, j] = tilted - means
-        kls[:, j] = np.maximum(tilted / beta - log_normalizer, 0.0)
-        sizes[:, j] = total**2 / (tilts**2).sum(axis=1)
-    return gains, kls, sizes
-
-
-def _lines(tilted: tuple[np.ndarray, np.ndarray, np.ndarray], betas: np.ndarray) -> Float[np.ndarray, "P J"]:
-    """Where each beta's line, of slope beta in the plane of KL and gain, meets KL 0."""
-    gains, kls, _ = tilted
-    return gains - betas * kls
+def _sufficient(whole: _Tilted, halves: Sequence[_Tilted], size: int, betas: Float[np.ndarray, " J"]) -> _Level:
+    """The level for the betas, from the widest on, for which the samples suffice: `MIN_ESS`, and half of them."""
+    gain, kl, sizes = whole.level(size, betas)
+    enough = np.quantile(sizes, 0.1, axis=0) >= MIN_ESS
+    # The mean over the odd and the even samples, at equal KL: both halves together have seen the same scores.
+    lines = np.mean([gains - betas * kls for gains, kls, _ in (half.level(size, betas) for half in halves)], axis=0)
+    enough &= gain - _least(betas, lines[None], kl)[0] <= MAX_GAP * gain
+    count = len(betas) if enough.all() else int(np.argmin(enough))
+    return gain[:count], kl[:count], sizes[:, :count]
 
 
 def _least(
