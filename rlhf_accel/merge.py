@@ -58,6 +58,8 @@ def merge(
     """
     if not 0 < scale <= 1:
         raise ConfigError(f"--scale {scale:g}: expected a number above 0 and up to 1")
+    if not adapter.is_dir():
+        raise ConfigError(f"{adapter}: no such folder; name a run's, or that of an adapter")
     if not (adapter / "adapter_config.json").is_file():
         raise ConfigError(f"{adapter} holds no adapter; only runs with lora.r above 0 have something to merge")
     if output.exists():

@@ -20,6 +20,7 @@ import datasets
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
@@ -37,7 +38,7 @@ def train_reward(config: RewardTrainingConfig) -> dict[str, float]:
     """Train, evaluate on data.eval_split and write the folder run.output_dir; returns what its metrics file holds.
 
     Raises `ConfigError` before any training on an output folder in use, data that cannot be learned from, or a model
-    that cannot be loaded; `RunFailed` if the model diverged.
+    that cannot be loaded; `RunFailed` if the model diverged, or the disk refuses it.
     """
     output = _free_folder(config)
     name = config.model.name_or_path
@@ -282,12 +283,19 @@ def _normalization(config: RewardTrainingConfig, trainer: FeedbackTrainer, learn
 
 @contextmanager
 def _work_folder(output: Path) -> Iterator[Path]:
-    """A folder beside the output, the same one for all processes, which is gone afterwards."""
+    """A folder beside the output, the same one for all processes, which is gone afterwards.
+
+    Raises `RunFailed` where the disk refuses what the block writes.
+    """
     made = [tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.work-") if _is_main() else ""]
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(made)
     try:
         yield Path(made[0])
+    except (OSError, SafetensorError) as error:
+        raise RunFailed(
+            f"{output} could not be written ({error}); make room, or name another run.output_dir"
+        ) from error
     finally:
         if _is_main():
             shutil.rmtree(made[0], ignore_errors=True)

@@ -77,6 +77,8 @@ def test_what_cannot_be_merged_is_refused(trained: Path, gpt2_folder: Path, llam
     (tmp_path / "dora" / "adapter_config.json").write_text(json.dumps({**about, "use_dora": True}))
     with pytest.raises(ConfigError, match="has DoRA or layers that learnt in full"):
         merge.merge(tmp_path / "dora", tmp_path / "merged", scale=0.5)
+    with pytest.raises(ConfigError, match="nowhere: no such folder"):
+        merge.merge(tmp_path / "nowhere", tmp_path / "merged")
     with pytest.raises(ConfigError, match="holds no adapter"):
         merge.merge(gpt2_folder, tmp_path / "merged")
     (tmp_path / "taken").mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -293,6 +294,18 @@ def test_a_run_that_fails_leaves_no_folder(config, tmp_path, monkeypatch):
     monkeypatch.setattr(reward_trainer.reward_card, "describe", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train_reward(config(ratings(40), optim={"epochs": 0.5}))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_disk_that_is_full_is_said_in_a_line(config, tmp_path):
+    """Here files may not grow beyond 20,000 bytes, which the weights do."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(RunFailed, match=r"reward could not be written .*make room"):
+            train_reward(config(ratings(40), optim={"epochs": 0.5}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list((tmp_path / "out").iterdir()) == []
 
 
