@@ -100,7 +100,10 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Course:
-    """A run's evaluations in the plane of KL and gain, in the order of its steps; ends are the models that it left."""
+    """A run's evaluations in the plane of KL and gain, in the order of its steps; ends are the models that it left.
+
+    Dashed is the way of one of them back towards the base.
+    """
 
     label: str
     colour: int
@@ -108,6 +111,7 @@ class Course:
     kl_low: Sequence[float]
     kl_high: Sequence[float]
     names: Sequence[str]
+    dashed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +255,7 @@ def _draw_path(axes: Axes, path: Course) -> None:
     bars = axes.errorbar(
         curve.kl, curve.gain, yerr=upright, xerr=sideways, label=_name(path.label), color=colour, elinewidth=0.8
     )
-    bars.lines[0].set(marker="o", markersize=5, linewidth=1.2)
+    bars.lines[0].set(marker="o", markersize=5, linewidth=1.2, linestyle=(0, (2, 2)) if path.dashed else "-")
     if curve.kl:
         place = (curve.kl[-1], curve.gain[-1])
         axes.annotate(path.names[-1], place, (-4, 7), textcoords="offset points", fontsize=8, color=colour, ha="right")

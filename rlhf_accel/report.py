@@ -382,16 +382,16 @@ def frontier_charts(runs: Sequence[Run]) -> list[charts.FrontierChart]:
     found = first.frontier
     paths = []
     for number, run in enumerate(runs):
-        points = _in_order(run.points)
-        if points:
+        for way, points in enumerate(_ways(run.points)):
             paths.append(
                 charts.Course(
-                    label=_short(run.name) if len(runs) > 1 else "this run",
+                    label="" if way else _short(run.name) if len(runs) > 1 else "this run",
                     colour=0 if len(runs) == 1 else number,
                     curve=_curve(points),
                     kl_low=[_or(point.get("kl_low"), point["kl"]) for point in points],
                     kl_high=[_or(point.get("kl_high"), point["kl"]) for point in points],
                     names=[str(point.get("name", "")) for point in points],
+                    dashed=way > 0,
                 )
             )
     samples = f"{found.samples} samples of the reference for each of {found.prompts} prompts"
@@ -430,12 +430,28 @@ def _or(value: Any, other: float) -> float:
 
 
 def _in_order(points: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """By step, so that they are the path of the run; of one step only the last, which was measured better."""
+    """By step, so that they are the path of the run; of one step only the last, which was measured better.
+
+    A model whose adapter was scaled is no part of it.
+    """
     by_step: dict[Any, Mapping[str, Any]] = {}
     for point in points:
-        step = point.get("step")
-        by_step[step if isinstance(step, int) else point.get("name")] = point
+        step, name = point.get("step"), str(point.get("name"))
+        if "@" not in name:
+            by_step[step if isinstance(step, int) else name] = point
     return sorted(by_step.values(), key=lambda point: _or(point.get("step"), math.inf))
+
+
+def _ways(points: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """The path of the run; then, for each model whose adapter was scaled, the way from it back towards the base."""
+    scaled: dict[str, list[Mapping[str, Any]]] = {}
+    for point in points:
+        model, at, _ = str(point.get("name")).partition("@")
+        if at:
+            scaled.setdefault(model, [p for p in points if p.get("name") == model]).append(point)
+    path = _in_order(points)
+    back = [sorted(way, key=lambda point: -point["kl"]) for way in scaled.values()]
+    return [path, *back] if path or back else []
 
 
 def _short(name: str) -> str:
@@ -552,9 +568,10 @@ def _figure(value: Any, form: str) -> str:
 
 def _share(run: Run) -> str:
     """Of the run's last model, as the frontier's points tell it; where they do not, from the curves."""
-    if run.frontier is None or not run.points:
+    path = _in_order(run.points)
+    last = next((point for point in run.points if point.get("name") == "final"), path[-1] if path else None)
+    if run.frontier is None or last is None:
         return ""
-    last = next((p for p in run.points if p.get("name") == "final"), _in_order(run.points)[-1])
     share = share_of_optimum(run.frontier, last["kl"], last["gain"])
     if share is None:
         return ""

@@ -153,6 +153,26 @@ def test_the_headline_tells_what_the_run_did(folder: Path) -> None:
     assert percent is not None and 40 <= int(percent[1]) <= 45
 
 
+def test_scaled_models_are_the_way_back_and_not_the_runs_path(folder: Path) -> None:
+    """They are of the run's last step too, and would stand in the place of the model that it left."""
+    tree = json.loads((folder / "frontier.json").read_text())
+    path = [point["name"] for point in report._in_order(tree["points"])]
+    final = next(point for point in tree["points"] if point["name"] == "final")
+    for name, kl in (("final@0.5", 0.1), ("final@0.8", 0.4)):
+        tree["points"].append({**final, "name": name, "kl": kl})
+    (folder / "frontier.json").write_text(json.dumps(tree))
+    run = report.read_run(folder)
+    (chart,) = report.frontier_charts([run])
+    assert [list(course.names) for course in chart.paths] == [path, ["final", "final@0.8", "final@0.5"]]
+    assert [(course.dashed, course.label) for course in chart.paths] == [(False, "this run"), (True, "")]
+    assert report._share(run).endswith("% (final)")
+    tree["points"] = tree["points"][-1:]
+    (folder / "frontier.json").write_text(json.dumps(tree))
+    alone = report.read_run(folder)
+    assert [list(course.names) for course in report.frontier_charts([alone])[0].paths] == [[], ["final@0.8"]]
+    assert report._share(alone) == ""
+
+
 def test_the_share_is_that_of_the_final_model_and_else_of_the_last_step(folder: Path) -> None:
     """best/ may be of the last step too, and stands behind final."""
     tree = json.loads((folder / "frontier.json").read_text())
