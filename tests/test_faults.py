@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -279,6 +279,15 @@ with StopRequest() as request:
     assert done.stderr.splitlines()[-1] == "SIGTERM again: leaving at once"
 
 
+@pytest.fixture
+def heeds_ctrl_c() -> Iterator[None]:
+    """Python's own answer to SIGINT, which a shell's background job is started without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_ctrl_c_says_where_it_stands(tiny, tmp_path: Path, signalled) -> None:
     signalled("update of step 3", signal.SIGINT)
     config = tiny(run={"total_steps": 4, "save_every": 2, "output_dir": str(tmp_path / "run")})
