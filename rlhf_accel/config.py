@@ -276,6 +276,10 @@ class RewardConfig:
     """Reference samples that the calibration reads."""
     clip: Positive | None = None
     """Clip scores (after calibration) to [-clip, clip]."""
+    partial_every: NonNegativeInt = 0
+    """Score each response also as it stands before its first token and after every so many, and let the critic learn
+    only what the rest of it adds: advantages get less noisy, and no optimum moves (potential-based shaping, Ng et al.
+    1999). The reward reads rollout.max_new_tokens / partial_every more texts for each response; 0 leaves it out."""
     missing_eos_penalty: NonNegative = 0.0
     """Taken from the score of a response that was cut off at rollout.max_new_tokens."""
 
@@ -757,6 +761,11 @@ def _contradictions(config: Config) -> list[str]:
         problems.append(
             f"reward.timeout={reward.timeout:g} with reward.retries={reward.retries} may take {patience:g} s, and "
             f"others wait for run.collective_timeout={run.collective_timeout:g} s; raise the latter"
+        )
+    if reward.partial_every and ppo.whiten_rewards:
+        problems.append(
+            f"reward.partial_every={reward.partial_every} needs rewards in the unit of the scores, and "
+            "ppo.whiten_rewards=true scales them; use reward.calibrate=true instead of the latter"
         )
     if reward.model is None and reward.label is not None:
         problems.append("reward.label is set without reward.model; name the model or remove the label")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from rlhf_accel import ppo
 from rlhf_accel.config import PPOConfig, RewardConfig
 from rlhf_accel.types import Experience, Rollout
@@ -11,13 +13,16 @@ def make_experience(rollout: Rollout, config: PPOConfig, reward: RewardConfig, k
     """What the update learns from.
 
     The KL penalty goes into the per-token rewards (Ziegler et al. 2019, equation 2) and the score onto the last token.
+    Partial scores are the part of the values that the critic need not learn: this equals rewards shaped by them as a
+    potential (Ng et al. 1999, "Policy invariance under reward transformations"; Wiewiora 2003).
     """
     mask = rollout.sequences.response_mask
     scores = ppo.penalize_missing_eos(rollout.scores, rollout.finished, reward.missing_eos_penalty)
     kl = ppo.kl_estimate(rollout.logprobs, rollout.ref_logprobs, config.kl_estimator)
     rewards = ppo.token_rewards(scores, kl, mask, kl_coef)
     learned = ppo.rescale(rewards, mask) if config.whiten_rewards else rewards
-    advantages, returns = ppo.gae(learned, rollout.values, mask, config.gamma, config.lam)
+    known = torch.where(mask, rollout.partial_scores, 0.0)
+    advantages, returns = ppo.gae(learned, rollout.values + known, mask, config.gamma, config.lam)
     if config.whiten_advantages:
         advantages = ppo.standardize(advantages, mask)
     return Experience(
@@ -26,5 +31,5 @@ def make_experience(rollout: Rollout, config: PPOConfig, reward: RewardConfig, k
         old_values=rollout.values,
         rewards=rewards,
         advantages=advantages,
-        returns=returns,
+        returns=returns - known,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,9 +54,11 @@ class Sampler:
         step: int,
         watch: Stopwatch,
         between: Callable[[], None] = lambda: None,
+        partial_every: int = 0,
     ) -> Rollout:
         """Sample a response to every prompt, score it, and note what policy, critic and reference say of it.
 
+        Every `partial_every` tokens the response is scored as far as it goes, too; 0 does not.
         `watch` takes the time as `rollout` and `score`; `between` is called where one of the two ends. Numbers that are
         not finite are for the caller to find. Raises `FailedScoring` on every rank if scoring failed on any.
         """
@@ -67,9 +69,10 @@ class Sampler:
             between()
             with watch("score"):
                 scores = self.score(responses, reward)
+                partial_scores = self.score_parts(responses, reward, partial_every) if partial_every else None
             between()
             with watch("rollout"):
-                return self.assess(responses, scores, len(prompts))
+                return self.assess(responses, scores, len(prompts), partial_scores)
 
     def sample(self, prompts: PromptBatch, *, seed: int, step: int) -> Responses:
         """Responses to this rank's share of the prompts, of which there is at least one on all ranks."""
@@ -118,8 +121,34 @@ class Sampler:
             raise FailedScoring(failure, {**texts, "columns": columns}) from cause
         return scores
 
+    def score_parts(self, responses: Responses, reward: Reward, every: int) -> Float[Tensor, "n R"]:
+        """Scores of this rank's responses as they stand before each token, 0 where there is none.
+
+        They are scored before the first token and after every `every`; in between, and where the reward has no finite
+        number for a part, the last score stands (0, the calibrated mean, if there is none yet). Raises as `score`.
+        """
+        mask = responses.sequences.response_mask
+        starts = torch.arange(0, mask.shape[1], every)
+        rows, numbers = mask[:, starts].nonzero(as_tuple=True)
+        parts = responses.select(rows)
+        read = parts.sequences.response_mask & (torch.arange(mask.shape[1]) < starts[numbers, None])
+        prompts, texts = self.tokens.decode(replace(parts.sequences, response_mask=read))
+        found = torch.full((len(mask), len(starts)), torch.nan)
+        found[rows, numbers] = self.score(replace(parts, prompts=prompts, texts=texts), reward)
+        scores, last = torch.zeros(mask.shape), torch.zeros(len(mask))
+        for start, column in zip(starts.tolist(), found.T, strict=True):
+            last = torch.where(column.isfinite(), column, last)
+            scores[:, start : start + every] = last[:, None]
+        return torch.where(mask, scores, 0.0)
+
     @torch.no_grad()
-    def assess(self, responses: Responses, scores: Float[Tensor, " n"], count: int) -> Rollout:
+    def assess(
+        self,
+        responses: Responses,
+        scores: Float[Tensor, " n"],
+        count: int,
+        partial_scores: Float[Tensor, "n R"] | None = None,
+    ) -> Rollout:
         """Log-probabilities, values and reference of this rank's responses, gathered with those of the others.
 
         `count` is the number of rows on all ranks.
@@ -157,6 +186,7 @@ class Sampler:
             sequences=sequences,
             finished=gather(responses.finished, count),
             scores=gather(scores, count),
+            partial_scores=gather(torch.zeros_like(ref_logprobs) if partial_scores is None else partial_scores, count),
             logprobs=gather(logprobs, count),
             ref_logprobs=gather(ref_logprobs, count),
             values=gather(values, count),

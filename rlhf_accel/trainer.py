@@ -197,7 +197,13 @@ class PPOTrainer:
         reseed(self.config.run.seed, step, self.runtime.rank, _STEP)
         self.runtime.set_lr_factor(lr_factor(self.config.optim, step, self.config.run.total_steps))
         rollout = self.rollout = self.sampler.rollout(
-            prompts, self.reward, seed=self.config.run.seed, step=step, watch=watch, between=self._stop_if_asked
+            prompts,
+            self.reward,
+            seed=self.config.run.seed,
+            step=step,
+            watch=watch,
+            between=self._stop_if_asked,
+            partial_every=self.config.reward.partial_every,
         )
         self._columns = prompts.columns
         self._stop_if_asked()
@@ -328,7 +334,7 @@ class PPOTrainer:
     def _metrics(
         self, step: int, rollout: Rollout, experience: Experience, losses: LossStats, watch: Stopwatch
     ) -> dict[str, float]:
-        mask = rollout.sequences.response_mask
+        mask, partial = rollout.sequences.response_mask, rollout.partial_scores
         k1, k3 = (
             ppo.masked_row_sum(ppo.kl_estimate(rollout.logprobs, rollout.ref_logprobs, kind), mask).mean()
             for kind in ("k1", "k3")
@@ -351,7 +357,9 @@ class PPOTrainer:
             "policy/ratio_max": losses.ratio_max,
             "policy/first_ratio_error": losses.first_ratio_error,
             "value/clip_fraction": losses.value_clip_fraction,
-            "value/explained_variance": float(ppo.explained_variance(rollout.values, experience.returns, mask)),
+            "value/explained_variance": float(
+                ppo.explained_variance(rollout.values + partial, experience.returns + partial, mask)
+            ),
             "rollout/response_tokens": float(mask.sum(1).float().mean()),
             "rollout/eos_fraction": float(rollout.finished.float().mean()),
             "optim/lr": self.config.optim.lr * lr_factor(self.config.optim, step, self.config.run.total_steps),
@@ -415,7 +423,15 @@ class PPOTrainer:
             for reward in (self.reward, *self.golds.values()):
                 reward.try_out(few.texts, few.texts, few.columns)
         except RewardError as error:
-            raise ConfigError(str(error).replace("\n", " ")) from error
+            raise ConfigError(str(error)) from error
+        every = self.config.reward.partial_every
+        try:
+            if every:
+                replace(self.reward, retries=0)(few.texts, [""] * len(few), few.columns)
+        except RewardError as error:
+            raise ConfigError(
+                f"{error}; with reward.partial_every={every} it is also asked about prompts with an empty response"
+            ) from error
 
     def _kl_controller(self) -> ppo.FixedKLController | ppo.AdaptiveKLController:
         config = self.config.ppo

@@ -154,6 +154,7 @@ class Rollout(_Batch):
     sequences: Sequences
     finished: Bool[Tensor, " B"]
     scores: Float[Tensor, " B"]
+    partial_scores: Float[Tensor, "B R"]  # of the response before each token is chosen; 0 where not asked for
     logprobs: Float[Tensor, "B R"]
     ref_logprobs: Float[Tensor, "B R"]
     values: Float[Tensor, "B R"]
@@ -165,7 +166,7 @@ class Rollout(_Batch):
         shape = self.sequences.responses.shape
         _check("finished", self.finished, torch.bool, shape[:1])
         _check("scores", self.scores, torch.float32, shape[:1])
-        for name in ("logprobs", "ref_logprobs", "values", "entropy"):
+        for name in ("partial_scores", "logprobs", "ref_logprobs", "values", "entropy"):
             _check(name, getattr(self, name), torch.float32, shape)
         _check_rows(len(self), {"prompts": self.prompts, "texts": self.texts})
 
@@ -175,7 +176,10 @@ class Rollout(_Batch):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Experience(_Batch):
-    """What the update learns from; `old_` is what policy and critic said when they sampled."""
+    """What the update learns from; `old_` is what policy and critic said when they sampled.
+
+    Values and returns are beyond the rollout's partial scores, which the critic need not learn.
+    """
 
     sequences: Sequences
     old_logprobs: Float[Tensor, "B R"]

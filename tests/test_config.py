@@ -240,6 +240,10 @@ CONTRADICTIONS: list[tuple[dict, list[str]]] = [
         {"ppo": {"kl_target": 6.0, "kl_horizon": 12.8}, "rollout": {"batch_size": 64}},
         ["ppo.kl_horizon=12.8", "rollout.batch_size=64", "above 12.8"],
     ),
+    (
+        {"reward": {"partial_every": 2}, "ppo": {"whiten_rewards": True}},
+        ["reward.partial_every=2", "ppo.whiten_rewards=true", "reward.calibrate=true"],
+    ),
     ({"run": {"resume": "latest"}}, ["run.resume=latest", "run.output_dir"]),
     ({"model": {"critic": "adapter"}}, ["model.critic=adapter", "lora.r above 0"]),
     ({"model": {"load_in_4bit": True}}, ["model.load_in_4bit=true", "lora.r above 0"]),

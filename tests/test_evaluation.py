@@ -46,6 +46,7 @@ def make(
         ),
         finished=torch.tensor(finished or [False] * count),
         scores=torch.tensor(scores),
+        partial_scores=zeros,
         logprobs=zeros + logprob,  # also where nothing counts, which no figure may read
         ref_logprobs=zeros + ref_logprob,
         values=zeros,

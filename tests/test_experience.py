@@ -23,6 +23,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from rlhf_accel import ppo
 from rlhf_accel.config import PPOConfig, RewardConfig
 from rlhf_accel.experience import make_experience
 from rlhf_accel.types import Rollout, Sequences
@@ -44,6 +45,7 @@ def rollout():
         ),
         finished=torch.tensor([True, False]),
         scores=torch.tensor([1.0, 2.0]),
+        partial_scores=torch.zeros(2, 3),
         logprobs=ref_logprobs + DIFFERENCE,
         ref_logprobs=ref_logprobs,
         values=torch.tensor([[0.5, 0.2, GARBAGE], [0.0, 1.0, 0.4]]),
@@ -131,15 +133,47 @@ def test_whitened_rewards_are_scaled_and_not_shifted():
     assert_close(experience.advantages[0, 1], torch.tensor(expected[1] - 0.2))
 
 
+PARTIAL = torch.tensor([[0.1, -0.4, GARBAGE], [0.2, 0.5, 3.0]])
+
+
+def test_partial_scores_are_a_part_of_the_values_that_the_critic_need_not_learn():
+    # The same values in all, so the same advantages; the critic's own part and its targets are less by the other.
+    was = rollout()
+    experience = make_experience(
+        replace(was, values=was.values - PARTIAL, partial_scores=PARTIAL), PLAIN, RewardConfig(), 0.5
+    )
+    assert_tokens(experience.rewards, [-0.1, 1.2], [0.0, -0.3, 1.9])
+    assert_tokens(experience.advantages, [0.1, 1.0], [0.925, -0.15, 1.5])
+    assert_tokens(experience.returns, [0.6 - 0.1, 1.2 + 0.4], [0.925 - 0.2, 0.85 - 0.5, 1.9 - 3.0])
+    assert_tokens(experience.old_values.masked_fill(~MASK, 0.0), [0.4, 0.6], [-0.2, 0.5, -2.6])
+
+
+def test_partial_scores_do_what_shaping_the_rewards_by_a_potential_does():
+    # Ng et al. 1999: r + gamma * next potential - potential, with no potential after the last token.
+    config = PPOConfig(gamma=0.9, lam=0.5, whiten_advantages=False)
+    experience = make_experience(replace(rollout(), partial_scores=PARTIAL), config, RewardConfig(), 0.5)
+    shaped = torch.tensor(
+        [
+            [-0.1 + 0.9 * -0.4 - 0.1, 1.2 + 0.4, 0.0],
+            [0.0 + 0.9 * 0.5 - 0.2, -0.3 + 0.9 * 3.0 - 0.5, 1.9 - 3.0],
+        ]
+    )
+    advantages, returns = ppo.gae(shaped, rollout().values, MASK, 0.9, 0.5)
+    assert_close(experience.advantages, advantages)
+    assert_close(experience.returns, returns)
+
+
 def test_padding_says_nothing():
     clean = rollout()
     clean = replace(
         clean,
+        partial_scores=PARTIAL.masked_fill(~MASK, 0.0),
         **{name: getattr(clean, name).masked_fill(~MASK, 0.0) for name in ("logprobs", "ref_logprobs", "values")},
     )
+    dirty = replace(rollout(), partial_scores=PARTIAL)
     config = PPOConfig(whiten_rewards=True)
     for name in ("rewards", "advantages", "returns"):
-        with_garbage = getattr(make_experience(rollout(), config, RewardConfig(), 0.5), name)
+        with_garbage = getattr(make_experience(dirty, config, RewardConfig(), 0.5), name)
         assert torch.equal(with_garbage, getattr(make_experience(clean, config, RewardConfig(), 0.5), name))
 
 

@@ -1,5 +1,6 @@
 """Sampling and assessing: a response depends on seed, step and row alone, and is judged by the models as they are."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -193,6 +194,50 @@ def test_rewards_read_prompts_responses_and_columns(sampler_of):
     rollout = sampler.assess(responses, scores, 5)
     assert rollout.scores.tolist() == scores.tolist()
     assert (rollout.prompts, rollout.texts) == (responses.prompts, responses.texts)
+
+
+def parts_of(sampler, responses, row, every):
+    """The text of the response before each of its tokens, as read every so many."""
+    prompt = sampler.tokens.encode([PROMPTS[row]])[0]
+    ids = responses.sequences.responses[row][responses.sequences.response_mask[row]].tolist()
+    return [sampler.tokens.text(prompt + ids[: t - t % every])[len(PROMPTS[row]) :] for t in range(len(ids))]
+
+
+def test_partial_scores_are_those_of_the_response_before_each_token(sampler_of):
+    sampler = sampler_of(rollout={"stop": LETTERS, "max_new_tokens": 12})
+    responses = sampler.sample(prompts_for(sampler, {"number": [1, 2, 3, 4, 5]}), seed=0, step=1)
+    lengths = responses.sequences.response_mask.sum(1).tolist()
+    assert min(lengths) <= 6 < max(lengths), "not all have a third part"
+    read = []
+
+    def reward(prompts, texts, number):
+        read.extend(prompts)
+        return [100.0 * n + len(text) for text, n in zip(texts, number, strict=True)]
+
+    scores = sampler.score_parts(responses, Reward(terms=(("reward", 1.0, reward),)), 3)
+    for i, length in enumerate(lengths):
+        expected = [100.0 * (i + 1) + len(text) for text in parts_of(sampler, responses, i, 3)]
+        assert scores[i].tolist() == expected + [0.0] * (scores.shape[1] - length)
+    assert len(read) == sum(math.ceil(length / 3) for length in lengths), "no part is read that no token follows"
+    assert set(read) == set(PROMPTS)
+
+
+def test_a_part_that_has_no_finite_score_leaves_the_one_before(sampler_of):
+    sampler = sampler_of(rollout={"max_new_tokens": 12})
+    responses = sampler.sample(prompts_for(sampler), seed=0, step=1)
+
+    def reward(prompts, texts):
+        return [math.nan if len(text) % 2 == 0 else float(len(text)) for text in texts]
+
+    scores = sampler.score_parts(responses, Reward(terms=(("reward", 1.0, reward),)), 1)
+    left = 0
+    for row in range(5):
+        last = 0.0  # before any
+        for t, score in enumerate(reward((), parts_of(sampler, responses, row, 1))):
+            left += last > 0 and math.isnan(score)
+            last = last if math.isnan(score) else score
+            assert scores[row, t] == last
+    assert left, "some stand for a part that has none"
 
 
 def test_a_batch_of_one(sampler_of):

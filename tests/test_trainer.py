@@ -260,6 +260,7 @@ SWITCHES = {
     "weights": {"reward": {"function": FUNCTIONS, "weights": [1.0, -2.0]}},
     "classifier": {"reward": {"function": [], "model": "classifier", "label": "POSITIVE"}},
     "calibrate": {"reward": {"calibrate": True, "calibrate_samples": 16}},
+    "partial_every": {"reward": {"partial_every": 2}},
     "clip": {"reward": {"clip": 0.01}},
     "missing_eos_penalty": {"reward": {"missing_eos_penalty": 1.0}},
 }
@@ -589,6 +590,17 @@ def test_a_reward_that_fails_in_the_middle_of_a_run_says_which(tiny):
     reward.__name__ = "moody"
     with pytest.raises(RunFailed, match=r"reward=moody raised OSError: gone .*replay .*step-000001"):
         PPOTrainer(tiny(reward={"function": [], "retries": 0}), reward=reward).fit()
+
+
+def test_a_reward_that_cannot_read_parts_is_found_before_training(tiny):
+    def reward(prompts, responses, **columns):
+        return [1 / len(response) for response in responses]
+
+    reward.__name__ = "brevity"
+    rewards = {"function": [], "retry_wait": 1e-3}
+    PPOTrainer(tiny(reward=rewards), reward=reward)
+    with pytest.raises(ConfigError, match=r"reward=brevity raised ZeroDivisionError.* reward\.partial_every=2 .*empty"):
+        PPOTrainer(tiny(reward={**rewards, "partial_every": 2}), reward=reward)
 
 
 # Learning rates

@@ -43,7 +43,7 @@ def make_responses() -> Responses:
 
 
 def make_rollout() -> Rollout:
-    rows = {name: torch.rand(3, 3) for name in ("logprobs", "ref_logprobs", "values", "entropy")}
+    rows = {name: torch.rand(3, 3) for name in ("partial_scores", "logprobs", "ref_logprobs", "values", "entropy")}
     return Rollout(
         sequences=make_responses().sequences,
         finished=torch.tensor([True, False, True]),

@@ -19,9 +19,12 @@ CHECKPOINTED = {**LORA, "model": {"critic": "adapter", "gradient_checkpointing":
 SAVED = {"total_steps": 3, "save_every": 2}
 RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "full": {},
-    "uneven": {"rollout": {"batch_size": 7}, "ppo": {"num_minibatches": 1}},
+    "uneven": {"rollout": {"batch_size": 7}, "ppo": {"num_minibatches": 1}, "reward": {"partial_every": 5}},
     # Fewer samples than ranks, in training and in evaluation.
-    "few": {"rollout": {"batch_size": 2}, "ppo": {"num_minibatches": 1}, "run": {"total_steps": 2, "eval_samples": 1}},
+    "few": {
+        **{"rollout": {"batch_size": 2}, "ppo": {"num_minibatches": 1}, "reward": {"partial_every": 1}},
+        "run": {"total_steps": 2, "eval_samples": 1},
+    },
     "in_step": {"rollout": {"gather_parameters": "never"}},
     # Without any of the fast paths, beside one process with all of them.
     "plain": {"run": {"fast_kernels": False}, "rollout": {"logprobs": "recomputed"}},
