@@ -228,6 +228,8 @@ class Doctor:
             low, high = tree["data"]["prompt_tokens"]
             tree["data"]["prompt_tokens"] = (min(low, prompt), min(high, prompt))
             return parse(Config, tree), "context window"
+        if "reward.partial_every=" in said and reward.partial_every:
+            return replace(config, reward=replace(reward, partial_every=0)), "partial scores"
         if said.startswith(("reward.", "no reward", "RLHF_ACCEL_REWARD")):
             if reward.dtype == "fp16" and re.search(r"returned -?(nan|inf)", said):
                 return replace(config, reward=replace(reward, dtype="fp32")), "reward in fp16"
@@ -258,9 +260,13 @@ class Doctor:
             scores = torch.zeros(len(responses))
             with self._checking("reward"):
                 scores = self._look_at_scores(trainer, responses)
+            partial_scores = torch.zeros(responses.sequences.responses.shape)
+            if trainer.config.reward.partial_every:
+                with self._checking("partial scores"):
+                    partial_scores = self._look_at_parts(trainer, responses)
             self._check("stops", _look_at_ends, trainer, responses)
             with torch.no_grad():
-                rollout = trainer.sampler.assess(responses, scores, len(responses))
+                rollout = trainer.sampler.assess(responses, scores, partial_scores, len(responses))
         with self._checking("reward label"):
             self._look_at_label(trainer)
         if rollout is not None:
@@ -339,6 +345,18 @@ class Doctor:
                 f"reward.clip={trainer.config.reward.clip:g} is below the spread of {float(std):.3g}; raise it or set "
                 "reward.calibrate",
             )
+        return scores
+
+    def _look_at_parts(self, trainer: PPOTrainer, responses: Responses) -> Tensor:
+        every, mask = trainer.config.reward.partial_every, responses.sequences.response_mask
+        scores = trainer.sampler.score_parts(responses, replace(trainer.reward, clip=None), every)
+        spread = float(scores[mask].std(correction=0))
+        said = f"reward.partial_every={every}: unfinished responses score with a spread of {spread:.3g}"
+        if spread > 0:
+            self.note("ok", "partial scores", said)
+        else:
+            said += ", so they say nothing; set it to 0, and ppo.lam to 0.95"
+            self.note("warning", "partial scores", said)
         return scores
 
     def _look_at_label(self, trainer: PPOTrainer) -> None:

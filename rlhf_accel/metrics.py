@@ -53,7 +53,12 @@ METRICS = (
     Metric("policy/ratio_max", "", "largest ratio of new to old probability", "max over tokens and updates"),
     Metric("policy/first_ratio_error", "", "|ratio - 1| before the first update: rounding only", "max over tokens"),
     Metric("value/clip_fraction", "", "tokens whose value was clipped", "mean over tokens and updates"),
-    Metric("value/explained_variance", "", "share of the returns' variance that values foresaw", "over tokens"),
+    Metric(
+        "value/explained_variance",
+        "",
+        "share of the returns' variance that values foresaw, partial scores included",
+        "over tokens",
+    ),
     Metric("rollout/response_tokens", "tokens", "length of a response", "mean over responses"),
     Metric("rollout/eos_fraction", "", "responses that a stop ended", "mean over responses"),
     Metric("optim/lr", "", "learning rate of the policy in this step", "same on all ranks"),

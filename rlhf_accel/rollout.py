@@ -69,10 +69,10 @@ class Sampler:
             between()
             with watch("score"):
                 scores = self.score(responses, reward)
-                partial_scores = self.score_parts(responses, reward, partial_every) if partial_every else None
+                partial_scores = self.score_parts(responses, reward, partial_every)
             between()
             with watch("rollout"):
-                return self.assess(responses, scores, len(prompts), partial_scores)
+                return self.assess(responses, scores, partial_scores, len(prompts))
 
     def sample(self, prompts: PromptBatch, *, seed: int, step: int) -> Responses:
         """Responses to this rank's share of the prompts, of which there is at least one on all ranks."""
@@ -122,32 +122,32 @@ class Sampler:
         return scores
 
     def score_parts(self, responses: Responses, reward: Reward, every: int) -> Float[Tensor, "n R"]:
-        """Scores of this rank's responses as they stand before each token, 0 where there is none.
+        """Scores of this rank's responses as they stand before each token; 0 throughout for an `every` of 0.
 
-        They are scored before the first token and after every `every`; in between, and where the reward has no finite
-        number for a part, the last score stands (0, the calibrated mean, if there is none yet). Raises as `score`.
+        They are scored before the first token and after every `every`. In between, and where the reward has no finite
+        number for a part, the last score stands; 0 if there is none yet. Raises as `score`.
         """
         mask = responses.sequences.response_mask
-        starts = torch.arange(0, mask.shape[1], every)
-        rows, numbers = mask[:, starts].nonzero(as_tuple=True)
-        parts = responses.select(rows)
-        read = parts.sequences.response_mask & (torch.arange(mask.shape[1]) < starts[numbers, None])
-        prompts, texts = self.tokens.decode(replace(parts.sequences, response_mask=read))
-        found = torch.full((len(mask), len(starts)), torch.nan)
-        found[rows, numbers] = self.score(replace(parts, prompts=prompts, texts=texts), reward)
         scores, last = torch.zeros(mask.shape), torch.zeros(len(mask))
-        for start, column in zip(starts.tolist(), found.T, strict=True):
-            last = torch.where(column.isfinite(), column, last)
+        if every == 0:
+            return scores
+        for start in range(0, mask.shape[1], every):
+            rows = mask[:, start].nonzero()[:, 0]  # those that go on from here
+            parts = responses.select(rows)
+            read = torch.arange(mask.shape[1]).expand(len(rows), -1) < start
+            prompts, texts = self.tokens.decode(replace(parts.sequences, response_mask=read))
+            try:
+                found = self.score(replace(parts, prompts=prompts, texts=texts), reward)
+            except FailedScoring as error:
+                said = f"{error}; it was asked about unfinished responses (reward.partial_every={every})"
+                raise FailedScoring(said, error.inputs) from error.__cause__
+            last[rows] = torch.where(found.isfinite(), found, last[rows])
             scores[:, start : start + every] = last[:, None]
-        return torch.where(mask, scores, 0.0)
+        return scores
 
     @torch.no_grad()
     def assess(
-        self,
-        responses: Responses,
-        scores: Float[Tensor, " n"],
-        count: int,
-        partial_scores: Float[Tensor, "n R"] | None = None,
+        self, responses: Responses, scores: Float[Tensor, " n"], partial_scores: Float[Tensor, "n R"], count: int
     ) -> Rollout:
         """Log-probabilities, values and reference of this rank's responses, gathered with those of the others.
 
@@ -186,7 +186,7 @@ class Sampler:
             sequences=sequences,
             finished=gather(responses.finished, count),
             scores=gather(scores, count),
-            partial_scores=gather(torch.zeros_like(ref_logprobs) if partial_scores is None else partial_scores, count),
+            partial_scores=gather(partial_scores, count),
             logprobs=gather(logprobs, count),
             ref_logprobs=gather(ref_logprobs, count),
             values=gather(values, count),

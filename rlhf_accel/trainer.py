@@ -417,7 +417,8 @@ class PPOTrainer:
         return reward_of(self.config.reward, ((name, 1.0, reward),))
 
     def _try_reward(self) -> None:
-        """Score a few prompts as they are, so that a reward that cannot work fails before training."""
+        """Score a few prompts as they are, and with empty responses if parts of these will be scored, so that a reward
+        that cannot work fails before training."""
         few = self.prompts.fixed(2)
         try:
             for reward in (self.reward, *self.golds.values()):
@@ -425,13 +426,13 @@ class PPOTrainer:
         except RewardError as error:
             raise ConfigError(str(error)) from error
         every = self.config.reward.partial_every
-        try:
-            if every:
+        if every:
+            try:
                 replace(self.reward, retries=0)(few.texts, [""] * len(few), few.columns)
-        except RewardError as error:
-            raise ConfigError(
-                f"{error}; with reward.partial_every={every} it is also asked about prompts with an empty response"
-            ) from error
+            except RewardError as error:
+                raise ConfigError(
+                    f"{error}; with reward.partial_every={every} it is also asked about prompts with an empty response"
+                ) from error
 
     def _kl_controller(self) -> ppo.FixedKLController | ppo.AdaptiveKLController:
         config = self.config.ppo

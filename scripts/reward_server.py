@@ -1,7 +1,7 @@
 """A reward behind HTTP, for `reward.url`: one batch a request, in JSON, on this machine only unless told otherwise.
 
     python scripts/reward_server.py --function my_rewards:brevity --port 8000
-    python scripts/train.py --reward.model null --reward.url http://127.0.0.1:8000/
+    python scripts/train.py --config my_run.yaml --reward.url http://127.0.0.1:8000/
 
 POST `{"prompts": [...], "responses": [...], "columns": {NAME: [...]}}`, answer `{"scores": [...]}`, in which
 a score that is not finite is null, or `{"error": ...}`. Requests are answered one after the other.

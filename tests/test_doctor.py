@@ -36,6 +36,14 @@ def dislikes_what_people_like(prompts, responses, **columns):
     return [-float(rating) for rating in columns.get("rating", [0.0] * len(prompts))]
 
 
+def whole_only(prompts, responses, **columns):
+    return [float(len(response)) if len(response) > 3 else 0.0 for response in responses]
+
+
+def per_character_of_the_longest(prompts, responses, **columns):
+    return [response.count("o") / max(map(len, responses)) for response in responses]
+
+
 @pytest.fixture
 def examined(tiny, tmp_path, monkeypatch):
     """A function that examines a toy run with these changes and overrides; gives the findings as (level, check) with
@@ -249,6 +257,24 @@ def test_a_constant_reward_is_not_set_beside_the_ratings(examined):
     )
     assert ("problem", "reward") in findings
     assert ("ok", "reward label") not in findings
+
+
+def test_partial_scores(examined):
+    findings = examined(reward={"function": "tests.conftest:share_of_o", "partial_every": 2})
+    assert "a spread of 0." in findings["ok", "partial scores"]
+    assert problems(findings) == set()
+
+
+def test_partial_scores_that_say_nothing(examined):
+    findings = examined(reward={"function": "tests.test_doctor:whole_only", "partial_every": 64})
+    assert "reward.partial_every=64" in findings["warning", "partial scores"]
+    assert "ppo.lam" in findings["warning", "partial scores"]
+
+
+def test_a_reward_that_cannot_read_an_empty_response(examined):
+    findings = examined(reward={"function": "tests.test_doctor:per_character_of_the_longest", "partial_every": 2})
+    assert "empty response" in findings["problem", "partial scores"]
+    assert "64 reference samples" in findings["warning", "reward"], "the whole ones are looked at all the same"
 
 
 def test_scores_that_are_not_finite(examined):

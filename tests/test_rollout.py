@@ -12,7 +12,7 @@ from rlhf_accel import data, models
 from rlhf_accel.config import RolloutConfig
 from rlhf_accel.distributed import Runtime
 from rlhf_accel.reward import Reward
-from rlhf_accel.rollout import Sampler, sampling_settings
+from rlhf_accel.rollout import FailedScoring, Sampler, sampling_settings
 from rlhf_accel.tokens import Tokens
 
 pytestmark = pytest.mark.usefixtures("exact_fp32")
@@ -52,7 +52,8 @@ def prompts_for(sampler, columns=None):
 def assessed(sampler, seed=0, step=1):
     prompts = prompts_for(sampler)
     responses = sampler.sample(prompts, seed=seed, step=step)
-    return sampler.assess(responses, torch.arange(5.0), len(prompts))
+    nothing = torch.zeros(responses.sequences.responses.shape)
+    return sampler.assess(responses, torch.arange(5.0), nothing, len(prompts))
 
 
 def logprobs_one_by_one(policy, rollout, temperature):
@@ -191,7 +192,9 @@ def test_rewards_read_prompts_responses_and_columns(sampler_of):
     scores = sampler.score(responses, Reward(terms=(("reward", 1.0, reward),)))
     assert scores.tolist() == [2.0, 4.0, 6.0, 8.0, 10.0]
     assert seen == {"prompts": PROMPTS, "responses": list(responses.texts)}
-    rollout = sampler.assess(responses, scores, 5)
+    partial_scores = torch.rand(responses.sequences.responses.shape)
+    rollout = sampler.assess(responses, scores, partial_scores, 5)
+    assert rollout.partial_scores.equal(partial_scores)
     assert rollout.scores.tolist() == scores.tolist()
     assert (rollout.prompts, rollout.texts) == (responses.prompts, responses.texts)
 
@@ -217,9 +220,23 @@ def test_partial_scores_are_those_of_the_response_before_each_token(sampler_of):
     scores = sampler.score_parts(responses, Reward(terms=(("reward", 1.0, reward),)), 3)
     for i, length in enumerate(lengths):
         expected = [100.0 * (i + 1) + len(text) for text in parts_of(sampler, responses, i, 3)]
-        assert scores[i].tolist() == expected + [0.0] * (scores.shape[1] - length)
+        assert scores[i, :length].tolist() == expected
     assert len(read) == sum(math.ceil(length / 3) for length in lengths), "no part is read that no token follows"
     assert set(read) == set(PROMPTS)
+    assert not sampler.score_parts(responses, Reward(terms=()), 0).any(), "for 0 no reward is asked"
+
+
+def test_a_reward_that_fails_on_a_part_says_so(sampler_of):
+    sampler = sampler_of(rollout={"max_new_tokens": 4})
+    responses = sampler.sample(prompts_for(sampler), seed=0, step=1)
+
+    def reward(prompts, texts):
+        return [1 / (4 - len(text)) for text in texts] if any(texts) else [0.0] * len(texts)
+
+    parts = {text for row in range(5) for text in parts_of(sampler, responses, row, 1)}
+    assert any(len(text) == 4 for text in parts)
+    with pytest.raises(FailedScoring, match=r"ZeroDivisionError.* unfinished responses \(reward\.partial_every=1\)"):
+        sampler.score_parts(responses, Reward(terms=(("reward", 1.0, reward),)), 1)
 
 
 def test_a_part_that_has_no_finite_score_leaves_the_one_before(sampler_of):
@@ -243,7 +260,8 @@ def test_a_part_that_has_no_finite_score_leaves_the_one_before(sampler_of):
 def test_a_batch_of_one(sampler_of):
     sampler = sampler_of()
     prompt = prompts_for(sampler).select(torch.tensor([0]))
-    rollout = sampler.assess(sampler.sample(prompt, seed=0, step=1), torch.ones(1), 1)
+    responses = sampler.sample(prompt, seed=0, step=1)
+    rollout = sampler.assess(responses, torch.ones(1), torch.ones(responses.sequences.responses.shape), 1)
     assert len(rollout) == 1
 
 
