@@ -22,7 +22,7 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "uneven": {"rollout": {"batch_size": 7}, "ppo": {"num_minibatches": 1}, "reward": {"partial_every": 5}},
     # Fewer samples than ranks, in training and in evaluation.
     "few": {
-        **{"rollout": {"batch_size": 2}, "ppo": {"num_minibatches": 1}, "reward": {"partial_every": 1}},
+        **{"rollout": {"batch_size": 2}, "ppo": {"num_minibatches": 1}, "reward": {"partial_every": 2}},
         "run": {"total_steps": 2, "eval_samples": 1},
     },
     "in_step": {"rollout": {"gather_parameters": "never"}},
