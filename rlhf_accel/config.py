@@ -279,7 +279,7 @@ class RewardConfig:
     partial_every: NonNegativeInt = 0
     """Score each response also as it stands before its first token and after every so many, and let the critic learn
     only what the rest of it adds: advantages get less noisy, and no optimum moves (potential-based shaping, Ng et al.
-    1999). The reward reads rollout.max_new_tokens / partial_every more texts for each response; 0 leaves it out."""
+    1999). The reward reads up to rollout.max_new_tokens / partial_every more texts a response; 0 leaves it out."""
     missing_eos_penalty: NonNegative = 0.0
     """Taken from the score of a response that was cut off at rollout.max_new_tokens."""
 
