@@ -226,6 +226,22 @@ def test_partial_scores_are_those_of_the_response_before_each_token(sampler_of):
     assert not sampler.score_parts(responses, Reward(terms=()), 0).any(), "for 0 no reward is asked"
 
 
+def test_parts_are_calibrated_and_clipped_as_whole_responses_are(sampler_of):
+    sampler = sampler_of(rollout={"max_new_tokens": 6})
+    responses = sampler.sample(prompts_for(sampler), seed=0, step=1)
+
+    def reward(prompts, texts):
+        return [float(len(text)) for text in texts]
+
+    plain = Reward(terms=(("reward", 1.0, reward),))
+    lengths = sampler.score_parts(responses, plain, 1)
+    scores = sampler.score_parts(responses, replace(plain, mean=2.0, std=4.0, clip=0.5), 9)
+    assert scores.equal(torch.full(scores.shape, -0.5)), "one part, the empty response, stands to the end"
+    scores = sampler.score_parts(responses, replace(plain, mean=2.0, std=4.0, clip=0.5), 1)
+    assert_close(scores, ((lengths - 2.0) / 4.0).clamp(-0.5, 0.5))
+    assert scores.unique().numel() > 2
+
+
 def test_a_reward_that_fails_on_a_part_says_so(sampler_of):
     sampler = sampler_of(rollout={"max_new_tokens": 4})
     responses = sampler.sample(prompts_for(sampler), seed=0, step=1)
