@@ -717,7 +717,7 @@ def key_names(cls: Any, prefix: str = "") -> list[str]:
 
 
 def _contradictions(config: Config) -> list[str]:
-    run, data, rollout, ppo, reward = config.run, config.data, config.rollout, config.ppo, config.reward
+    run, data, rollout, ppo = config.run, config.data, config.rollout, config.ppo
     problems = []
     if rollout.batch_size % ppo.num_minibatches:
         problems.append(
@@ -747,28 +747,7 @@ def _contradictions(config: Config) -> list[str]:
                 f"data.prompt_tokens=[{low}, {high}] goes above rollout.max_prompt_tokens="
                 f"{rollout.max_prompt_tokens}; raise the latter"
             )
-    terms = (reward.model is not None) + (reward.url is not None) + len(reward.function)
-    if reward.weights is not None and len(reward.weights) != terms:
-        problems.append(
-            f"reward.weights has {len(reward.weights)} numbers for {terms} rewards (reward.model, reward.url and "
-            "reward.function); give one for each"
-        )
-    if reward.url is not None:
-        problems += _url_problems(reward.url)
-    problems += _gold_problems(reward)
-    patience = (reward.timeout or 0.0) * (reward.retries + 1) + reward.retry_wait * (2**reward.retries - 1)
-    if reward.timeout is not None and patience >= run.collective_timeout:
-        problems.append(
-            f"reward.timeout={reward.timeout:g} with reward.retries={reward.retries} may take {patience:g} s, and "
-            f"others wait for run.collective_timeout={run.collective_timeout:g} s; raise the latter"
-        )
-    if reward.partial_every and ppo.whiten_rewards:
-        problems.append(
-            f"reward.partial_every={reward.partial_every} needs rewards in the unit of the scores, and "
-            "ppo.whiten_rewards=true scales them; use reward.calibrate=true instead of the latter"
-        )
-    if reward.model is None and reward.label is not None:
-        problems.append("reward.label is set without reward.model; name the model or remove the label")
+    problems += _scoring_contradictions(config)
     problems += _model_contradictions(config)
     if rollout.max_prompt_tokens + rollout.max_new_tokens > ppo.micro_batch_tokens:
         problems.append(
@@ -788,6 +767,34 @@ def _contradictions(config: Config) -> list[str]:
     for key in run.changes:
         if key not in key_names(Config):
             problems.append(f"run.changes: {_unknown(key, key_names(Config))}")
+    return problems
+
+
+def _scoring_contradictions(config: Config) -> list[str]:
+    reward = config.reward
+    problems = []
+    terms = (reward.model is not None) + (reward.url is not None) + len(reward.function)
+    if reward.weights is not None and len(reward.weights) != terms:
+        problems.append(
+            f"reward.weights has {len(reward.weights)} numbers for {terms} rewards (reward.model, reward.url and "
+            "reward.function); give one for each"
+        )
+    if reward.url is not None:
+        problems += _url_problems(reward.url)
+    problems += _gold_problems(reward)
+    patience = (reward.timeout or 0.0) * (reward.retries + 1) + reward.retry_wait * (2**reward.retries - 1)
+    if reward.timeout is not None and patience >= config.run.collective_timeout:
+        problems.append(
+            f"reward.timeout={reward.timeout:g} with reward.retries={reward.retries} may take {patience:g} s, and "
+            f"others wait for run.collective_timeout={config.run.collective_timeout:g} s; raise the latter"
+        )
+    if reward.partial_every and config.ppo.whiten_rewards:
+        problems.append(
+            f"reward.partial_every={reward.partial_every} needs rewards in the unit of the scores, and "
+            "ppo.whiten_rewards=true scales them; use reward.calibrate=true instead of the latter"
+        )
+    if reward.model is None and reward.label is not None:
+        problems.append("reward.label is set without reward.model; name the model or remove the label")
     return problems
 
 
