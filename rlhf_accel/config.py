@@ -279,7 +279,8 @@ class RewardConfig:
     partial_every: NonNegativeInt = 0
     """Score each response also as it stands before its first token and after every so many, and let the critic learn
     only what the rest of it adds: advantages get less noisy, and no optimum moves (potential-based shaping, Ng et al.
-    1999). The reward reads up to rollout.max_new_tokens / partial_every more texts a response; 0 leaves it out."""
+    1999). The reward reads up to rollout.max_new_tokens / partial_every more texts a response, rounded
+    up; 0 leaves it out."""
     missing_eos_penalty: NonNegative = 0.0
     """Taken from the score of a response that was cut off at rollout.max_new_tokens."""
 
@@ -678,7 +679,8 @@ def for_a_look(config: Config, place: Path) -> Config:
     """The config for setting the run up again without training it: a new run that tells no tracker and no hub, in a
     folder that is not made, without what only training needs."""
     run = replace(config.run, resume=None, changes=(), trackers=(), push_to_hub=None, output_dir=str(place))
-    return replace(config, run=run, model=replace(config.model, critic_init="policy"))
+    reward = replace(config.reward, partial_every=0)
+    return replace(config, run=run, model=replace(config.model, critic_init="policy"), reward=reward)
 
 
 def gold_name(target: str) -> str:

@@ -44,6 +44,7 @@ Verdict = tuple[Level, str]  # of one check, with what it says
 
 SAMPLES = 64  # of the reference, that reward and stops are judged by
 _FEW = 8  # of them, that a gradient is taken of, if ppo.micro_batch_tokens holds so many
+_FORESEEN = 0.3  # by chance alone, a correlation over 64 samples is above that once in a hundred times
 _MOST_FAULTS = 20  # of the config, after which the doctor stops mending
 
 # What chat formats write around turns. Where a prompt has one, its tokenizer should know it.
@@ -263,7 +264,7 @@ class Doctor:
             partial_scores = torch.zeros(responses.sequences.responses.shape)
             if trainer.config.reward.partial_every:
                 with self._checking("partial scores"):
-                    partial_scores = self._look_at_parts(trainer, responses)
+                    partial_scores = self._look_at_parts(trainer, responses, scores)
             self._check("stops", _look_at_ends, trainer, responses)
             with torch.no_grad():
                 rollout = trainer.sampler.assess(responses, scores, partial_scores, len(responses))
@@ -347,17 +348,21 @@ class Doctor:
             )
         return scores
 
-    def _look_at_parts(self, trainer: PPOTrainer, responses: Responses) -> Tensor:
-        every, mask = trainer.config.reward.partial_every, responses.sequences.response_mask
-        scores = trainer.sampler.score_parts(responses, replace(trainer.reward, clip=None), every)
-        spread = float(scores[mask].std(correction=0))
-        said = f"reward.partial_every={every}: unfinished responses score with a spread of {spread:.3g}"
-        if spread > 0:
+    def _look_at_parts(self, trainer: PPOTrainer, responses: Responses, scores: Tensor) -> Tensor:
+        every, lengths = trainer.config.reward.partial_every, responses.sequences.response_mask.sum(1)
+        parts = trainer.sampler.score_parts(responses, replace(trainer.reward, clip=None), every)
+        halfway = parts.gather(1, (lengths // 2)[:, None].clamp(max=parts.shape[1] - 1))[:, 0]
+        # Where neither varies there is no correlation, and nothing said.
+        foreseen = float(torch.corrcoef(torch.stack([halfway, scores]))[0, 1].nan_to_num(0.0))
+        said = (
+            f"reward.partial_every={every}: scores halfway through have a correlation of {foreseen:.2f} with the last"
+        )
+        if foreseen >= _FORESEEN:
             self.note("ok", "partial scores", said)
         else:
-            said += ", so they say nothing; set it to 0, and ppo.lam to 0.95"
+            said += ", so they say little; set it to 0, and ppo.lam to 0.95"
             self.note("warning", "partial scores", said)
-        return scores
+        return parts
 
     def _look_at_label(self, trainer: PPOTrainer) -> None:
         config = trainer.config

@@ -24,6 +24,8 @@ from rlhf_accel.reward import Reward, RewardError
 from rlhf_accel.tokens import StopCondition, Tokens
 from rlhf_accel.types import PromptBatch, Responses, Rollout, Sequences
 
+WITHOUT_PARTS = "set reward.partial_every=0 (and ppo.lam=0.95)"
+
 
 class FailedScoring(RewardError):
     """The reward failed for good on some rank; `inputs` are the prompts, responses and columns of all ranks."""
@@ -59,8 +61,9 @@ class Sampler:
         """Sample a response to every prompt, score it, and note what policy, critic and reference say of it.
 
         Every `partial_every` tokens the response is scored as far as it goes, too; 0 does not.
-        `watch` takes the time as `rollout` and `score`; `between` is called where one of the two ends. Numbers that are
-        not finite are for the caller to find. Raises `FailedScoring` on every rank if scoring failed on any.
+        `watch` takes the time as `rollout` and `score`; `between` is called where one of the two ends, and before each
+        call for parts. Numbers that are not finite are for the caller to find. Raises `FailedScoring` on every rank if
+        scoring failed on any.
         """
         with ExitStack() as stack:
             with watch("rollout"):
@@ -69,7 +72,7 @@ class Sampler:
             between()
             with watch("score"):
                 scores = self.score(responses, reward)
-                partial_scores = self.score_parts(responses, reward, partial_every)
+                partial_scores = self.score_parts(responses, reward, partial_every, between)
             between()
             with watch("rollout"):
                 return self.assess(responses, scores, partial_scores, len(prompts))
@@ -121,17 +124,21 @@ class Sampler:
             raise FailedScoring(failure, {**texts, "columns": columns}) from cause
         return scores
 
-    def score_parts(self, responses: Responses, reward: Reward, every: int) -> Float[Tensor, "n R"]:
+    def score_parts(
+        self, responses: Responses, reward: Reward, every: int, between: Callable[[], None] = lambda: None
+    ) -> Float[Tensor, "n R"]:
         """Scores of this rank's responses as they stand before each token; 0 throughout for an `every` of 0.
 
         They are scored before the first token and after every `every`. In between, and where the reward has no finite
-        number for a part, the last score stands; 0 if there is none yet. Raises as `score`.
+        number for a part, the last score stands; 0 if there is none yet. `between` is called before each call of the
+        reward, which may be many. Raises as `score`.
         """
         mask = responses.sequences.response_mask
         scores, last = torch.zeros(mask.shape), torch.zeros(len(mask))
         if every == 0:
             return scores
         for start in range(0, mask.shape[1], every):
+            between()
             rows = mask[:, start].nonzero()[:, 0]  # those that go on from here
             parts = responses.select(rows)
             read = torch.arange(mask.shape[1]).expand(len(rows), -1) < start
@@ -140,6 +147,7 @@ class Sampler:
                 found = self.score(replace(parts, prompts=prompts, texts=texts), reward)
             except FailedScoring as error:
                 said = f"{error}; it was asked about unfinished responses (reward.partial_every={every})"
+                said += f": let it score them, or {WITHOUT_PARTS}"
                 raise FailedScoring(said, error.inputs) from error.__cause__
             last[rows] = torch.where(found.isfinite(), found, last[rows])
             scores[:, start : start + every] = last[:, None]

@@ -24,7 +24,7 @@ from rlhf_accel.faults import Fault, explain, rollout_fault
 from rlhf_accel.keeper import Keeper
 from rlhf_accel.metrics import Progressline, Stopwatch
 from rlhf_accel.reward import Reward, RewardError, RewardFunction, load_golds, load_reward, reward_of
-from rlhf_accel.rollout import FailedScoring, Sampler
+from rlhf_accel.rollout import WITHOUT_PARTS, FailedScoring, Sampler
 from rlhf_accel.runtime import computes_in_bf16, multiplies_exactly, reseed
 from rlhf_accel.tokens import Tokens
 from rlhf_accel.types import Experience, LossStats, PromptBatch, Rollout
@@ -432,6 +432,7 @@ class PPOTrainer:
             except RewardError as error:
                 raise ConfigError(
                     f"{error}; with reward.partial_every={every} it is also asked about prompts with an empty response"
+                    f": let it score these, or {WITHOUT_PARTS}"
                 ) from error
 
     def _kl_controller(self) -> ppo.FixedKLController | ppo.AdaptiveKLController:

@@ -1,7 +1,9 @@
 """Each planted fault is found at toy size, what is sound is not blamed, and nothing is written."""
 
 import json
+import re
 import shutil
+import zlib
 
 import pytest
 import torch
@@ -36,8 +38,13 @@ def dislikes_what_people_like(prompts, responses, **columns):
     return [-float(rating) for rating in columns.get("rating", [0.0] * len(prompts))]
 
 
-def whole_only(prompts, responses, **columns):
-    return [float(len(response)) if len(response) > 3 else 0.0 for response in responses]
+def anything(prompts, responses, **columns):
+    """Scores that vary, and of which one says nothing about another."""
+    return [zlib.crc32(response.encode()) / 2**32 for response in responses]
+
+
+def constant_until_long(prompts, responses, **columns):
+    return [float(len(response)) if len(response) > 12 else 0.1 for response in responses]
 
 
 def per_character_of_the_longest(prompts, responses, **columns):
@@ -261,13 +268,15 @@ def test_a_constant_reward_is_not_set_beside_the_ratings(examined):
 
 def test_partial_scores(examined):
     findings = examined(reward={"function": "tests.conftest:share_of_o", "partial_every": 2})
-    assert "a spread of 0." in findings["ok", "partial scores"]
+    assert re.search(r"a correlation of 0\.[3-9]", findings["ok", "partial scores"])
     assert problems(findings) == set()
 
 
-def test_partial_scores_that_say_nothing(examined):
-    findings = examined(reward={"function": "tests.test_doctor:whole_only", "partial_every": 64})
-    assert "reward.partial_every=64" in findings["warning", "partial scores"]
+@pytest.mark.parametrize("every", [1, 64])
+@pytest.mark.parametrize("function", ["anything", "constant_until_long", "always_one"])
+def test_partial_scores_that_say_nothing(examined, function, every):
+    findings = examined(reward={"function": f"tests.test_doctor:{function}", "partial_every": every})
+    assert f"reward.partial_every={every}" in findings["warning", "partial scores"]
     assert "ppo.lam" in findings["warning", "partial scores"]
 
 

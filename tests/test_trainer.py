@@ -1,7 +1,10 @@
 """Whole runs at toy size: what they write, one test per switch, what never changes a result, and learning."""
 
+import inspect
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -601,6 +604,60 @@ def test_a_reward_that_cannot_read_parts_is_found_before_training(tiny):
     PPOTrainer(tiny(reward=rewards), reward=reward)
     with pytest.raises(ConfigError, match=r"reward=brevity raised ZeroDivisionError.* reward\.partial_every=2 .*empty"):
         PPOTrainer(tiny(reward={**rewards, "partial_every": 2}), reward=reward)
+
+
+def test_a_reward_that_cannot_read_parts_is_asked_once(tiny):
+    asked = []
+
+    def reward(prompts, responses, **columns):
+        asked.append(list(responses))
+        return [1 / len(response) for response in responses]
+
+    with pytest.raises(ConfigError, match=r"set reward\.partial_every=0 \(and ppo\.lam=0\.95\)"):
+        PPOTrainer(tiny(reward={"function": [], "retry_wait": 1e-3, "partial_every": 2}), reward=reward)
+    assert len(asked) == 2 and not any(asked[1]), "the second time about empty responses, and no third time"
+
+
+def test_a_reward_that_fails_on_a_part_later_says_where(tiny):
+    def reward(prompts, responses, **columns):
+        if len(prompts) == 8 and all(0 < len(response) < 8 for response in responses):
+            raise OSError("gone")
+        return [float(len(response)) for response in responses]
+
+    with pytest.raises(RunFailed) as raised:
+        settings = {"function": [], "retries": 0, "partial_every": 1}
+        PPOTrainer(tiny(reward=settings, run={"eval_samples": 0}), reward=reward).fit()
+    line = inspect.getsourcelines(reward)[1] + 2
+    said = r"OSError: gone; .* unfinished responses \(reward\.partial_every=1\)"
+    found = re.search(rf"{said}: .* \(test_trainer\.py:{line}\); look .*replay ([^\s;]+)", str(raised.value))
+    assert found, raised.value
+    facts = json.loads((Path(found[1]) / "dump.json").read_text())
+    assert len(facts["prompts"]) == 8 and all(0 < len(response) < 8 for response in facts["responses"])
+
+
+def test_a_stop_is_heard_between_the_calls_for_parts(tiny, monkeypatch):
+    trainer, asked = PPOTrainer(tiny(reward={"partial_every": 1})), []
+    monkeypatch.setattr(trainer, "_stop_if_asked", lambda: asked.append("stop?"))
+    score = trainer.sampler.score
+    monkeypatch.setattr(type(trainer.sampler), "score", lambda _, *given: asked.append("score") or score(*given))
+    trainer.step(["The film", "A dull"] * 4)
+    length = trainer.config.rollout.max_new_tokens
+    assert asked[: 2 * length + 2] == ["stop?", "score", *(["stop?", "score"] * length)]
+
+
+def test_explained_variance_is_that_of_values_and_partial_scores_together(tiny, monkeypatch):
+    trainer, seen = PPOTrainer(tiny(reward={"function": "tests.test_trainer:length", "partial_every": 1})), []
+    update = trainer.update
+    monkeypatch.setattr(trainer, "update", lambda experience, step: seen.append(experience) or update(experience, step))
+    metrics = trainer.step(["The film", "A dull"] * 4)
+    rollout, mask = trainer.rollout, trainer.rollout.sequences.response_mask
+    values = (rollout.values + rollout.partial_scores)[mask]
+    returns = (seen[0].returns + rollout.partial_scores)[mask]
+    assert metrics["value/explained_variance"] == pytest.approx(
+        1 - float((returns - values).var(correction=0) / returns.var(correction=0)), abs=1e-4
+    )
+    alone = 1 - float((seen[0].returns - rollout.values)[mask].var() / seen[0].returns[mask].var())
+    assert abs(metrics["value/explained_variance"] - alone) > 0.1
 
 
 # Learning rates
