@@ -484,7 +484,11 @@ def test_a_look_at_a_run_tells_nobody(tmp_path: Path) -> None:
     """Neither the hub nor a tracker, and goes on from nothing; what it looks at is the same."""
     run = {"push_to_hub": "nobody/model", "trackers": ["wandb"], "resume": "latest", "output_dir": "there", "seed": 3}
     config = parse(
-        Config, {"run": run, "model": {"critic": "separate", "critic_init": "reward"}, "reward": {"model": "x"}}
+        Config,
+        {
+            **{"run": run, "model": {"critic": "separate", "critic_init": "reward"}},
+            "reward": {"model": "x", "partial_every": 1},
+        },
     )
     look = for_a_look(config, tmp_path / "look")
     told = {"seed": 3, "trackers": [], "output_dir": str(tmp_path / "look")}
