@@ -518,7 +518,9 @@ def read_dump(folder: Path) -> Dump:
         dumps = sorted(
             str(path.parent) for path in (*folder.glob("step-*/dump.json"), *folder.glob("dumps/*/dump.json"))
         )
-        reason = f"name one of {', '.join(dumps)}" if dumps else str(error)
+        missing = "it holds no dump.json; failed runs leave theirs in RUN/dumps"
+        reason = missing if isinstance(error, FileNotFoundError) else str(error)
+        reason = f"name one of {', '.join(dumps)}" if dumps else reason
         raise ConfigError(f"{folder} is no dump of a run: {reason}") from None
     return Dump(config=load(Config, folder / "config.yaml"), facts=facts, experience=tensors[0], weights=tensors[1])
 

@@ -793,7 +793,8 @@ def _scoring_contradictions(config: Config) -> list[str]:
     if reward.partial_every and config.ppo.whiten_rewards:
         problems.append(
             f"reward.partial_every={reward.partial_every} needs rewards in the unit of the scores, and "
-            "ppo.whiten_rewards=true scales them; use reward.calibrate=true instead of the latter"
+            "ppo.whiten_rewards=true scales them; leave the latter out (reward.calibrate=true scales scores), or set "
+            "the former to 0"
         )
     if reward.model is None and reward.label is not None:
         problems.append("reward.label is set without reward.model; name the model or remove the label")

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from rlhf_accel import assets, files
@@ -80,13 +81,19 @@ def merge(
         merged = both.merge_and_unload(safe_merge=True)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"{adapter} does not fit the base {name} ({str(error).splitlines()[0]})") from error
+    tokens = Tokens.load(str(adapter), trust_remote_code=trust_remote_code)
     beside = output.with_name(f".{output.name}")
     shutil.rmtree(beside, ignore_errors=True)
-    merged.to(DTYPES[dtype]).save_pretrained(beside)
-    Tokens.load(str(adapter), trust_remote_code=trust_remote_code).save(beside)
-    if (adapter / VALUE_HEAD).is_file():
-        shutil.copy(adapter / VALUE_HEAD, beside)
-    if (adapter / CRITIC).is_dir():  # an adapter of the critic's own, on the base as it was
-        shutil.copytree(adapter / CRITIC, beside / CRITIC)
-    files.flush_all(beside, like=beside / "config.json")
-    beside.rename(output)
+    try:
+        beside.mkdir(parents=True)
+        merged.to(DTYPES[dtype]).save_pretrained(beside)
+        tokens.save(beside)
+        if (adapter / VALUE_HEAD).is_file():
+            shutil.copy(adapter / VALUE_HEAD, beside)
+        if (adapter / CRITIC).is_dir():  # an adapter of the critic's own, on the base as it was
+            shutil.copytree(adapter / CRITIC, beside / CRITIC)
+        files.flush_all(beside, like=beside / "config.json")
+        beside.rename(output)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise ConfigError(f"{output} cannot be written ({error}); name another folder") from error

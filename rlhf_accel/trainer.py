@@ -613,7 +613,8 @@ class PPOTrainer:
         return (
             f"policy {self.config.model.name_or_path} in {dtype}, {trainable:,} of {held:,} parameters learn; critic "
             f"{self.config.model.critic}; {self.runtime.world_size} process(es) on {self.runtime.device.type} in "
-            f"{self.runtime.precision}; {len(self.prompts)} prompts to train on"
+            f"{self.runtime.precision}; {len(self.prompts)} prompts to train on; scored by "
+            + " + ".join(name for name, _, _ in self.reward.terms)
         )
 
     def _warn_of_emulation(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_accel import merge
 from rlhf_accel.config import ConfigError
+from rlhf_accel.tokens import Tokens
 from rlhf_accel.trainer import PPOTrainer
 
 
@@ -66,6 +68,21 @@ def test_the_critic_goes_with_it(trained: Path, tmp_path: Path) -> None:
         one, other = load_file(trained / "final" / name), load_file(tmp_path / "merged" / name)
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").dtype == torch.bfloat16
+
+
+def test_a_place_that_takes_no_model_is_named(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"file/merged cannot be written \(.*Not a directory.*\); name another"):
+        merge.merge(trained / "final", tmp_path / "file" / "merged")
+    # A disk that is full by the time of the last file.
+    monkeypatch.setattr(Tokens, "save", lambda tokens, folder: (folder / "some").touch() or full())
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ConfigError, match=r"merged cannot be written .*No space left"):
+        merge.merge(trained / "final", tmp_path / "merged")
+    assert not [path.name for path in tmp_path.iterdir() if "merged" in path.name], "nothing is left behind"
 
 
 def test_what_cannot_be_merged_is_refused(trained: Path, gpt2_folder: Path, llama_folder: Path, tmp_path: Path) -> None:

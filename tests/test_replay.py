@@ -202,7 +202,9 @@ def test_what_is_no_dump(content, tmp_path, capsys) -> None:
     with pytest.raises(SystemExit) as left:
         command_line.main(["replay", str(tmp_path)])
     assert left.value.code == 2
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path} is no dump of a run")
+    said = capsys.readouterr().err
+    reason = "it holds no dump.json; failed runs leave theirs in RUN/dumps" if content is None else ""
+    assert said.startswith(f"error: {tmp_path} is no dump of a run: {reason}")
 
 
 def test_a_fault_names_the_first_quantity_and_its_samples() -> None:

@@ -493,6 +493,12 @@ def test_no_reward_is_refused(tiny):
         PPOTrainer(tiny(reward={"function": []}))
 
 
+def test_the_start_says_what_scores(fit, capsys):
+    fit(run={"total_steps": 1, "eval_samples": 0}, reward={"function": FUNCTIONS})
+    said = capsys.readouterr().out
+    assert "scored by reward.function=tests.conftest:share_of_o + reward.function=tests.test_trainer:length" in said
+
+
 def test_a_callable_object_is_a_reward(tiny):
     class Judge:
         def __call__(self, prompts, responses, **columns):
