@@ -35,6 +35,7 @@ from rlhf_accel.config import (
     take_option,
 )
 from rlhf_accel.reward import Classifier, RewardError
+from rlhf_accel.rollout import WITHOUT_PARTS
 from rlhf_accel.tokens import Tokens
 from rlhf_accel.trainer import PPOTrainer
 from rlhf_accel.types import Experience, Responses, Rollout
@@ -351,7 +352,7 @@ class Doctor:
     def _look_at_parts(self, trainer: PPOTrainer, responses: Responses, scores: Tensor) -> Tensor:
         every, lengths = trainer.config.reward.partial_every, responses.sequences.response_mask.sum(1)
         parts = trainer.sampler.score_parts(responses, replace(trainer.reward, clip=None), every)
-        halfway = parts.gather(1, (lengths // 2)[:, None].clamp(max=parts.shape[1] - 1))[:, 0]
+        halfway = parts.gather(1, (lengths // 2)[:, None])[:, 0]
         # Where neither varies there is no correlation, and nothing said.
         foreseen = float(torch.corrcoef(torch.stack([halfway, scores]))[0, 1].nan_to_num(0.0))
         said = (
@@ -360,8 +361,7 @@ class Doctor:
         if foreseen >= _FORESEEN:
             self.note("ok", "partial scores", said)
         else:
-            said += ", so they say little; set it to 0, and ppo.lam to 0.95"
-            self.note("warning", "partial scores", said)
+            self.note("warning", "partial scores", f"{said}, so they say little; {WITHOUT_PARTS}")
         return parts
 
     def _look_at_label(self, trainer: PPOTrainer) -> None:

@@ -7,12 +7,12 @@ import shutil
 from pathlib import Path
 
 from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from rlhf_accel import assets, files
 from rlhf_accel.checkpoint import VALUE_HEAD, model_folder
 from rlhf_accel.config import Config, ConfigError, load
+from rlhf_accel.distributed import failure
 from rlhf_accel.models import CRITIC, DTYPES, load_pretrained, scaled_adapter
 from rlhf_accel.runtime import quiet_libraries
 from rlhf_accel.tokens import Tokens
@@ -55,7 +55,7 @@ def merge(
     """Write base and adapter as one model to `output`, with the tokenizer and the value head that lie beside it.
 
     The sum is taken in fp32 and rounded once; `scale` is that of the adapter in it. Raises `ConfigError` if there is no
-    adapter, if it has no scale, or if `output` is taken.
+    adapter, if it has no scale, or if `output` is taken or cannot be written.
     """
     if not 0 < scale <= 1:
         raise ConfigError(f"--scale {scale:g}: expected a number above 0 and up to 1")
@@ -84,7 +84,8 @@ def merge(
     tokens = Tokens.load(str(adapter), trust_remote_code=trust_remote_code)
     beside = output.with_name(f".{output.name}")
     shutil.rmtree(beside, ignore_errors=True)
-    try:
+
+    def write() -> None:
         beside.mkdir(parents=True)
         merged.to(DTYPES[dtype]).save_pretrained(beside)
         tokens.save(beside)
@@ -94,6 +95,8 @@ def merge(
             shutil.copytree(adapter / CRITIC, beside / CRITIC)
         files.flush_all(beside, like=beside / "config.json")
         beside.rename(output)
-    except (OSError, SafetensorError) as error:
+
+    problem = failure(write)
+    if problem is not None:
         shutil.rmtree(beside, ignore_errors=True)
-        raise ConfigError(f"{output} cannot be written ({error}); name another folder") from error
+        raise ConfigError(f"{output} cannot be written ({problem}); name another folder")
