@@ -66,10 +66,14 @@ class ConfigError(ValueError):
     """A config or an input that cannot work: one line with what was found, what was expected and the key to change.
 
     The commands print it and exit with status 2. Line breaks in the message, such as a library's, become spaces.
+    `key` is the config key or command-line option to change, None where no single one is at fault; `facts` holds what
+    was found, by name, for code that reacts to the error: numbers and strings, never parts of the message.
     """
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, *, key: str | None = None, **facts: Any) -> None:
         super().__init__(_one_line(message))
+        self.key = key
+        self.facts = facts
 
 
 class Finished(ConfigError):
