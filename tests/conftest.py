@@ -168,11 +168,12 @@ def tiny(gpt2_folder: Path, prompts_file: Path, tmp_path: Path):
                 "eval_samples": 4,
                 "trackers": [],
                 "report": False,
+                "precision": "fp32",
             },
-            "model": {"name_or_path": str(gpt2_folder)},
+            "model": {"name_or_path": str(gpt2_folder), "dtype": "fp32"},
             "data": {"source": str(prompts_file), "prompt_tokens": [2, 6]},
             "rollout": {"batch_size": 8, "max_prompt_tokens": 6, "max_new_tokens": 8},
-            "reward": {"function": "tests.conftest:share_of_o"},
+            "reward": {"function": "tests.conftest:share_of_o", "dtype": "fp32"},
             "ppo": {"ppo_epochs": 2, "num_minibatches": 2, "micro_batch_tokens": 64},
             "optim": {"lr": 1e-3},
         }
@@ -194,10 +195,10 @@ def gpt2_classifier_folder(gpt2_folder: Path, tmp_path_factory: pytest.TempPathF
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def exact_fp32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """fp32 products without bf16 rounding, which `tune_process` allows on a CPU that has bf16 units; and Accelerate's
-    process-wide state fresh before and after, since it holds the precision of the first run."""
+    process-wide state fresh before and after, as at the start of a process."""
     torch.set_float32_matmul_precision("highest")
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
     AcceleratorState._reset_state(reset_partial_state=True)

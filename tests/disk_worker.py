@@ -16,6 +16,9 @@ from rlhf_accel import checkpoint, keeper
 from rlhf_accel.config import Config, load
 from rlhf_accel.trainer import PPOTrainer
 
+# fp32 that is fp32 also on a CPU with bf16 units, as in the test that compares: tune_process() would allow these.
+torch.set_float32_matmul_precision("highest")
+torch.set_float32_matmul_precision = lambda _: None
 torch.set_num_threads(1)
 disk = ctypes.CDLL(None)
 disk.disk_calls.restype = ctypes.c_long

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("exact_fp32")
 
 
 def config_of(folder, **sections):
-    tree = {"model": {"name_or_path": str(folder)}}
+    tree = {"model": {"name_or_path": str(folder), "dtype": "fp32"}}
     for section, values in sections.items():
         tree[section] = {**tree.get(section, {}), **values}
     return parse(Config, tree)

@@ -83,7 +83,7 @@ def config(bert_folder: Path, tmp_path: Path):
     def make(rows: list[dict] | None = None, **sections: dict) -> RewardTrainingConfig:
         source = write(tmp_path / "ratings.jsonl", ratings(400) if rows is None else rows)
         tree: dict[str, dict] = {
-            "run": {"output_dir": str(tmp_path / "out" / "reward")},
+            "run": {"output_dir": str(tmp_path / "out" / "reward"), "precision": "fp32"},
             "model": {"name_or_path": str(bert_folder)},
             "data": {"source": str(source), "max_tokens": 16},
             "optim": {"lr": 3e-3, "epochs": 5, "batch_size": 16},
@@ -421,7 +421,9 @@ def test_labels_teach_classes_and_names(config, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     assert model.config.id2label == {0: "liked", 1: "not"}
     liked = Classifier(
-        RewardConfig(model=str(folder), label="liked", output="probability"), str(folder), torch.device("cpu")
+        RewardConfig(model=str(folder), label="liked", output="probability", dtype="fp32"),
+        str(folder),
+        torch.device("cpu"),
     )
     superb, awful = liked(["", ""], ["a superb film", "an awful film"])
     assert superb > 0.8 and awful < 0.2
@@ -497,11 +499,17 @@ def test_the_folder_is_a_reward_and_a_critics_start(config, gpt2_folder, tmp_pat
     run = parse(
         Config,
         {
-            "run": {"output_dir": str(tmp_path / "run"), "total_steps": 1, "eval_samples": 0, "trackers": []},
-            "model": {"name_or_path": str(gpt2_folder), "critic": "separate", "critic_init": "reward"},
+            "run": {
+                **{"output_dir": str(tmp_path / "run"), "total_steps": 1, "eval_samples": 0, "trackers": []},
+                "precision": "fp32",
+            },
+            "model": {
+                **{"name_or_path": str(gpt2_folder), "critic": "separate", "critic_init": "reward"},
+                "dtype": "fp32",
+            },
             "data": {"source": str(write(tmp_path / "prompts.jsonl", ratings(40))), "prompt_tokens": [2, 4]},
             "rollout": {"batch_size": 4, "max_prompt_tokens": 4, "max_new_tokens": 4},
-            "reward": {"model": str(folder)},
+            "reward": {"model": str(folder), "dtype": "fp32"},
         },
     )
     trainer = PPOTrainer(run)

@@ -88,12 +88,12 @@ def tree(gpt2: Path, prompts: Path, *changes: dict[str, dict[str, Any]]) -> dict
     config: dict[str, dict[str, Any]] = {
         "run": {
             **{"total_steps": 4, "eval_samples": 5, "eval_every": 3, "trackers": [], "report": False},
-            **{"sample_every": 1, "sample_count": 8},
+            **{"sample_every": 1, "sample_count": 8, "precision": "fp32"},
         },
-        "model": {"name_or_path": str(gpt2), "critic": "head"},
+        "model": {"name_or_path": str(gpt2), "critic": "head", "dtype": "fp32"},
         "data": {"source": str(prompts), "prompt_tokens": [2, 6]},
         "rollout": {"batch_size": 8, "max_prompt_tokens": 6, "max_new_tokens": 12, "stop": ["e", "a"]},
-        "reward": {"function": "tests.conftest:share_of_o"},
+        "reward": {"function": "tests.conftest:share_of_o", "dtype": "fp32"},
         "ppo": {"ppo_epochs": 2, "num_minibatches": 2, "micro_batch_tokens": 48},
         # With the usual eps AdamW walks at full speed on gradients that are 0 but for rounding, as those of key biases.
         "optim": {"lr": 1e-3, "eps": 1e-5},
