@@ -6,12 +6,22 @@ import contextlib
 import copy
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from peft import (
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForSequenceClassification,
+    PeftConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+)
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, load_peft_weights
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
@@ -232,6 +242,31 @@ def fitted(model: LanguageModel, config: Config) -> LanguageModel:
     return model
 
 
+def logits_of(model: LanguageModel, ids: Int[Tensor, "B L"]) -> Tensor:
+    """A model's logits for rows without padding, without a gradient, as `export_is_memory` compares them: (B, L, V) of
+    a language model, (B, K) of a classifier."""
+    with torch.no_grad():
+        mask = torch.ones_like(ids)
+        return model(input_ids=ids, **accepted(model, attention_mask=mask, use_cache=False)).logits
+
+
+def load_export(
+    folder: str, kind: Any = AutoModelForCausalLM, *, device: torch.device | str = "cpu", **settings: Any
+) -> tuple[LanguageModel, list[str]]:
+    """The model in a folder as plain transformers, or peft for an adapter, load it, and the names of the tensors that
+    the folder lacks, in whose place transformers put new ones. `settings` such as dtype and trust_remote_code go to
+    `from_pretrained`; what it raises is raised.
+    """
+    if torch.device(device).type != "cpu":
+        settings = {"device_map": {"": device}, **settings}
+    with _quiet():
+        if (Path(folder) / "adapter_config.json").is_file():
+            auto = AutoPeftModelForCausalLM if kind is AutoModelForCausalLM else AutoPeftModelForSequenceClassification
+            return auto.from_pretrained(folder, **settings).eval(), []
+        model, report = kind.from_pretrained(folder, output_loading_info=True, **settings)
+    return model.eval(), sorted(report["missing_keys"])
+
+
 def exported_weights(policy: LanguageModel, config: Config, folder: str) -> dict[str, Tensor]:
     """The weights of a full model or an adapter that a run exported to `folder`, by the names that they have in this
     policy. Raises `ConfigError` if they are of another kind of policy or cannot be read."""
@@ -373,19 +408,27 @@ def load_pretrained(kind: Any, path: str, said: str, **settings: Any) -> Any:
     Raises `ConfigError`, which begins with `said`, when nothing can be loaded, or when a head would be random because
     the folder holds none, of which transformers only warns.
     """
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
     try:
-        model, report = kind.from_pretrained(path, output_loading_info=True, **settings)
+        with _quiet():
+            model, report = kind.from_pretrained(path, output_loading_info=True, **settings)
     except Exception as error:  # a missing, broken or foreign file raises many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"{said}: no such model could be loaded ({reason})") from error
-    finally:
-        logging.set_verbosity(verbosity)
     missing = sorted(report["missing_keys"])
     if missing and kind is not AutoModel:  # a trunk may lack a pooler, which nobody reads
         raise ConfigError(f"{said}: is no {type(model).__name__}; {len(missing)} weights are missing ({missing[0]}, …)")
     return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' report of weights that a folder holds and a model lacks, or the other way round."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def parameter_groups(module: PolicyWithValue, optim: OptimConfig) -> list[dict[str, Any]]:
