@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rlhf_accel import __version__
 from rlhf_accel.assets import sha256
-from rlhf_accel.config import Config, ConfigError, Finished, RunFailed, changed_keys, load, to_yaml
+from rlhf_accel.config import Config, ConfigError, Finished, RunFailed, changed_keys, load_run, to_yaml
 from rlhf_accel.distributed import Runtime, failure
 from rlhf_accel.files import flush, flush_all, replace_text
 from rlhf_accel.metrics import finite_or_none
@@ -382,7 +382,7 @@ def _check_unfinished(config: Config, folder: Path) -> None:
 def _check_unchanged(config: Config, folder: Path) -> None:
     """Raises `ConfigError` with the keys in which the config differs from the one in `folder` and must not."""
     try:
-        before = load(Config, folder / "config.yaml")
+        before = load_run(folder / "config.yaml")
     except ConfigError as error:
         if not (folder / "config.yaml").exists() or not (folder / "config.yaml").read_bytes().strip():
             return  # nothing was begun here, or a kill came first
@@ -522,7 +522,7 @@ def read_dump(folder: Path) -> Dump:
         reason = missing if isinstance(error, FileNotFoundError) else str(error)
         reason = f"name one of {', '.join(dumps)}" if dumps else reason
         raise ConfigError(f"{folder} is no dump of a run: {reason}") from None
-    return Dump(config=load(Config, folder / "config.yaml"), facts=facts, experience=tensors[0], weights=tensors[1])
+    return Dump(config=load_run(folder / "config.yaml"), facts=facts, experience=tensors[0], weights=tensors[1])
 
 
 def _first_free(parent: Path, name: str) -> Path:

@@ -313,7 +313,8 @@ class PPOConfig:
     kl_coef: NonNegative = 0.05
     """Weight of the KL to the reference in the reward, per nat; with kl_target its first value."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Per-token estimator of that KL (Schulman, "Approximating KL divergence", 2020)."""
+    """Per-token estimator of that KL (Schulman, "Approximating KL divergence", 2020). Only k1 may be in the reward: k2
+    and k3 there drive the policy away from the reference."""
     kl_target: Positive | None = None
     """Adapt kl_coef towards this many nats per response; null keeps it fixed."""
     kl_horizon: Positive = 10_000.0
@@ -523,9 +524,35 @@ C = TypeVar("C")
 def load(cls: type[C], source: str | Path | None = None, overrides: Sequence[str] = ()) -> C:
     """A config of type `cls` from a recipe's name or a YAML file, with `--section.key value` overrides on top.
 
-    Raises `ConfigError` naming the key for an unknown key, a wrong type, a value out of range or a contradiction.
+    Raises `ConfigError` naming the key for an unknown key, a wrong type, a value out of range, a contradiction or what
+    `check_trainable` refuses.
     """
     return parse(cls, read_tree(cls, source, overrides))
+
+
+def load_run(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The config.yaml that a run wrote, to look at the run or to compare with: what an older version trained with may
+    stand in it. Raises `ConfigError` as `load` does for everything else."""
+    return parse(Config, read_tree(Config, path, overrides), to_train=False)
+
+
+def check_trainable(config: Config) -> None:
+    """Raises `ConfigError` for what older versions trained with and no run may, as it gives wrong results.
+
+    As a reward an estimator c(y) has the gradient E[c grad log pi], not that of its mean. For k1 the two are equal. For
+    k3 it is grad KL(pi || ref) - grad KL(ref || pi), for k2 that of log-ratios squared, whatever their sign: near the
+    reference both vanish to first order, so nothing pulls back, and what is left pushes away (arXiv 2512.21852).
+    """
+    ppo = config.ppo
+    if ppo.kl_estimator != "k1" and ppo.kl_coef > 0:
+        raise ConfigError(
+            f"ppo.kl_estimator={ppo.kl_estimator} in the reward drives the policy away from the reference (its "
+            "gradient is not that of the KL; arXiv 2512.21852); set ppo.kl_estimator=k1, and to resume a run of an "
+            "older version with it, run.changes=[ppo.kl_estimator]",
+            key="ppo.kl_estimator",
+            found=ppo.kl_estimator,
+            expected="k1",
+        )
 
 
 def read_tree(cls: Any, source: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -591,19 +618,23 @@ def describe(cls: Any, prefix: str = "") -> str:
     return "\n".join(lines)
 
 
-def parse(cls: type[C], tree: Mapping[str, Any]) -> C:
-    """The mapping as a checked config; raises `ConfigError` on the first thing that is wrong."""
+def parse(cls: type[C], tree: Mapping[str, Any], *, to_train: bool = True) -> C:
+    """The mapping as a checked config; raises `ConfigError` on the first thing that is wrong. Without `to_train`,
+    `check_trainable` is left out."""
     if not isinstance(tree, Mapping):
         raise ConfigError(f"expected a mapping of sections, found {_short(tree)}")
     _refuse_unknown_keys(cls, tree, "", key_names(cls))
     try:
-        return TypeAdapter(cls).validate_python(tree)
+        config = TypeAdapter(cls).validate_python(tree)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"] if isinstance(part, str) and "[" not in part)
         if not key:
             raise ConfigError(first["msg"].removeprefix("Value error, ")) from None
         raise ConfigError(f"{key}={_short(first['input'])}: {_message(first)}") from None
+    if to_train and isinstance(config, Config):
+        check_trainable(config)
+    return config
 
 
 def to_yaml(config: Any) -> str:
@@ -683,8 +714,8 @@ def for_a_look(config: Config, place: Path) -> Config:
     """The config for setting the run up again without training it: a new run that tells no tracker and no hub, in a
     folder that is not made, without what only training needs."""
     run = replace(config.run, resume=None, changes=(), trackers=(), push_to_hub=None, output_dir=str(place))
-    reward = replace(config.reward, partial_every=0)
-    return replace(config, run=run, model=replace(config.model, critic_init="policy"), reward=reward)
+    reward, ppo = replace(config.reward, partial_every=0), replace(config.ppo, kl_estimator="k1")
+    return replace(config, run=run, model=replace(config.model, critic_init="policy"), reward=reward, ppo=ppo)
 
 
 def gold_name(target: str) -> str:

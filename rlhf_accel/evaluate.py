@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rlhf_accel import frontier
 from rlhf_accel.checkpoint import CHECKPOINTS, model_folder, read_summary, reward_scale, write_json
-from rlhf_accel.config import Config, ConfigError, LoraConfig, RunFailed, changed_keys, for_a_look, load
+from rlhf_accel.config import Config, ConfigError, LoraConfig, RunFailed, changed_keys, for_a_look, load_run
 from rlhf_accel.distributed import check_portable, failure, portable_weights
 from rlhf_accel.evaluation import EVALUATION_SEED, Evaluation, evaluate, mean_interval
 from rlhf_accel.metrics import Progressline, read_rows
@@ -297,10 +297,10 @@ def _config(options: argparse.Namespace, overrides: Sequence[str]) -> Config:
     path = options.run / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{options.run} is no run's folder: it holds no config.yaml")
-    before = load(Config, path)
+    before = load_run(path)
     if options.batch is not None:
         overrides = [*overrides, "--rollout.forward_batch_size", str(options.batch)]
-    config = load(Config, path, overrides)
+    config = load_run(path, overrides)
     changed = changed_keys(before, config)
     if changed:
         raise ConfigError(f"{', '.join(changed)}: a run is evaluated as it was; only keys that change no result differ")

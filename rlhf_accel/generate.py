@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_accel import assets, decoding
 from rlhf_accel.checkpoint import model_folder, reward_scale
-from rlhf_accel.config import Config, ConfigError, RolloutConfig, load, parse
+from rlhf_accel.config import Config, ConfigError, RolloutConfig, load_run, parse
 from rlhf_accel.metrics import plain
 from rlhf_accel.models import end_of_text_ids
 from rlhf_accel.reward import Reward, RewardError, load_reward
@@ -99,7 +99,7 @@ def _writers(options: argparse.Namespace) -> tuple[Config | None, list[Writer]]:
     """The run's config, if it is a run's folder, and the models to show, the base first."""
     folder, config = Path(options.model), None
     if (folder / "config.yaml").is_file():
-        config = load(Config, folder / "config.yaml")
+        config = load_run(folder / "config.yaml")
         folder = model_folder(folder, options.which)
     if options.score and config is None:
         raise ConfigError("--score needs a run's folder, whose config.yaml names the reward")

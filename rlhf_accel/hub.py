@@ -19,7 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 
 from rlhf_accel.card import base_model, is_hub_id
-from rlhf_accel.config import Config, ConfigError, RunFailed, load
+from rlhf_accel.config import Config, ConfigError, RunFailed, load_run
 
 _ADAPTER = "adapter_config.json"
 
@@ -123,7 +123,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     folder, base = options.model, options.base
     if (folder / "config.yaml").is_file():
-        base = base or base_model(load(Config, folder / "config.yaml"))
+        base = base or base_model(load_run(folder / "config.yaml"))
         folder = folder / options.which
     if not (folder / "config.json").is_file() and not (folder / _ADAPTER).is_file():
         raise ConfigError(f"{folder} holds no model; name a run's folder, or that of a model")

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_accel import assets, files
 from rlhf_accel.checkpoint import VALUE_HEAD, model_folder
-from rlhf_accel.config import Config, ConfigError, load
+from rlhf_accel.config import ConfigError, load_run
 from rlhf_accel.distributed import failure
 from rlhf_accel.models import CRITIC, DTYPES, load_pretrained, scaled_adapter
 from rlhf_accel.runtime import quiet_libraries
@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
     quiet_libraries()
     folder, base, trust = options.model, options.base, False
     if (folder / "config.yaml").is_file():
-        model = load(Config, folder / "config.yaml").model
+        model = load_run(folder / "config.yaml").model
         base, trust = base or model.name_or_path, model.trust_remote_code
         folder = model_folder(folder, options.which)
     merge(folder, options.output, base=base, dtype=options.dtype, trust_remote_code=trust, scale=options.scale)

@@ -40,7 +40,12 @@ METRICS = (
         "objective/reward", "score", "sum of a response's token rewards: score less KL penalty", "mean over responses"
     ),
     Metric("objective/kl", "nats/response", "KL of the policy to the reference, k1", "mean over responses"),
-    Metric("objective/kl_k3", "nats/response", "the same, k3: never negative, less noise", "mean over responses"),
+    Metric(
+        "objective/kl_k3",
+        "nats/response",
+        "the same, k3: never negative; less noise near the reference, more far from it",
+        "mean over responses",
+    ),
     Metric("objective/entropy", "nats/token", "entropy of the policy where it sampled", "mean over tokens"),
     Metric("kl/coef", "score/nat", "weight of the KL in the reward of this step", "same on all ranks"),
     Metric("loss/policy", "", "clipped policy loss", "mean over tokens and updates"),

@@ -224,7 +224,12 @@ def kl_estimate(
 
     - `k1` = logr: unbiased, high variance, often negative. Summed over a response it is the penalty of Ziegler et al.
     - `k2` = logr^2 / 2: never negative, low variance, biased; the bias vanishes as the two distributions meet.
-    - `k3` = exp(-logr) - 1 + logr: never negative, unbiased if the policy can sample all that the reference can.
+    - `k3` = exp(-logr) - 1 + logr: never negative, unbiased if the policy can sample all that the reference can; low
+      variance near the reference, and far from it a high one, for exp(-logr) has no bound.
+
+    In the reward only `k1` is right. There a policy follows E[c grad log pi] for an estimator c, which is the gradient
+    of the KL for k1 alone: for k3 it is grad KL(policy || reference) - grad KL(reference || policy), and for k2 it
+    lowers whatever token has a large |logr|, also where the policy is below the reference (arXiv 2512.21852).
 
     Args:
         logprobs: (B, R) nats, of the policy the tokens were sampled from.

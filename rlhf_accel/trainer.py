@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlhf_accel import assets, checkpoint, data, hub, models, ppo, report
 from rlhf_accel.checkpoint import Progress, SaveError
-from rlhf_accel.config import BatchSizes, Config, ConfigError, OptimConfig, RunFailed
+from rlhf_accel.config import BatchSizes, Config, ConfigError, OptimConfig, RunFailed, check_trainable
 from rlhf_accel.distributed import Runtime, cut_micro_batches, missing
 from rlhf_accel.evaluation import Evaluation, compare, evaluate, first_samples, sample_pairs
 from rlhf_accel.experience import make_experience
@@ -48,6 +48,7 @@ class PPOTrainer:
     """
 
     def __init__(self, config: Config, reward: RewardFunction | None = None) -> None:
+        check_trainable(config)
         self.config = config
         self.sizes = BatchSizes.of(config)
         self.runtime = Runtime(

@@ -26,11 +26,14 @@ from rlhf_accel.config import (
     RewardTrainingConfig,
     RolloutConfig,
     RunConfig,
+    changed_keys,
+    check_trainable,
     describe,
     for_a_look,
     from_command_line,
     key_names,
     load,
+    load_run,
     parse,
     parse_overrides,
     read_yaml,
@@ -494,3 +497,21 @@ def test_a_look_at_a_run_tells_nobody(tmp_path: Path) -> None:
     told = {"seed": 3, "trackers": [], "output_dir": str(tmp_path / "look")}
     assert look == parse(Config, {"run": told, "model": {"critic": "separate"}, "reward": {"model": "x"}})
     assert not (tmp_path / "look").exists()
+
+
+def test_an_estimator_that_drives_the_policy_away_is_refused_and_old_runs_with_it_are_read(tmp_path):
+    for estimator in ("k2", "k3"):
+        with pytest.raises(ConfigError, match="away from the reference") as refused:
+            load(Config, None, ["--ppo.kl_estimator", estimator])
+        assert (refused.value.key, refused.value.facts["found"]) == ("ppo.kl_estimator", estimator)
+        load(Config, None, ["--ppo.kl_estimator", estimator, "--ppo.kl_coef", "0"])  # where it changes nothing
+    path = tmp_path / "config.yaml"
+    path.write_text("ppo: {kl_estimator: k3}\n", encoding="utf-8")
+    written = load_run(path)
+    assert written.ppo.kl_estimator == "k3"
+    with pytest.raises(ConfigError, match=r"ppo\.kl_estimator=k3"):
+        check_trainable(written)  # as PPOTrainer does, whoever made the config
+    check_trainable(for_a_look(written, tmp_path))
+    resumed = load(Config, None, ["--run.changes", "ppo.kl_estimator"])
+    assert changed_keys(written, resumed) == []
+    assert changed_keys(written, Config()) == ["ppo.kl_estimator (was 'k3', is 'k1')"]

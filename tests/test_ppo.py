@@ -235,6 +235,37 @@ def test_k2_is_biased_but_close_for_close_distributions():
     assert abs(expected_k2_over_kl(2.0) - 1) > 0.1
 
 
+def drift(logits, reference, estimator):
+    """The step that PPO takes down the estimator as a reward: -E[c grad log pi], exactly, over all tokens."""
+    logits = logits.clone().requires_grad_()
+    logprobs = logits.log_softmax(-1)
+    cost = ppo.kl_estimate(logprobs.detach()[None], reference.log_softmax(-1)[None], estimator)[0]
+    (logprobs.detach().exp() * cost * logprobs).sum().backward()
+    return -logits.grad
+
+
+def test_as_a_reward_k1_leads_to_the_reference_and_k2_and_k3_away_from_it():
+    # Two tokens, reference (1/2, 1/2), policy (1/2 + e, 1/2 - e). To third order in e the costs of the two tokens are
+    # k1: 2e, -2e; k2: 2e^2 -+ 4e^3; k3: 2e^2 -+ 16/3 e^3. What PPO lowers is the dearer token: by k1 the first, which
+    # the policy has too much of; by k2 and k3 the second, which it has too little of already.
+    epsilon, reference = 0.1, torch.zeros(2, dtype=torch.float64)
+    policy = torch.tensor([0.5 + epsilon, 0.5 - epsilon], dtype=torch.float64).log()
+    slope = 2 * 0.25 * (1 - 4 * epsilon**2)  # of the difference of two logits in p: p (1 - p), for each of them
+    for estimator, expected in (("k1", -4 * epsilon), ("k2", 8 * epsilon**3), ("k3", 32 / 3 * epsilon**3)):
+        step = drift(policy, reference, estimator)
+        assert (step[0] - step[1]).item() == pytest.approx(slope * expected, rel=0.15), estimator
+
+
+def test_the_gradient_of_k1_as_a_reward_is_that_of_the_kl_and_of_k3_the_difference_of_two():
+    logits, reference = (torch.randn(6, generator=torch.Generator().manual_seed(seed)).double() for seed in (0, 1))
+    given = logits.clone().requires_grad_()
+    p, q = given.log_softmax(-1), reference.log_softmax(-1)
+    (forward,) = torch.autograd.grad((p.exp() * (p - q)).sum(), given, retain_graph=True)
+    (reverse,) = torch.autograd.grad((q.exp() * (q - p)).sum(), given)
+    assert_close(drift(logits, reference, "k1").double(), -forward, atol=1e-6, rtol=0)
+    assert_close(drift(logits, reference, "k3").double(), reverse - forward, atol=1e-6, rtol=0)
+
+
 def test_k3_is_never_negative_and_exact_where_the_difference_is_tiny():
     logr = torch.cat((torch.logspace(-12, 1, 50_000), -torch.logspace(-12, 1, 50_000))).unsqueeze(0)
     k3 = ppo.kl_estimate(logr, torch.zeros_like(logr), "k3")

@@ -237,8 +237,6 @@ SWITCHES = {
     "warmup": {"optim": {"warmup_steps": 1}},
     "kl_coef": {"ppo": {"kl_coef": 5.0}},
     "kl_target": {"ppo": {"kl_target": 1.0, "kl_horizon": 10}},
-    "k2": {"ppo": {"kl_estimator": "k2", "kl_coef": 5.0}},
-    "k3": {"ppo": {"kl_estimator": "k3", "kl_coef": 5.0}},
     "whiten_rewards": {"ppo": {"whiten_rewards": True}},
     "no whitening": {"ppo": {"whiten_advantages": False}},
     "gamma": {"ppo": {"gamma": 0.5}},
