@@ -26,6 +26,7 @@ import pyarrow.parquet
 
 from rlhf_accel.config import ConfigError, RewardTrainingConfig, load
 from rlhf_accel.files import flush_all
+from rlhf_accel.loading import pretrained
 
 MOVIE_REVIEWS = Path(__file__).parent / "movie_reviews" / "movie_reviews.parquet"
 SPLITS = ("train", "validation", "heldout")
@@ -159,12 +160,13 @@ def _convert_gguf(source: Path, target: Path) -> None:
 
     _say(f"converting {source.name}, once (less than a minute)")
     options = {"gguf_file": source.name}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, **options)
+    tokenizer = pretrained(transformers.AutoTokenizer, source.parent, trust_remote_code=False, **options)
     # Releases with a GgufConfig may keep the blocks packed, for which there is no way to save.
     unpack = (
         {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
     )
-    model = transformers.AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **options, **unpack)
+    settings = {"dtype": torch.float32, **options, **unpack}
+    model = pretrained(transformers.AutoModelForCausalLM, source.parent, trust_remote_code=False, **settings)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     flush_all(target, like=target / "config.json")
@@ -197,7 +199,9 @@ WHEELS = {
 
 def _embedded_reward_model(key: str) -> Path:
     config = load(RewardTrainingConfig, REWARD_RECIPE)
-    recipe = json.dumps(asdict(config), sort_keys=True).encode()
+    tree = asdict(config)
+    del tree["model"]["trust_remote_code"]  # the wheel's model has no code: models cached before the key stay valid
+    recipe = json.dumps(tree, sort_keys=True).encode()
     digest = hashlib.sha256(recipe + sha256(MOVIE_REVIEWS).encode()).hexdigest()
     folder = cache_dir() / "reward_models" / f"movie_reviews-{digest[:8]}"
     if folder.is_dir():

@@ -23,18 +23,22 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_accel import assets
 from rlhf_accel.config import ConfigError, RewardTrainingConfig
+from rlhf_accel.loading import adapted, pretrained
 
 Classifier = Any
 
 
-def load_tokenizer(path: str, said: str) -> Any:
-    """The tokenizer of the classifier at `path`, with a PAD; raises `ConfigError`, which begins with `said`, if there
-    is none."""
+def load_tokenizer(path: str, said: str, *, trust_remote_code: bool) -> Any:
+    """The tokenizer of the classifier at `path`, with a PAD; code that comes with it runs only if `trust_remote_code`.
+
+    Raises `ConfigError`, which begins with `said`, if there is none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = pretrained(AutoTokenizer, path, trust_remote_code=trust_remote_code)
         # For a folder with a model and no tokenizer, transformers may make one up that knows its special tokens only.
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
             raise ValueError("its vocabulary is empty")
+    except ConfigError:
+        raise
     except Exception as error:  # the libraries below raise many kinds for a missing or broken tokenizer
         raise ConfigError(
             f"{said}: no tokenizer could be loaded; save one beside the model ({_reason(error)})"
@@ -54,7 +58,7 @@ def known_labels(config: RewardTrainingConfig) -> tuple[str, ...]:
     `ConfigError` if there is no such model."""
     path = assets.resolve_model(config.model.name_or_path)
     with _named(config):
-        found = transformers.AutoConfig.from_pretrained(path).id2label
+        found = pretrained(transformers.AutoConfig, path, trust_remote_code=config.model.trust_remote_code).id2label
     return tuple(found[i] for i in sorted(found))
 
 
@@ -120,10 +124,10 @@ def finish(
 
         unset_hf_deepspeed_config()  # ZeRO-3 would cut the model that is loaded here
     if config.lora.r:
-        adapted = PeftModel.from_pretrained(_load(config, tokenizer, labels)[0], str(folder))
-        model = adapted.merge_and_unload(safe_merge=True)
+        model = adapted(_load(config, tokenizer, labels)[0], str(folder)).merge_and_unload(safe_merge=True)
     else:
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+        trusted = config.model.trust_remote_code
+        model = pretrained(AutoModelForSequenceClassification, folder, trust_remote_code=trusted, dtype=torch.float32)
     head = output_layer(model)
     with torch.no_grad():
         head.weight.div_(scale)
@@ -138,8 +142,10 @@ def _load(config: RewardTrainingConfig, tokenizer: Any, labels: Sequence[str]) -
     """The model without adapters, and the names of its layers that no checkpoint gave."""
     path = assets.resolve_model(config.model.name_or_path)
     with _named(config):
-        model, report = AutoModelForSequenceClassification.from_pretrained(
+        model, report = pretrained(
+            AutoModelForSequenceClassification,
             path,
+            trust_remote_code=config.model.trust_remote_code,
             dtype=torch.float32,
             num_labels=len(labels),
             problem_type="regression" if len(labels) == 1 else "single_label_classification",
@@ -170,6 +176,8 @@ def _named(config: RewardTrainingConfig) -> Iterator[None]:
     """Raises `ConfigError` for a model that cannot be loaded here."""
     try:
         yield
+    except ConfigError:
+        raise
     except Exception as error:  # a missing, broken or foreign file raises many kinds
         raise ConfigError(
             f"model.name_or_path={config.model.name_or_path}: neither a folder with a model and its tokenizer nor one "

@@ -170,7 +170,7 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     trust_remote_code: bool = False
-    """Run model code that comes with the weights; only for sources you trust."""
+    """Run code that comes with the policy, the reward model or their tokenizers; only for sources you trust."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -459,6 +459,8 @@ class RewardModelConfig:
     normalize: Literal["auto", "none", "mean", "standard"] = "auto"
     """Pairs: shift and scale scores to mean 0, or to mean 0 and variance 1, over texts that were learned from; auto is
     `standard`. A head without a bias is scaled only. Ratings and labels keep their scale: auto is `none`."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model or its tokenizer; only for sources you trust."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

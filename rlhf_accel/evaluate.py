@@ -28,6 +28,7 @@ from rlhf_accel.models import CRITIC, exported_weights, scaled_adapter
 from rlhf_accel.reward import Reward, RewardError, RewardFunction
 from rlhf_accel.runtime import reseed
 from rlhf_accel.trainer import PPOTrainer
+from rlhf_accel.trust import add_flag, require_trust
 from rlhf_accel.types import PromptBatch
 
 # Of the sampling streams: evaluations have those from 2**31 on.
@@ -282,6 +283,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         help="draw N responses of the reference to each prompt (default 64), and estimate the best gain at each KL; "
         "without --which nothing else is evaluated",
     )
+    add_flag(parser)
     return parser.parse_known_args(arguments)
 
 
@@ -304,6 +306,9 @@ def _config(options: argparse.Namespace, overrides: Sequence[str]) -> Config:
     changed = changed_keys(before, config)
     if changed:
         raise ConfigError(f"{', '.join(changed)}: a run is evaluated as it was; only keys that change no result differ")
+    # What the command line names is the user's own.
+    ours = replace(config.reward, gold=() if before.reward.gold != config.reward.gold else config.reward.gold)
+    require_trust(replace(config, reward=ours), options.run, options.trust_code)
     return config
 
 

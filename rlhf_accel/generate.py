@@ -19,12 +19,14 @@ from transformers import AutoModelForCausalLM
 from rlhf_accel import assets, decoding
 from rlhf_accel.checkpoint import model_folder, reward_scale
 from rlhf_accel.config import Config, ConfigError, RolloutConfig, load_run, parse
+from rlhf_accel.loading import adapter_config, pretrained
 from rlhf_accel.metrics import plain
 from rlhf_accel.models import end_of_text_ids
 from rlhf_accel.reward import Reward, RewardError, load_reward
 from rlhf_accel.rollout import sampling_settings
 from rlhf_accel.runtime import quiet_libraries, tune_process
 from rlhf_accel.tokens import Tokens
+from rlhf_accel.trust import add_flag, require_trust
 from rlhf_accel.types import Sequences
 
 BATCH = 32
@@ -92,6 +94,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     for key, kind in (("max_new_tokens", int), ("temperature", float), ("top_k", int), ("top_p", float)):
         parser.add_argument(f"--{key}", type=kind, help=f"instead of the run's rollout.{key}")
+    add_flag(parser)
     return parser.parse_args(arguments)
 
 
@@ -100,13 +103,15 @@ def _writers(options: argparse.Namespace) -> tuple[Config | None, list[Writer]]:
     folder, config = Path(options.model), None
     if (folder / "config.yaml").is_file():
         config = load_run(folder / "config.yaml")
+        keys = ("reward.function", "reward.url") if options.score else ()
+        require_trust(config, folder, options.trust_code, (*keys, "model.trust_remote_code"))
         folder = model_folder(folder, options.which)
     if options.score and config is None:
         raise ConfigError("--score needs a run's folder, whose config.yaml names the reward")
     if options.prompts and options.file is not None:
         raise ConfigError("prompts are given beside --file; keep one of them")
     path = str(folder) if config is not None or folder.exists() else assets.resolve_model(options.model)
-    trust = config is not None and config.model.trust_remote_code
+    trust = options.trust_code if config is None else config.model.trust_remote_code
     rollout = (config or Config()).rollout
     changes = {key: getattr(options, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p")}
     rollout = parse(
@@ -130,7 +135,11 @@ def _writers(options: argparse.Namespace) -> tuple[Config | None, list[Writer]]:
 def _load(kind: Any, path: str, trust_remote_code: bool) -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return kind.from_pretrained(path, trust_remote_code=trust_remote_code).eval().to(device)
+        if kind is AutoPeftModelForCausalLM:
+            adapter_config(path)
+        return pretrained(kind, path, trust_remote_code=trust_remote_code).eval().to(device)
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: no such model could be loaded ({str(error).splitlines()[0]})") from error
 
@@ -139,7 +148,7 @@ def _reward(config: Config | None, run: Path) -> Reward:
     assert config is not None, "checked with the options"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path = assets.resolve_model(config.reward.model) if config.reward.model else None
-    reward = load_reward(config.reward, path, device)
+    reward = load_reward(config.reward, path, device, trust_remote_code=config.model.trust_remote_code)
     if not config.reward.calibrate:
         return reward
     scale = reward_scale(run)

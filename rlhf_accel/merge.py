@@ -6,16 +6,17 @@ import argparse
 import shutil
 from pathlib import Path
 
-from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 from rlhf_accel import assets, files
 from rlhf_accel.checkpoint import VALUE_HEAD, model_folder
 from rlhf_accel.config import ConfigError, load_run
 from rlhf_accel.distributed import failure
+from rlhf_accel.loading import adapted, adapter_config
 from rlhf_accel.models import CRITIC, DTYPES, load_pretrained, scaled_adapter
 from rlhf_accel.runtime import quiet_libraries
 from rlhf_accel.tokens import Tokens
+from rlhf_accel.trust import add_flag, require_trust
 
 
 def main(arguments: list[str]) -> None:
@@ -32,11 +33,14 @@ def main(arguments: list[str]) -> None:
         default=1.0,
         help="of what the adapter adds, up to 1: less gain for much less KL (default 1)",
     )
+    add_flag(parser)
     options = parser.parse_args(arguments)
     quiet_libraries()
-    folder, base, trust = options.model, options.base, False
+    folder, base, trust = options.model, options.base, options.trust_code
     if (folder / "config.yaml").is_file():
-        model = load_run(folder / "config.yaml").model
+        config = load_run(folder / "config.yaml")
+        require_trust(config, folder, options.trust_code, ("model.trust_remote_code",))
+        model = config.model
         base, trust = base or model.name_or_path, model.trust_remote_code
         folder = model_folder(folder, options.which)
     merge(folder, options.output, base=base, dtype=options.dtype, trust_remote_code=trust, scale=options.scale)
@@ -65,17 +69,18 @@ def merge(
         raise ConfigError(f"{adapter} holds no adapter; only runs with lora.r above 0 have something to merge")
     if output.exists():
         raise ConfigError(f"{output} is there already; name another folder")
-    about = PeftConfig.from_pretrained(str(adapter))
+    about = adapter_config(str(adapter))
     if scale != 1 and (about.use_dora or about.modules_to_save):
         raise ConfigError(
             f"--scale {scale:g}: {adapter} has DoRA or layers that learnt in full, which no scale leads back"
         )
     name = base or about.base_model_name_or_path
     path = assets.resolve_model(name, "--base")
-    settings = {"dtype": DTYPES["fp32"], "trust_remote_code": trust_remote_code}
-    model = load_pretrained(AutoModelForCausalLM, path, f"--base {name}", **settings)
+    model = load_pretrained(
+        AutoModelForCausalLM, path, f"--base {name}", trust_remote_code=trust_remote_code, dtype=DTYPES["fp32"]
+    )
     try:
-        both = PeftModel.from_pretrained(model, str(adapter))
+        both = adapted(model, str(adapter))
         if scale != 1:
             both.load_state_dict(scaled_adapter(both.state_dict(), scale))
         merged = both.merge_and_unload(safe_merge=True)

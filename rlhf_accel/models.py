@@ -14,8 +14,6 @@ from jaxtyping import Float, Int
 from peft import (
     AutoPeftModelForCausalLM,
     AutoPeftModelForSequenceClassification,
-    PeftConfig,
-    PeftModel,
     TaskType,
     get_peft_model,
     get_peft_model_state_dict,
@@ -30,6 +28,7 @@ from transformers.utils import logging
 from rlhf_accel import kernels, ppo
 from rlhf_accel.config import Config, ConfigError, ModelConfig, OptimConfig
 from rlhf_accel.decoding import accepted, position_ids, vocabulary_inputs
+from rlhf_accel.loading import adapted, adapter_config, pretrained
 from rlhf_accel.runtime import computes_in_bf16
 from rlhf_accel.types import Sequences, TokenOutputs
 
@@ -251,19 +250,26 @@ def logits_of(model: LanguageModel, ids: Int[Tensor, "B L"]) -> Tensor:
 
 
 def load_export(
-    folder: str, kind: Any = AutoModelForCausalLM, *, device: torch.device | str = "cpu", **settings: Any
+    folder: str,
+    kind: Any = AutoModelForCausalLM,
+    *,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+    **settings: Any,
 ) -> tuple[LanguageModel, list[str]]:
     """The model in a folder as plain transformers, or peft for an adapter, load it, and the names of the tensors that
-    the folder lacks, in whose place transformers put new ones. `settings` such as dtype and trust_remote_code go to
-    `from_pretrained`; what it raises is raised.
+    the folder lacks, in whose place transformers put new ones. `settings` such as dtype go to `from_pretrained`; what
+    it raises is raised.
     """
     if torch.device(device).type != "cpu":
         settings = {"device_map": {"": device}, **settings}
+    settings["trust_remote_code"] = trust_remote_code
     with _quiet():
         if (Path(folder) / "adapter_config.json").is_file():
             auto = AutoPeftModelForCausalLM if kind is AutoModelForCausalLM else AutoPeftModelForSequenceClassification
-            return auto.from_pretrained(folder, **settings).eval(), []
-        model, report = kind.from_pretrained(folder, output_loading_info=True, **settings)
+            adapter_config(folder)
+            return pretrained(auto, folder, **settings).eval(), []
+        model, report = pretrained(kind, folder, output_loading_info=True, **settings)
     return model.eval(), sorted(report["missing_keys"])
 
 
@@ -297,7 +303,7 @@ def scaled_adapter(weights: Mapping[str, Tensor], scale: float) -> dict[str, Ten
 def _continued(model: LanguageModel, config: Config, path: str) -> LanguageModel:
     """The model with the adapter at `path` twice: once to learn, once as the reference."""
     try:
-        settings = PeftConfig.from_pretrained(path)
+        settings = adapter_config(path)
         if settings.r != config.lora.r:
             raise ConfigError(f"lora.r={config.lora.r}, but the adapter at lora.adapter={path} has rank {settings.r}")
         if settings.modules_to_save and model.dtype != torch.float32:
@@ -305,7 +311,7 @@ def _continued(model: LanguageModel, config: Config, path: str) -> LanguageModel
                 f"lora.adapter={path} has layers that learn in full ({', '.join(settings.modules_to_save)}), and in "
                 f"{model.dtype} they would lose small updates to rounding; use model.dtype=fp32"
             )
-        model = PeftModel.from_pretrained(model, path, adapter_name=POLICY, is_trainable=True)
+        model = adapted(model, path, adapter_name=POLICY, is_trainable=True)
         model.load_adapter(path, adapter_name=REFERENCE)
     except ConfigError:
         raise
@@ -402,15 +408,18 @@ def with_critic(config: Config, policy: LanguageModel, critic: LanguageModel | N
     return PolicyWithValue(policy, critic, config.rollout.temperature)
 
 
-def load_pretrained(kind: Any, path: str, said: str, **settings: Any) -> Any:
+def load_pretrained(kind: Any, path: str, said: str, *, trust_remote_code: bool, **settings: Any) -> Any:
     """`kind.from_pretrained(path)`, for one of transformers' Auto classes, without its report of unused weights.
 
     Raises `ConfigError`, which begins with `said`, when nothing can be loaded, or when a head would be random because
     the folder holds none, of which transformers only warns.
     """
+    settings |= {"trust_remote_code": trust_remote_code, "output_loading_info": True}
     try:
         with _quiet():
-            model, report = kind.from_pretrained(path, output_loading_info=True, **settings)
+            model, report = pretrained(kind, path, **settings)
+    except ConfigError:
+        raise
     except Exception as error:  # a missing, broken or foreign file raises many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"{said}: no such model could be loaded ({reason})") from error

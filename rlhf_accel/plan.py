@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -21,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf_accel import kernels, models
 from rlhf_accel.config import BatchSizes, Config, ConfigError
+from rlhf_accel.loading import adapter_config, from_config, pretrained
 from rlhf_accel.reward import reward_dtype
 
 MIB = 2**20
@@ -108,7 +108,8 @@ def measure(config: Config, policy_path: str, reward_path: str | None = None, *,
     Policy and critic are built by the code that builds them for a run, on torch's fake tensors, and run once with one
     and once with two samples, while what autograd keeps is counted. Raises `ConfigError` if there is no such model.
     """
-    settings = _model_config(policy_path, "model.name_or_path", config.model.trust_remote_code)
+    trusted = config.model.trust_remote_code
+    settings = _model_config(policy_path, "model.name_or_path", trusted)
     precision = config.run.precision
     autocast = precision == "bf16" or (precision == "auto" and device == "cuda")
     dtype = models.resolve_dtype(
@@ -118,12 +119,13 @@ def measure(config: Config, policy_path: str, reward_path: str | None = None, *,
         dtype = torch.bfloat16  # as on any GPU of today, also where the plan is made without one
     plain = replace(config, model=replace(config.model, gradient_checkpointing=False))
     if config.lora.adapter is not None:  # its shape, without its weights
-        targets = PeftConfig.from_pretrained(config.lora.adapter).target_modules
+        targets = adapter_config(config.lora.adapter).target_modules
         targets = (targets,) if isinstance(targets, str) else tuple(sorted(targets or ()))
         plain = replace(plain, lora=replace(config.lora, adapter=None, target_modules=targets))
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore", FutureWarning)  # what peft and transformers say to each other
-        policy = models.fitted(AutoModelForCausalLM.from_config(settings, dtype=dtype), plain)
+        whole = from_config(AutoModelForCausalLM, settings, trust_remote_code=trusted, dtype=dtype)
+        policy = models.fitted(whole, plain)
         separate = _critic(plain, settings, reward_path, policy) if config.model.critic == "separate" else None
         outline = models.with_critic(plain, policy, separate).eval()
     learned = [parameter.numel() for parameter in outline.parameters() if parameter.requires_grad]
@@ -414,9 +416,11 @@ def _tokens(config: Config) -> int:
     return prompt + config.rollout.max_new_tokens
 
 
-def _model_config(path: str, key: str, trusted: bool = False) -> Any:
+def _model_config(path: str, key: str, trusted: bool) -> Any:
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trusted)
+        return pretrained(AutoConfig, path, trust_remote_code=trusted)
+    except ConfigError:
+        raise
     except Exception as error:  # a missing, broken or foreign file raises many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"{key}={path}: no model's config could be read ({reason})") from error
@@ -424,9 +428,10 @@ def _model_config(path: str, key: str, trusted: bool = False) -> Any:
 
 def _critic(config: Config, settings: Any, reward_path: str | None, policy: Any) -> Any:
     dtype = policy.get_base_model().dtype if config.lora.r else torch.float32
+    trusted = config.model.trust_remote_code
     if config.model.critic_init == "reward" and reward_path is not None:
-        settings = _model_config(reward_path, "reward.model")
-    return AutoModel.from_config(settings, dtype=dtype)
+        settings = _model_config(reward_path, "reward.model", trusted)
+    return from_config(AutoModel, settings, trust_remote_code=trusted, dtype=dtype)
 
 
 def _on_cpu(outline: Any) -> Any:
@@ -462,9 +467,11 @@ def _reward_sizes(config: Config, path: str | None, device: str) -> tuple[int, i
     one layer, and the attention's scores."""
     if path is None:
         return 0, 0
-    settings = _model_config(path, "reward.model")
+    trusted = config.model.trust_remote_code
+    settings = _model_config(path, "reward.model", trusted)
     with torch.device("meta"):
-        count = sum(p.numel() for p in AutoModelForSequenceClassification.from_config(settings).parameters())
+        model = from_config(AutoModelForSequenceClassification, settings, trust_remote_code=trusted)
+    count = sum(parameter.numel() for parameter in model.parameters())
     auto = torch.float16 if device == "cuda" and config.reward.dtype == "auto" else None
     size = (auto or reward_dtype(config.reward, torch.device("cpu"))).itemsize
     text = settings.get_text_config()

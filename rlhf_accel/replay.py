@@ -20,6 +20,7 @@ from rlhf_accel.models import model_inputs
 from rlhf_accel.reward import RewardError, load_reward
 from rlhf_accel.runtime import quiet_libraries, tune_process
 from rlhf_accel.trainer import PPOTrainer
+from rlhf_accel.trust import add_flag, require_trust
 from rlhf_accel.types import Experience, Sequences
 
 SHOWN = 20
@@ -29,8 +30,12 @@ def main(arguments: list[str]) -> None:
     """The command; raises `ConfigError` for a folder that is no dump, or whose run cannot be set up here."""
     parser = argparse.ArgumentParser(prog="python -m rlhf_accel replay", description=__doc__)
     parser.add_argument("dump", type=Path, help="a folder dumps/step-NNNNNN of a run")
+    add_flag(parser)
     options = parser.parse_args(arguments)
     dump = read_dump(options.dump)
+    of_model = bool(dump.experience) and dump.facts["phase"] != "score"
+    keys = () if of_model else ("reward.function", "reward.url")
+    require_trust(dump.config, options.dump, options.trust_code, (*keys, "model.trust_remote_code"))
     console = Console(soft_wrap=True, emoji=False)
     console.print(f"the run said: {dump.facts['message']}", highlight=False, markup=False)
     if "traceback" in dump.facts:
@@ -38,18 +43,15 @@ def main(arguments: list[str]) -> None:
     console.print("running each sample by itself", highlight=False)
     tune_process()
     quiet_libraries()
-    if dump.experience and dump.facts["phase"] != "score":
-        found = replay_model(dump, options.dump)
-    else:
-        found = replay_reward(dump)
+    found = replay_model(dump, options.dump) if of_model else replay_reward(dump)
     _show(console, found)
 
 
 def replay_reward(dump: Dump) -> list[dict[str, Any]]:
     """Score each text by itself: a row for each with the score, or with what the reward raised."""
-    config, facts = dump.config.reward, dump.facts
+    config, facts, trusted = dump.config.reward, dump.facts, dump.config.model.trust_remote_code
     path = None if config.model is None else assets.resolve_model(config.model, "reward.model")
-    reward = replace(load_reward(config, path, torch.device("cpu")), retries=0)
+    reward = replace(load_reward(config, path, torch.device("cpu"), trust_remote_code=trusted), retries=0)
     rows = []
     for i, (prompt, response) in enumerate(zip(facts["prompts"], facts["responses"], strict=True)):
         columns = {name: [column[i]] for name, column in facts.get("columns", {}).items()}

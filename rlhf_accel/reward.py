@@ -31,6 +31,7 @@ from rlhf_accel.classifiers import load_tokenizer, most_tokens
 from rlhf_accel.config import ConfigError, RewardConfig, gold_name
 from rlhf_accel.models import DTYPES, load_pretrained
 from rlhf_accel.runtime import computes_in_bf16
+from rlhf_accel.trust import is_ours
 
 RewardFunction = Callable[..., Sequence[float]]
 T = TypeVar("T")
@@ -125,13 +126,17 @@ class Reward:
 class Classifier:
     """A sequence classifier that scores texts by one label's logit or probability."""
 
-    def __init__(self, config: RewardConfig, path: str, device: torch.device) -> None:
+    def __init__(
+        self, config: RewardConfig, path: str, device: torch.device, *, trust_remote_code: bool = False
+    ) -> None:
         self.config = config
         self.device = device
         self.dtype = reward_dtype(config, device)
         said = f"reward.model={config.model}"
-        self.tokenizer = load_tokenizer(path, said)
-        model = load_pretrained(AutoModelForSequenceClassification, path, said, dtype=self.dtype)
+        self.tokenizer = load_tokenizer(path, said, trust_remote_code=trust_remote_code)
+        model = load_pretrained(
+            AutoModelForSequenceClassification, path, said, trust_remote_code=trust_remote_code, dtype=self.dtype
+        )
         self.model = model.to(device).eval().requires_grad_(False)
         self.label = self._label_index()
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
@@ -228,8 +233,11 @@ def reward_dtype(config: RewardConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if computes_in_bf16(device) else torch.float32
 
 
-def load_reward(config: RewardConfig, path: str | None, device: torch.device) -> Reward:
-    """The reward that the config describes; `path` is where reward.model lies.
+def load_reward(
+    config: RewardConfig, path: str | None, device: torch.device, *, trust_remote_code: bool = False
+) -> Reward:
+    """The reward that the config describes; `path` is where reward.model lies. Code that comes with it runs only if
+    `trust_remote_code`, which is model.trust_remote_code.
 
     Raises `ConfigError` when a part cannot be loaded or nothing is asked for.
     """
@@ -237,7 +245,7 @@ def load_reward(config: RewardConfig, path: str | None, device: torch.device) ->
     functions: list[RewardFunction] = []
     if config.model is not None and path is not None:
         names.append(f"reward.model={config.model}")
-        functions.append(Classifier(config, path, device))
+        functions.append(Classifier(config, path, device, trust_remote_code=trust_remote_code))
     if config.url is not None:
         names.append(f"reward.url={config.url}")
         functions.append(RemoteReward(config.url, config.timeout))
@@ -296,8 +304,8 @@ def import_function(target: str, key: str = "reward.function") -> RewardFunction
     """
     module_name, colon, name = target.partition(":")
     if not colon or not module_name or not name:
-        raise ConfigError(f"{key}={target}: expected package.module:callable")
-    if str(Path.cwd()) not in sys.path:
+        raise ConfigError(f"{key}={target}: expected package.module:callable", key=key)
+    if not is_ours(target) and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)

@@ -43,7 +43,8 @@ def train_reward(config: RewardTrainingConfig) -> dict[str, float]:
     output = _free_folder(config)
     name = config.model.name_or_path
     labels = classifiers.known_labels(config)
-    tokenizer = classifiers.load_tokenizer(assets.resolve_model(name), f"model.name_or_path={name}")
+    path, trusted = assets.resolve_model(name), config.model.trust_remote_code
+    tokenizer = classifiers.load_tokenizer(path, f"model.name_or_path={name}", trust_remote_code=trusted)
     sets = preferences.read(config.data, tokenizer, name, labels)
     if config.run.eval_every and not len(sets.tuning):
         raise ConfigError(

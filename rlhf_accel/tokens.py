@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from rlhf_accel.config import ConfigError
+from rlhf_accel.loading import pretrained
 from rlhf_accel.types import Sequences
 
 
@@ -37,10 +38,12 @@ class Tokens:
     def load(cls, name_or_path: str, *, trust_remote_code: bool = False) -> Tokens:
         """Raises `ConfigError` when the model has no tokenizer."""
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+            tokenizer = pretrained(AutoTokenizer, name_or_path, trust_remote_code=trust_remote_code)
             # For some architectures (GPT-2) transformers makes an empty tokenizer where a folder holds none.
             if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
                 raise ValueError("its vocabulary is empty")
+        except ConfigError:
+            raise
         except Exception as error:  # the libraries below raise many kinds for a missing or broken tokenizer
             raise ConfigError(
                 f"model.name_or_path={name_or_path}: no tokenizer could be loaded; save one beside the model "

@@ -409,7 +409,10 @@ class PPOTrainer:
 
     def _load_reward(self, reward: RewardFunction | None, path: str | None) -> Reward:
         if reward is None:
-            return self._on_main_first(lambda: load_reward(self.config.reward, path, self.runtime.device))
+            trusted = self.config.model.trust_remote_code
+            return self._on_main_first(
+                lambda: load_reward(self.config.reward, path, self.runtime.device, trust_remote_code=trusted)
+            )
         if self.config.reward.model or self.config.reward.url or self.config.reward.function:
             raise ConfigError(
                 "PPOTrainer(reward=…) is given beside reward.model, reward.url or reward.function; keep one of them"

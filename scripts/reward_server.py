@@ -112,6 +112,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--host", default=LOOPBACK[0], help="address to listen on; by default this machine only")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one, which is said")
     parser.add_argument("--max_bytes", type=int, default=16 << 20, help="largest request that is read")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run code that comes with --model; only for sources you trust"
+    )
     options = parser.parse_args(arguments)
     keys = {key: value for key in RewardConfig.__dataclass_fields__ if (value := getattr(options, key, None))}
     if not keys.keys() & {"function", "model"}:
@@ -121,7 +124,7 @@ def main(arguments: list[str]) -> None:
     quiet_libraries()
     path = None if config.model is None else assets.resolve_model(config.model, "reward.model")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    reward = replace(load_reward(config, path, device), retries=0)
+    reward = replace(load_reward(config, path, device, trust_remote_code=options.trust_remote_code), retries=0)
     try:
         server = RewardServer((options.host, options.port), reward, options.max_bytes)
     except (OSError, OverflowError) as error:

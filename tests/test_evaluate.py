@@ -71,7 +71,7 @@ def test_the_command_says_of_each_model_what_the_run_said(fitted, llama_folder, 
     before = on_disk(run)
     monkeypatch.setenv("COLUMNS", "200")
     capsys.readouterr()
-    evaluate.main([str(run), "--which", "step-000001", "step-000002", "best", "final"])
+    evaluate.main([str(run), "--trust_code", "--which", "step-000001", "step-000002", "best", "final"])
     told, summary, rows = tree(run / "evaluation.json"), tree(run / "summary.json"), rows_of(run)
     assert told["calibration"] == summary["calibration"]
     models = told["models"]
@@ -90,7 +90,7 @@ def test_the_command_says_of_each_model_what_the_run_said(fitted, llama_folder, 
 
 def test_a_scaled_adapter_lies_between_the_base_and_the_policy(fitted) -> None:
     run = fitted(lora={"r": 4}).folder
-    evaluate.main([str(run), "--which", "final", "final@0.5", "step-000003@0.5"])
+    evaluate.main([str(run), "--trust_code", "--which", "final", "final@0.5", "step-000003@0.5"])
     models = tree(run / "evaluation.json")["models"]
     assert models["final@0.5"] == models["step-000003@0.5"] and models["final@0.5"]["step"] == 3
     assert len({models[name]["kl"] for name in ("base", "final", "final@0.5")}) == 3
@@ -98,17 +98,17 @@ def test_a_scaled_adapter_lies_between_the_base_and_the_policy(fitted) -> None:
     file = run / "best" / "adapter_model.safetensors"
     weights = load_file(run / "final" / "adapter_model.safetensors")
     save_file({key: value / 2 if "lora_B" in key else value for key, value in weights.items()}, file, {"format": "pt"})
-    evaluate.main([str(run), "--which", "best"])
+    evaluate.main([str(run), "--trust_code", "--which", "best"])
     by_hand = tree(run / "evaluation.json")["models"]["best"]
     assert {**by_hand, "step": 3} == models["final@0.5"]
 
 
 def test_without_which_the_exported_models_are_evaluated(fitted) -> None:
     run = fitted().folder
-    evaluate.main([str(run)])
+    evaluate.main([str(run), "--trust_code"])
     assert list(tree(run / "evaluation.json")["models"]) == ["base", "best", "final"]
     assert not (run / "frontier.json").exists()
-    evaluate.main([str(run), "--which", "base"])
+    evaluate.main([str(run), "--trust_code", "--which", "base"])
     assert list(tree(run / "evaluation.json")["models"]) == ["base"]
 
 
@@ -131,7 +131,7 @@ def test_the_frontier_is_that_of_the_runs_reference_on_its_own_scale(fitted) -> 
     rows = rows_of(run)
     with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('12\n{"step": 4, "obj')  # torn rows, of which one is JSON
-    evaluate.main([str(run), "--frontier", "6", "--which", "final"])
+    evaluate.main([str(run), "--trust_code", "--frontier", "6", "--which", "final"])
     told = tree(run / "frontier.json")
     assert (told["prompts"], told["samples"]) == (len(trainer.held_out.fixed(4)), 6)
 
@@ -165,7 +165,7 @@ def test_the_frontier_is_that_of_the_runs_reference_on_its_own_scale(fitted) -> 
 
 def test_other_prompts_than_the_runs_are_not_set_beside_its_evaluations(fitted, capsys) -> None:
     run = fitted().folder
-    evaluate.main([str(run), "--frontier", "3", "--prompts", "2"])
+    evaluate.main([str(run), "--trust_code", "--frontier", "3", "--prompts", "2"])
     told = tree(run / "frontier.json")
     assert (told["prompts"], told["points"]) == (2, [])
     assert "evaluations while training had other prompts (run.eval_samples=4)" in capsys.readouterr().out
@@ -180,7 +180,7 @@ def test_a_run_that_goes_on_is_judged_by_its_checkpoint(fitted) -> None:
     judge = Judge.of(run, load(Config, run / "config.yaml"))
     assert (judge.reward.mean, judge.reward.std) == (scale["mean"], scale["std"])
     assert judge.reward.std == load_progress(run / "checkpoints" / "step-000003").reward_std != 1
-    evaluate.main([str(run)])
+    evaluate.main([str(run), "--trust_code"])
     models = tree(run / "evaluation.json")["models"]
     assert list(models) == ["base", "best"]
     assert models["best"]["step"] is None
@@ -188,7 +188,8 @@ def test_a_run_that_goes_on_is_judged_by_its_checkpoint(fitted) -> None:
 
 def test_golds_may_be_asked_for_afterwards(fitted) -> None:
     run = fitted(reward={"function": "tests.conftest:share_of_o"}).folder
-    evaluate.main([str(run), "--which", "final", "--reward.gold", "tests.test_trainer:length", "--batch", "2"])
+    options = ["--which", "final", "--reward.gold", "tests.test_trainer:length", "--batch", "2"]
+    evaluate.main([str(run), "--trust_code", *options])
     final = tree(run / "evaluation.json")["models"]["final"]
     assert final["gold/length"] > 0
     assert {key: final[key] for key in ("score", "kl")} == pytest.approx(
@@ -264,7 +265,7 @@ def test_what_cannot_be_evaluated_ends_in_one_line(folders, tiny, capfd, options
     before = {name: on_disk(folder) for name, folder in named.items()}
     capfd.readouterr()
     with pytest.raises(SystemExit) as stopped:
-        command_line.main(["evaluate", *(str(named.get(option, option)) for option in options)])
+        command_line.main(["evaluate", "--trust_code", *(str(named.get(option, option)) for option in options)])
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert stopped.value.code == status
     assert len(lines) == 1
@@ -280,7 +281,7 @@ def test_a_run_meant_for_the_hub_is_judged_without_it(folders, tiny) -> None:
 
 def test_ctrl_c_while_drawing_leaves_all_as_it_was(fitted, monkeypatch, capsys) -> None:
     run = fitted().folder
-    evaluate.main([str(run), "--frontier", "2"])
+    evaluate.main([str(run), "--trust_code", "--frontier", "2"])
     before, draws = on_disk(run), []
 
     def interrupted(self, done, text):
@@ -290,7 +291,7 @@ def test_ctrl_c_while_drawing_leaves_all_as_it_was(fitted, monkeypatch, capsys) 
 
     monkeypatch.setattr(Progressline, "advance", interrupted)
     with pytest.raises(SystemExit) as stopped:
-        command_line.main(["evaluate", str(run), "--frontier", "5"])
+        command_line.main(["evaluate", str(run), "--trust_code", "--frontier", "5"])
     assert stopped.value.code == 130
     assert "stopped by Ctrl-C after 2 of 5 samples; nothing is written" in capsys.readouterr().err
     assert draws == [1, 2]

@@ -45,7 +45,7 @@ def cells(capsys):
 def test_prompts_as_arguments_with_base_and_scores(run_folder, capsys):
     folder = run_folder().folder
     capsys.readouterr()
-    generate.main([str(folder), "The film", "A dull", "--compare", "--score", "--seed", "3"])
+    generate.main([str(folder), "The film", "A dull", "--compare", "--score", "--seed", "3", "--trust_code"])
     header, *rows = cells(capsys)
     assert header == ["prompt", "base", "score", "trained", "score"]
     assert [row[0] for row in rows] == ["The film", "A dull"]
@@ -147,7 +147,7 @@ def test_options_stand_above_the_runs(run_folder):
 
 def test_scores_are_on_the_runs_own_scale(run_folder):
     trainer = run_folder(reward={"calibrate": True})
-    config, _ = generate._writers(generate._parse([str(trainer.folder), "--score"]))
+    config, _ = generate._writers(generate._parse([str(trainer.folder), "--score", "--trust_code"]))
     reward = generate._reward(config, trainer.folder)
     assert (reward.mean, reward.std) == (trainer.reward.mean, trainer.reward.std)
     assert reward.std != 1
@@ -209,6 +209,6 @@ def test_texts_are_shown_as_they_are(wide, capsys):
 def test_scores_of_a_run_that_did_not_end_have_no_scale(run_folder):
     trainer = run_folder(reward={"calibrate": True})
     (trainer.folder / "summary.json").unlink()
-    config, _ = generate._writers(generate._parse([str(trainer.folder), "--score"]))
+    config, _ = generate._writers(generate._parse([str(trainer.folder), "--score", "--trust_code"]))
     with pytest.raises(ConfigError, match=r"^--score: .* has no summary\.json"):
         generate._reward(config, trainer.folder)

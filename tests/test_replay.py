@@ -71,7 +71,7 @@ def test_scores_that_are_not_finite_skip_the_step_and_end_the_run_in_the_end(tin
     assert rows == [i for i, response in enumerate(dump.facts["responses"]) if has_vowel(response)]
     found = replay.replay_reward(dump)
     assert [row["sample"] for row in found if math.isnan(row["score"])] == rows
-    command_line.main(["replay", str(place)])
+    command_line.main(["replay", str(place), "--trust_code"])
     output = capsys.readouterr().out
     assert f"again: {len(rows)} of 8 samples, each by itself, are not finite or fail" in output
     assert {path.name for path in place.iterdir()} == {
@@ -134,10 +134,10 @@ def test_a_gradient_that_is_not_finite_is_dumped_and_found_again(lora, tiny, tmp
     found = replay.replay_model(read_dump(place), place)
     assert sorted(row["sample"] for row in found) == list(range(8))
     assert [row["sample"] for row in found if not math.isfinite(row["gradient norm"])] == [5]
-    command_line.main(["replay", str(place)])
+    command_line.main(["replay", str(place), "--trust_code"])
     assert "again: 1 of 8 samples" in capsys.readouterr().out
     monkeypatch.undo()
-    command_line.main(["replay", str(place)])
+    command_line.main(["replay", str(place), "--trust_code"])
     assert "not again: each of the 8 samples" in capsys.readouterr().out
     assert not (place / "replay").exists()
 
@@ -165,7 +165,7 @@ def test_weights_that_went_bad_are_found_again(tiny, tmp_path, capsys) -> None:
         trainer.runtime.plain_module.value_head.bias.fill_(math.nan)
     with pytest.raises(RunFailed, match="values are not finite in the rollout of step 1"):
         trainer.fit()
-    command_line.main(["replay", str(tmp_path / "run" / "dumps" / "step-000001")])
+    command_line.main(["replay", str(tmp_path / "run" / "dumps" / "step-000001"), "--trust_code"])
     assert "again: 8 of 8 samples" in capsys.readouterr().out
 
 
@@ -189,7 +189,7 @@ def test_a_reward_that_fails_for_good_leaves_a_checkpoint_and_its_inputs(tiny, t
     dump.facts["columns"]["number"] = [-1, *range(7)]
     (place / "dump.json").write_text(json.dumps(dump.facts))
     capsys.readouterr()
-    command_line.main(["replay", str(place)])
+    command_line.main(["replay", str(place), "--trust_code"])
     said = capsys.readouterr().out
     assert "again: 1 of 8 samples" in said
     assert "KeyError: 'minus one'" in said
@@ -200,7 +200,7 @@ def test_what_is_no_dump(content, tmp_path, capsys) -> None:
     if content is not None:
         (tmp_path / "dump.json").write_text(content)
     with pytest.raises(SystemExit) as left:
-        command_line.main(["replay", str(tmp_path)])
+        command_line.main(["replay", str(tmp_path), "--trust_code"])
     assert left.value.code == 2
     said = capsys.readouterr().err
     reason = "it holds no dump.json; failed runs leave theirs in RUN/dumps" if content is None else ""
