@@ -28,6 +28,7 @@ from rlhf_accel.assets import sha256
 from rlhf_accel.config import Config, ConfigError, Finished, RunFailed, changed_keys, load_run, to_yaml
 from rlhf_accel.distributed import Runtime, failure
 from rlhf_accel.files import flush, flush_all, replace_text
+from rlhf_accel.lock import Lock, hold
 from rlhf_accel.metrics import finite_or_none
 from rlhf_accel.models import CRITIC, POLICY, PolicyWithValue
 from rlhf_accel.tokens import Tokens
@@ -36,6 +37,12 @@ VALUE_HEAD = "value_head.safetensors"
 MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"
 _LATEST = "latest"
+_LOCK = ".lock"
+# What a run writes beside config.yaml, or removes.
+_WRITTEN = (
+    *("final", ".final", "best", ".best", CHECKPOINTS, "dumps", "logs", "trackers", "summary.json", "metrics.jsonl"),
+    *("samples.jsonl", "environment.json", "report.html", "report"),
+)
 _NAME = re.compile(r"step-(\d+)(\.old)?")
 
 
@@ -80,38 +87,92 @@ class Manifest:
 
 
 def choose_folder(config: Config) -> Path:
-    """The run's folder, not yet made: nothing is written before the rest of a run was checked.
+    """The run's folder, absolute and not yet made: nothing is written before the rest of a run was checked.
 
-    Raises `ConfigError` if it cannot be made or written, or already holds another run.
+    Raises `ConfigError` if it cannot be made or written, already holds another run, or holds files that are not a run's
+    and that this one would overwrite.
     """
     run = config.run
-    folder = Path(run.output_dir) if run.output_dir is not None else _first_free(Path("saved_models"), run.name)
+    folder = Path(run.output_dir).absolute() if run.output_dir is not None else _first_free(run.name)
     if holds_run(folder) and run.resume is None:
         raise ConfigError(
-            f"run.output_dir={folder} already holds a run; choose another folder, or go on with --run.resume latest"
+            f"run.output_dir={folder} already holds a run; choose another folder, or go on with --run.resume latest",
+            key="run.output_dir",
         )
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    _refuse_foreign(folder, run.resume)
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
     if not existing.is_dir():
-        raise ConfigError(f"run.output_dir={folder} cannot be made: {existing} is a file; choose another folder")
+        raise ConfigError(
+            f"run.output_dir={folder} cannot be made: {existing} is a file; choose another folder", key="run.output_dir"
+        )
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"run.output_dir={folder} cannot be written: no permission in {existing}; choose another")
+        raise ConfigError(
+            f"run.output_dir={folder} cannot be written: no permission in {existing}; choose another",
+            key="run.output_dir",
+        )
     return folder
 
 
-def make_folder(folder: Path, config: Config) -> None:
-    """Make the run's folder with its config.yaml; raises `ConfigError` if the system refuses, or if another run took
-    the folder since it was chosen."""
+def _refuse_foreign(folder: Path, resume: str | None) -> None:
+    """A run writes config.yaml before all else, so what lies in a folder without one is somebody else's."""
+    config = folder / "config.yaml"
+    begun = (config.is_file() and config.stat().st_size > 0) or _checkpoints(folder / CHECKPOINTS)
+    foreign = [name for name in _WRITTEN if (folder / name).exists() or (folder / name).is_symlink()]
+    if foreign and not begun and resume != "latest":  # which finds no checkpoint here, and says so
+        raise ConfigError(
+            f"run.output_dir={folder} holds {', '.join(foreign)} but no run with a config.yaml, and a run here would "
+            "overwrite that; choose another folder, or move them away",
+            key="run.output_dir",
+            found=foreign,
+        )
+
+
+def claim_folder(folder: Path, config: Config, say: Callable[[str], None]) -> Lock | None:
+    """The lock of a folder to resume in, before anything in it is read; None where there is no folder yet.
+
+    Raises `ConfigError` if another process holds it, or if it cannot be written.
+    """
+    if config.run.resume is None or not folder.is_dir():
+        return None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if config.run.resume is not None:
-            replace_text(folder / "config.yaml", to_yaml(_of_the_run(config)))
-        else:
-            with (folder / "config.yaml").open("x", encoding="utf-8") as file:
-                file.write(to_yaml(config))
-    except FileExistsError:
-        raise ConfigError(f"run.output_dir={folder} was taken by another run meanwhile; name another folder") from None
+        return hold(folder / _LOCK, f"run.output_dir={folder}", "run.output_dir", say)
     except OSError as error:
-        raise ConfigError(f"run.output_dir={folder} cannot be written ({error.strerror}); choose another") from error
+        raise _unwritable(folder, error) from error
+
+
+def make_folder(
+    folder: Path, config: Config, lock: Lock | None, say: Callable[[str], None] = lambda _: None
+) -> tuple[Path, Lock]:
+    """Make the run's folder with its config.yaml, and hold it; `lock` is what `claim_folder` gave.
+
+    Of the default folders the next free one is made if another run took this one since it was chosen. Raises
+    `ConfigError` if it took a folder that the config names, or if the system refuses.
+    """
+    text = to_yaml(_of_the_run(config))
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if lock is not None:
+                replace_text(folder / "config.yaml", text)
+                return folder, lock
+            with (folder / "config.yaml").open("x", encoding="utf-8") as file:
+                file.write(text)
+            return folder, hold(folder / _LOCK, f"run.output_dir={folder}", "run.output_dir", say)
+        except FileExistsError:
+            if config.run.output_dir is not None:
+                raise ConfigError(
+                    f"run.output_dir={folder} was taken by another run meanwhile; name another folder",
+                    key="run.output_dir",
+                ) from None
+            folder = _first_free(config.run.name)
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"run.output_dir={folder} cannot be written ({error.strerror}); choose another", key="run.output_dir"
+    )
 
 
 def holds_run(folder: Path) -> bool:
@@ -140,10 +201,10 @@ def resume_folder(
             return None
         place, manifest = found
     else:
-        place = Path(resume)
+        place = Path(resume).absolute()
         if not place.is_dir():
             raise ConfigError(f"run.resume={resume}: neither latest, auto nor the folder of a checkpoint")
-        if place.absolute().parent != (folder / CHECKPOINTS).absolute() and holds_run(folder):
+        if place.parent != folder / CHECKPOINTS and holds_run(folder):
             raise ConfigError(
                 f"run.output_dir={folder} holds another run than run.resume={resume}; name that run's folder or a new "
                 "one"
@@ -525,6 +586,7 @@ def read_dump(folder: Path) -> Dump:
     return Dump(config=load_run(folder / "config.yaml"), facts=facts, experience=tensors[0], weights=tensors[1])
 
 
-def _first_free(parent: Path, name: str) -> Path:
+def _first_free(name: str) -> Path:
+    parent = Path("saved_models").absolute()
     candidates = [parent / name, *(parent / f"{name}-{number}" for number in range(2, 10_000))]
     return next(folder for folder in candidates if not folder.exists() or not any(folder.iterdir()))

@@ -20,6 +20,7 @@ from rlhf_accel.checkpoint import Dump, Progress, SaveError
 from rlhf_accel.config import Config, ConfigError, RunFailed, flatten
 from rlhf_accel.distributed import Runtime, each_once, failure, missing, post
 from rlhf_accel.environment import environment
+from rlhf_accel.lock import Lock
 from rlhf_accel.metrics import Journal, Progressline
 from rlhf_accel.tokens import Tokens
 from rlhf_accel.types import Experience
@@ -37,16 +38,22 @@ class Keeper:
         self.runtime = runtime
         self.line = line
         self.journal = Journal(folder, line)
+        self._lock: Lock | None = None
         self.heartbeat = Heartbeat(post, missing)
         self.is_open = False
         self._failed = 0  # saves in a row
         self._saved: Progress | None = None  # what the last checkpoint in this folder holds
         self._started = time.perf_counter()
 
+    def claim(self) -> None:
+        """Hold a folder to resume in before anything in it is read; main process only. Raises `ConfigError` if another
+        run holds it."""
+        self._lock = checkpoint.claim_folder(self.folder, self.config, self.line.say)
+
     def open(self, progress: Progress, place: Path | None) -> None:
         """Make the folder, or go on in it from the checkpoint at `place`. Raises `ConfigError` if it cannot be."""
-        ours = place is not None and place.absolute().parent.parent == self.folder.absolute()
-        self.runtime.from_main(lambda: self._open_files(progress, place if ours else None))
+        ours = place is not None and place.parent.parent == self.folder
+        self.folder = self.runtime.from_main(lambda: self._open_files(progress, place if ours else None))
         self.is_open = True
         self._saved = progress if ours else None
         self.heartbeat.open(self.folder / "logs" / f"rank-{self.runtime.rank}.log")
@@ -57,23 +64,38 @@ class Keeper:
         first_step = next_step if self.config.run.resume is not None else None
         self.runtime.start_trackers(self.config.run, told, self.folder, first_step)
 
-    def _open_files(self, progress: Progress, place: Path | None) -> None:
-        checkpoint.make_folder(self.folder, self.config)
+    def _open_files(self, progress: Progress, place: Path | None) -> Path:
+        chosen = self.folder
+        self.folder, self._lock = checkpoint.make_folder(chosen, self.config, self._lock, self.line.say)
+        if self.folder != chosen:
+            self.line.say(f"{chosen} was taken by another run meanwhile; the run folder is {self.folder}")
+            self.journal = Journal(self.folder, self.line)
         facts = environment(self.runtime.world_size, self.runtime.device)
         problem = failure(lambda: checkpoint.write_environment(self.folder, facts))
         if problem is not None:
             self.line.say(f"warning: {self.folder / 'environment.json'} could not be written ({problem})")
         if self.config.run.resume is None:
-            return
+            return self.folder
         try:
             if place is not None:  # before rows go: `latest` must not name a step whose rows are gone
                 checkpoint.go_back_to(place)
             self.journal.rewind(progress.step, recorded=progress.unrecorded is None)
         except (OSError, ValueError) as error:
             raise ConfigError(f"run.output_dir={self.folder} cannot be gone on in: {error}") from error
+        return self.folder
+
+    def _check_lock(self) -> None:
+        """Raises `RunFailed` if another run holds the folder now: this process was taken for dead."""
+        holder = self._lock.lost_to() if self._lock is not None else None
+        if holder is not None:
+            raise RunFailed(
+                f"{self.folder} was taken over by {holder}, for this process gave no sign of life for a while (a "
+                "machine or a disk that stood still); it ends and writes nothing more"
+            )
 
     def record(self, metrics: Mapping[str, float]) -> None:
-        """Metrics to every sink; what cannot be written is said."""
+        """Metrics to every sink; what cannot be written is said. Raises `RunFailed` if the folder is another run's."""
+        self._check_lock()
         tracked = {key: value for key, value in metrics.items() if key != "step"}
         self._warn(self.runtime.track(tracked, int(metrics["step"])))
         if self.runtime.is_main:
@@ -93,6 +115,7 @@ class Keeper:
         """
         if self._saved == progress:
             return True
+        self._check_lock()
         self.heartbeat(f"saving after step {progress.step}")
         try:
             self._all_or_none(self.journal.flush)
@@ -118,6 +141,7 @@ class Keeper:
 
     def export(self, name: str, results: Mapping[str, Any], tokens: Tokens) -> None:
         """Write the policy for others to load, as NAME/ in the run's folder. Raises `SaveError`, on every rank."""
+        self._check_lock()
         self.heartbeat(f"writing {name}/")
         weights = self.runtime.learned_weights()
         module, card = self.runtime.plain_module, model_card(self.config, results, checkpoint.versions())
@@ -176,6 +200,8 @@ class Keeper:
         """End the log and the trackers, also of a run that failed; each process for itself."""
         self.heartbeat.close()
         self._warn(self.runtime.end_trackers())
+        if self._lock is not None:
+            self._lock.release()
 
     def how_to_go_on(self) -> str:
         """For whoever reads that the run has stopped."""

@@ -27,6 +27,7 @@ from transformers import Trainer, TrainingArguments
 from rlhf_accel import assets, calibration, classifiers, files, preferences, reward_card
 from rlhf_accel.calibration import preference_loss
 from rlhf_accel.config import ConfigError, RewardTrainingConfig, RunFailed, from_command_line
+from rlhf_accel.lock import hold
 from rlhf_accel.preferences import Feedback, Sets
 from rlhf_accel.runtime import computes_in_bf16, quiet_libraries, tune_process
 
@@ -41,6 +42,11 @@ def train_reward(config: RewardTrainingConfig) -> dict[str, float]:
     that cannot be loaded; `RunFailed` if the model diverged, or the disk refuses it.
     """
     output = _free_folder(config)
+    with _alone(output):
+        return _train(config, _free_folder(config))  # once more: whom it waited for may have filled it
+
+
+def _train(config: RewardTrainingConfig, output: Path) -> dict[str, float]:
     name = config.model.name_or_path
     labels = classifiers.known_labels(config)
     path, trusted = assets.resolve_model(name), config.model.trust_remote_code
@@ -302,13 +308,35 @@ def _work_folder(output: Path) -> Iterator[Path]:
             shutil.rmtree(made[0], ignore_errors=True)
 
 
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """With the lock of the folder, which lies beside it: the folder comes into being at the end.
+
+    Raises `ConfigError` if another process trains towards the same folder.
+    """
+    if os.environ.get("RANK", "0") != "0":  # of a launch only the main process; they have not met yet
+        yield
+        return
+    try:
+        held = hold(output.parent / f".{output.name}.lock", f"run.output_dir={output}", "run.output_dir", print)
+    except OSError as error:
+        raise ConfigError(
+            f"run.output_dir={output}: {output.parent} cannot be written ({error.strerror}); name another folder",
+            key="run.output_dir",
+        ) from error
+    try:
+        yield
+    finally:
+        held.release()
+
+
 def _is_main() -> bool:
     """Whether this is the launch's main process, or the only one."""
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def _free_folder(config: RewardTrainingConfig) -> Path:
-    output = Path(config.run.output_dir or Path("saved_models") / config.run.name)
+    output = Path(config.run.output_dir or Path("saved_models") / config.run.name).absolute()
     if output.exists() and not output.is_dir():
         raise ConfigError(f"run.output_dir={output} is a file; name a folder")
     if output.is_dir() and any(output.iterdir()):

@@ -62,8 +62,10 @@ class PPOTrainer:
             raise ConfigError(
                 f"{key}=true does not work where ZeRO-3 cuts the base's weights; launch with ZeRO-2 or ddp"
             )
-        self.folder = self.runtime.from_main(lambda: checkpoint.choose_folder(config))
+        folder = self.runtime.from_main(lambda: checkpoint.choose_folder(config))
         self.line = Progressline(config.run.total_steps, enabled=self.runtime.is_main)
+        self.keeper = Keeper(config, folder, self.runtime, self.line)
+        self.runtime.from_main(self.keeper.claim)
         if config.run.push_to_hub is not None:
             self.runtime.from_main(lambda: hub.check(config))
         stage, size = self.runtime.zero_stage, self.runtime.world_size
@@ -71,7 +73,6 @@ class PPOTrainer:
             lambda: checkpoint.resume_folder(config, self.folder, self.line.say, zero_stage=stage, world_size=size)
         )
         self.progress = Progress(kl_coef=config.ppo.kl_coef)
-        self.keeper = Keeper(config, self.folder, self.runtime, self.line)
         self.rollout: Rollout | None = None  # of the last step
         self._columns: Mapping[str, Sequence[Any]] = {}  # of its prompts
         self._evaluation: Evaluation | None = None  # the last one
@@ -113,6 +114,11 @@ class PPOTrainer:
         )
         self.kl_controller = self._kl_controller()
         self._prepared = False
+
+    @property
+    def folder(self) -> Path:
+        """The run's; of a default folder it is known once training has begun, for another run may take it before."""
+        return self.keeper.folder
 
     def fit(self) -> dict[str, Any]:
         """Calibrate, evaluate, train, evaluate, export. Returns what `summary.json` holds.

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from rlhf_accel import checkpoint
+from rlhf_accel import checkpoint, lock
 from rlhf_accel.config import Config, ConfigError, RunFailed, key_names, load, parse
 from rlhf_accel.tokens import Tokens
 from rlhf_accel.trainer import PPOTrainer
@@ -31,7 +31,8 @@ def run_config(**run):
 
 def opened(config):
     folder = checkpoint.choose_folder(config)
-    checkpoint.make_folder(folder, config)
+    folder, held = checkpoint.make_folder(folder, config, checkpoint.claim_folder(folder, config, [].append))
+    held.release()
     return folder
 
 
@@ -43,6 +44,43 @@ def test_the_default_folder_is_the_first_free_one(tmp_path, monkeypatch):
     assert opened(run_config(name="mine")).name == "mine-2"
     (tmp_path / "saved_models" / "mine-2" / "notes.txt").write_text("")
     assert opened(run_config(name="mine")).name == "mine-3"
+
+
+def test_of_three_that_start_at_once_each_gets_a_default_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = run_config(name="mine")
+    chosen = [checkpoint.choose_folder(config) for _ in range(3)]
+    made = [checkpoint.make_folder(folder, config, None)[0] for folder in chosen]
+    assert [folder.name for folder in chosen] == ["mine"] * 3
+    assert made == [tmp_path / "saved_models" / name for name in ("mine", "mine-2", "mine-3")]
+
+
+@pytest.mark.parametrize("resume", [None, "auto"])
+@pytest.mark.parametrize("name", ["final", "best", "summary.json", "samples.jsonl", "metrics.jsonl", "logs", ".best"])
+def test_a_folder_with_what_a_run_would_overwrite_is_refused(tmp_path, name, resume):
+    """Of another program, say: a run would have written config.yaml first."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "model.safetensors").write_text("mine")
+    with pytest.raises(ConfigError, match=rf"^run\.output_dir={tmp_path} (holds {name}|already holds)") as refused:
+        checkpoint.choose_folder(run_config(output_dir=str(tmp_path), resume=resume))
+    assert refused.value.key == "run.output_dir"
+    (tmp_path / "config.yaml").touch()  # a kill came before its text
+    with pytest.raises(ConfigError, match=r"^run\.output_dir="):
+        checkpoint.choose_folder(run_config(output_dir=str(tmp_path), resume=resume))
+
+
+def test_a_run_that_is_started_twice_with_auto_continues_once(tmp_path, monkeypatch):
+    """The second learns it before it reads a checkpoint, and of the folder nothing changes."""
+    from tests.test_lock import elsewhere
+
+    monkeypatch.setattr(lock, "ELSEWHERE", 0.0)
+    config = run_config(output_dir=str(tmp_path), resume="auto")
+    opened(config)
+    elsewhere(tmp_path / ".lock")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ConfigError, match=r"^run\.output_dir=.* is in use by another run \(process \d+ on node7"):
+        checkpoint.claim_folder(tmp_path, config, [].append)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_folder_with_other_files_is_used(tmp_path):
@@ -64,11 +102,12 @@ def test_a_folder_that_holds_a_run_is_refused_but_for_resuming(tmp_path, held):
 def test_a_folder_that_another_run_took_meanwhile_is_refused(tmp_path):
     """It is chosen at the start and made much later, when the reward model is there and calibrated."""
     one, other = (checkpoint.choose_folder(run_config(output_dir=str(tmp_path / "run"))) for _ in range(2))
-    checkpoint.make_folder(one, run_config(seed=1))
+    named = {"output_dir": str(one)}
+    checkpoint.make_folder(one, run_config(seed=1, **named), None)
     with pytest.raises(ConfigError, match=r"^run\.output_dir=.*taken by another run"):
-        checkpoint.make_folder(other, run_config(seed=2))
-    assert load(Config, tmp_path / "run" / "config.yaml") == run_config(seed=1)
-    checkpoint.make_folder(other, run_config(seed=3, resume="auto", changes=["run.seed"], output_dir=str(other)))
+        checkpoint.make_folder(other, run_config(seed=2, resume="auto", **named), None)
+    assert load(Config, tmp_path / "run" / "config.yaml") == run_config(seed=1, **named)
+    opened(run_config(seed=3, resume="auto", changes=["run.seed"], output_dir=str(other)))
     assert load(Config, tmp_path / "run" / "config.yaml") == run_config(seed=3, output_dir=str(other))
 
 

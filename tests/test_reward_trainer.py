@@ -23,11 +23,12 @@ from transformers import (
     pipeline,
 )
 
-from rlhf_accel import preferences, reward_trainer
+from rlhf_accel import lock, preferences, reward_trainer
 from rlhf_accel.config import Config, ConfigError, RewardConfig, RewardTrainingConfig, RunFailed, load, parse
 from rlhf_accel.reward import Classifier
 from rlhf_accel.reward_trainer import train_reward
 from rlhf_accel.trainer import PPOTrainer
+from tests.test_lock import elsewhere
 
 WORDS = {"awful": -3.0, "dull": -1.5, "odd": 0.0, "good": 1.5, "superb": 3.0}
 
@@ -282,6 +283,16 @@ def test_output_folder_in_use_is_left_alone(config, tmp_path, make, words):
     with pytest.raises(ConfigError, match=rf"run\.output_dir=.*{words}"):
         train_reward(config())
     assert before == {path: path.read_bytes() for path in tmp_path.glob("out/**/*") if path.is_file()}
+
+
+def test_of_two_that_train_towards_one_folder_the_second_is_refused_before_a_model_loads(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "ELSEWHERE", 0.0)
+    (tmp_path / "out").mkdir()
+    elsewhere(tmp_path / "out" / ".reward.lock")
+    monkeypatch.setattr(reward_trainer.classifiers, "load_tokenizer", None)
+    with pytest.raises(ConfigError, match=r"^run\.output_dir=.*reward is in use by another run \(process \d+ on node7"):
+        train_reward(config(ratings(40)))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".reward.lock"]
 
 
 def test_an_empty_output_folder_is_used(config, tmp_path):

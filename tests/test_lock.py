@@ -1,0 +1,161 @@
+"""One process holds a folder: others are told who, and a holder that is dead is taken over from."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+
+from rlhf_accel import lock
+from rlhf_accel.config import ConfigError, RunFailed
+from rlhf_accel.trainer import PPOTrainer
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from rlhf_accel import lock
+if sys.argv[2] == "none":
+    lock._system_lock = lambda handle: None
+held = lock.hold(Path(sys.argv[1]), "it", "run.output_dir")
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    for name, seconds in {"BEAT": 0.05, "SILENT": 0.4, "HERE": 0.2, "ELSEWHERE": 1.2, "_POLL": 0.02}.items():
+        monkeypatch.setattr(lock, name, seconds)
+
+
+def take(path, said=None):
+    return lock.hold(path, "run.output_dir=x", "run.output_dir", [].append if said is None else said.append)
+
+
+def elsewhere(path, **changes):
+    """What a process of another machine would have written."""
+    holder = replace(lock._this_process(), host="node7", machine="another", **changes)
+    path.touch()
+    handle = os.open(path, os.O_RDWR)
+    lock._write(handle, holder)
+    os.close(handle)
+    return holder
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("system", ["posix", "none"])
+def test_a_second_process_is_told_who_holds_it_and_a_killed_one_is_taken_over(tmp_path, monkeypatch, system):
+    if system == "none":  # as on a network disk without locks
+        monkeypatch.setattr(lock, "_system_lock", lambda handle: None)
+    path = tmp_path / ".lock"
+    other = subprocess.Popen([sys.executable, "-c", HOLD, path, system], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        before, said = json.loads(path.read_text()), []
+        with pytest.raises(ConfigError) as refused:
+            take(path, said)
+        assert f"run.output_dir=x is in use by another run (process {other.pid} on {before['host']}, since" in str(
+            refused.value
+        )
+        assert (refused.value.key, refused.value.facts["pid"]) == ("run.output_dir", other.pid)
+        assert len(said) == 1
+        assert json.loads(path.read_text())["token"] == before["token"]
+    finally:
+        other.kill()
+    time.sleep(0.1)
+    start = time.monotonic()  # nobody has waited for it: it is a zombie
+    held = take(path)
+    assert time.monotonic() - start < 0.2
+    assert json.loads(path.read_text())["pid"] == os.getpid()
+    other.wait()
+    held.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_holder_on_another_machine_is_known_by_its_heartbeat(tmp_path):
+    path = tmp_path / ".lock"
+    stopped = threading.Event()
+
+    def beats():
+        beat = 0
+        while not stopped.wait(0.05):
+            beat += 1
+            elsewhere(path, token="theirs", beat=beat)
+
+    thread = threading.Thread(target=beats)
+    thread.start()
+    try:
+        while not path.exists():
+            time.sleep(0.01)
+        with pytest.raises(ConfigError, match=rf"process {os.getpid()} on node7, since"):
+            take(path)
+        # Slurm kills the old job while the new one waits.
+        threading.Timer(0.3, stopped.set).start()
+        start = time.monotonic()
+        held = take(path)
+        assert 0.6 < time.monotonic() - start < 1.2
+    finally:
+        stopped.set()
+        thread.join()
+    assert held.lost_to() is None
+    held.release()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_who_was_taken_for_dead_notices_and_leaves_the_file_alone(tmp_path):
+    path = tmp_path / ".lock"
+    held = take(path)
+    assert held.lost_to() is None
+    elsewhere(path, token="theirs")
+    assert held.lost_to().startswith(f"process {os.getpid()} on node7, since")
+    time.sleep(0.2)  # several heartbeats
+    held.release()
+    assert json.loads(path.read_text())["token"] == "theirs"
+
+
+def test_it_passes_on_within_a_process_and_ends_with_its_owner(tmp_path):
+    path = tmp_path / ".lock"
+    first = take(path)
+    second = take(path)
+    first.release()
+    assert path.exists()
+    child = os.fork()
+    if child == 0:  # leaves as a process does, through what runs at its end
+        second.release()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert path.exists()
+    del second
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"pid": 1}', b"\xff\xfe", b"[" * 1024])
+def test_a_file_that_says_nobody_is_free(tmp_path, content):
+    path = tmp_path / ".lock"
+    path.write_bytes(content)
+    take(path).release()
+    assert not path.exists()
+
+
+@pytest.mark.usefixtures("exact_fp32")
+def test_a_run_whose_folder_was_taken_over_ends_and_writes_nothing_more(tiny, tmp_path, monkeypatch):
+    trainer = PPOTrainer(tiny(run={"total_steps": 3, "save_every": 1, "eval_samples": 0}))
+    step = trainer.step
+
+    def stands_still(prompts):
+        metrics = step(prompts)
+        if metrics["step"] == 2:
+            elsewhere(trainer.folder / ".lock", token="theirs")
+        return metrics
+
+    monkeypatch.setattr(trainer, "step", stands_still)
+    with pytest.raises(RunFailed, match=r"was taken over by process \d+ on node7, since .*writes nothing more"):
+        trainer.fit()
+    assert [path.name for path in (trainer.folder / "checkpoints").glob("step-*")] == ["step-000001"]
+    assert (trainer.folder / "metrics.jsonl").read_text().count("\n") == 1
+    assert (trainer.folder / ".lock").exists()
