@@ -27,6 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
+from rlhf_accel.borrowed import restored_globals
 from rlhf_accel.classifiers import load_tokenizer, most_tokens
 from rlhf_accel.config import ConfigError, RewardConfig, gold_name
 from rlhf_accel.models import DTYPES, load_pretrained
@@ -308,9 +309,12 @@ def import_function(target: str, key: str = "reward.function") -> RewardFunction
     if not is_ours(target) and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the module does when it is imported
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        with restored_globals(f"{key}={target}: importing {module_name}"):
+            module = importlib.import_module(module_name)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever the module does when it is imported, as ending the process
+        reason = " ".join(_in_words(error).split())
         raise ConfigError(
             f"{key}={target}: {module_name} cannot be imported ({reason}) from {Path.cwd()} or PYTHONPATH"
         ) from error
@@ -335,16 +339,21 @@ def _call(
     if isinstance(function, RemoteReward):
         timeout = timeout or function.timeout
     try:
-        values = _within(
-            None if isinstance(function, Classifier) else timeout,
-            lambda: function(list(prompts), list(responses), **{key: list(value) for key, value in columns.items()}),
-        )
-    except (Exception, SystemExit) as error:
-        raise RewardError(f"{name} raised {type(error).__name__}: {error}") from error
+        with restored_globals(name):
+            values = _within(
+                None if isinstance(function, Classifier) else timeout,
+                lambda: function(
+                    list(prompts), list(responses), **{key: list(value) for key, value in columns.items()}
+                ),
+            )
+    except KeyboardInterrupt:  # which is Ctrl-C
+        raise
+    except BaseException as error:  # a reward ends neither the process nor a generator of ours
+        raise RewardError(f"{name} raised {_in_words(error)}") from error
     try:
         scores = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise RewardError(f"{name} returned {values!r:.80}; return one number for each response") from error
+    except Exception as error:  # whatever it returned may raise when it is read
+        raise RewardError(f"{name} returned {_shown(values)}; return one number for each response") from error
     if scores.shape != (len(prompts),):
         raise RewardError(f"{name} returned {_amount(scores)} for {len(prompts)} responses; return one number for each")
     return scores
@@ -382,6 +391,20 @@ def _within(seconds: float | None, work: Callable[[], T]) -> T:
 
 def _raise(error: BaseException) -> Any:
     raise error
+
+
+def _in_words(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # of an exception whose text cannot be made
+        return type(error).__name__
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{value!r:.80}"
+    except Exception:
+        return f"something of type {type(value).__name__}"
 
 
 def _amount(scores: Tensor) -> str:
