@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import replace
 
@@ -26,10 +25,26 @@ time.sleep(600)
 """
 
 
+class Clock:
+    """Time that passes while somebody waits; `meanwhile` is told how late it is."""
+
+    def __init__(self):
+        self.now, self.meanwhile = 0.0, lambda now: None
+        self.strftime, self.gmtime = time.strftime, time.gmtime
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+        self.meanwhile(self.now)
+
+
 @pytest.fixture
-def impatient(monkeypatch):
-    for name, seconds in {"BEAT": 0.05, "SILENT": 0.4, "HERE": 0.2, "ELSEWHERE": 1.2, "_POLL": 0.02}.items():
-        monkeypatch.setattr(lock, name, seconds)
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(lock, "time", clock)
+    return clock
 
 
 def take(path, said=None):
@@ -46,9 +61,8 @@ def elsewhere(path, **changes):
     return holder
 
 
-@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("system", ["posix", "none"])
-def test_a_second_process_is_told_who_holds_it_and_a_killed_one_is_taken_over(tmp_path, monkeypatch, system):
+def test_a_second_process_is_told_who_holds_it_and_a_killed_one_is_taken_over(tmp_path, monkeypatch, clock, system):
     if system == "none":  # as on a network disk without locks
         monkeypatch.setattr(lock, "_system_lock", lambda handle: None)
     path = tmp_path / ".lock"
@@ -63,51 +77,42 @@ def test_a_second_process_is_told_who_holds_it_and_a_killed_one_is_taken_over(tm
         )
         assert (refused.value.key, refused.value.facts["pid"]) == ("run.output_dir", other.pid)
         assert len(said) == 1
+        assert 10 <= clock.now < 11
         assert json.loads(path.read_text())["token"] == before["token"]
     finally:
         other.kill()
-    time.sleep(0.1)
-    start = time.monotonic()  # nobody has waited for it: it is a zombie
+    os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)  # all of its threads have ended; it stays a zombie
+    late = clock.now
     held = take(path)
-    assert time.monotonic() - start < 0.2
+    assert clock.now == late
     assert json.loads(path.read_text())["pid"] == os.getpid()
     other.wait()
     held.release()
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("impatient")
-def test_a_holder_on_another_machine_is_known_by_its_heartbeat(tmp_path):
+def test_a_holder_on_another_machine_is_known_by_its_heartbeat(tmp_path, clock):
     path = tmp_path / ".lock"
-    stopped = threading.Event()
 
-    def beats():
-        beat = 0
-        while not stopped.wait(0.05):
-            beat += 1
-            elsewhere(path, token="theirs", beat=beat)
+    def beats_until(end):
+        elsewhere(path, token="theirs", beat=0)
+        start = clock.now
+        clock.meanwhile = lambda now: now <= start + end and elsewhere(path, token="theirs", beat=int(now // lock.BEAT))
+        return start
 
-    thread = threading.Thread(target=beats)
-    thread.start()
-    try:
-        while not path.exists():
-            time.sleep(0.01)
-        with pytest.raises(ConfigError, match=rf"process {os.getpid()} on node7, since"):
-            take(path)
-        # Slurm kills the old job while the new one waits.
-        threading.Timer(0.3, stopped.set).start()
-        start = time.monotonic()
-        held = take(path)
-        assert 0.6 < time.monotonic() - start < 1.2
-    finally:
-        stopped.set()
-        thread.join()
+    start = beats_until(1000)
+    with pytest.raises(ConfigError, match=rf"process {os.getpid()} on node7, since"):
+        take(path)
+    assert 90 <= clock.now - start < 91
+    start = beats_until(40)  # Slurm kills the old job while the new one waits
+    held = take(path)
+    assert 65 <= clock.now - start < 71
     assert held.lost_to() is None
     held.release()
 
 
-@pytest.mark.usefixtures("impatient")
-def test_who_was_taken_for_dead_notices_and_leaves_the_file_alone(tmp_path):
+def test_who_was_taken_for_dead_notices_and_leaves_the_file_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT", 0.01)
     path = tmp_path / ".lock"
     held = take(path)
     assert held.lost_to() is None
