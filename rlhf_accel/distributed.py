@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     GradientAccumulationPlugin,
@@ -59,6 +60,7 @@ class Runtime:
         gather_parameters: str = "auto",
     ) -> None:
         _check_trackers(run.trackers)
+        _check_precision_of_process()
         tune_process()
         quiet_libraries()
         no_gpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
@@ -84,8 +86,8 @@ class Runtime:
                 project_dir=".",  # asked for already here; the run's folder is known when start_trackers() says it
             )
         except (ValueError, ImportError) as error:
-            keys = f"run.trackers={list(run.trackers)}" + (" or the launch's DeepSpeed settings" if deepspeed else "")
-            raise ConfigError(f"{keys}: {str(error).splitlines()[0]}") from error
+            whose = "the launch's DeepSpeed settings" if deepspeed else "the launch's settings"
+            raise ConfigError(f"{whose}: {str(error).splitlines()[0]}") from error
         if self._accelerator.distributed_type in (DistributedType.FSDP, DistributedType.MEGATRON_LM):
             raise ConfigError(
                 f"distributed_type={self._accelerator.distributed_type.value} of the launch is not known here; use one "
@@ -221,6 +223,9 @@ class Runtime:
         if self._deepspeed is not None:
             self._module.step()
             return float(self._module.get_global_grad_norm()), self._module.was_step_applied()
+        # Accelerate skips steps while gradients accumulate, and whether they do is one state for the whole process,
+        # which an `Accelerator` of somebody else may have left so.
+        self._accelerator.gradient_state._set_sync_gradients(True)
         limit = self._max_grad_norm if self._max_grad_norm is not None else float("inf")
         norm = float(self._accelerator.clip_grad_norm_(self.module.parameters(), limit))
         taken = bool(np.isfinite(norm))
@@ -713,13 +718,40 @@ def first_of_all(what: str) -> bool:
         return True
 
 
+def release_accelerate() -> None:
+    """Let go of the precision that Accelerate holds for the whole process, so that the next run of this process may
+    bring its own. The processes of the launch stay together."""
+    AcceleratorState._reset_state()
+
+
+def _check_precision_of_process() -> None:
+    """Raises `ConfigError` where an `Accelerator` that is not a run's has set the precision of this process."""
+    if not AcceleratorState._shared_state:
+        return
+    held = AcceleratorState().mixed_precision
+    if held != "no":
+        raise ConfigError(
+            f"this process already has an Accelerator(mixed_precision={held!r}), which would round within the run; "
+            "make it after the run, with mixed_precision='no', or in another process",
+            mixed_precision=held,
+        )
+
+
 def _check_trackers(names: Sequence[str]) -> None:
-    """Raises `ConfigError` for trackers that Accelerate knows and that are not installed: it would leave them out."""
+    """Raises `ConfigError` for trackers that Accelerate does not know, and for those that are not installed, which it
+    would leave out."""
+    for name in names:
+        if name not in LoggerType.list():
+            raise ConfigError(
+                f"run.trackers={list(names)}: {name} is not a tracker; known are {', '.join(LoggerType.list())}",
+                key="run.trackers",
+            )
     available = [str(name) for name in get_available_trackers()]
-    absent = [name for name in names if name in LoggerType.list() and name not in (*available, "all")]
+    absent = [name for name in names if name not in (*available, "all")]
     if absent:
         raise ConfigError(
-            f"run.trackers={list(names)}: {', '.join(absent)} is not installed; {trackers.pip_command(absent)}"
+            f"run.trackers={list(names)}: {', '.join(absent)} is not installed; {trackers.pip_command(absent)}",
+            key="run.trackers",
         )
 
 

@@ -27,6 +27,7 @@ from transformers import Trainer, TrainingArguments
 from rlhf_accel import assets, calibration, classifiers, files, preferences, reward_card
 from rlhf_accel.calibration import preference_loss
 from rlhf_accel.config import ConfigError, RewardTrainingConfig, RunFailed, from_command_line
+from rlhf_accel.distributed import release_accelerate
 from rlhf_accel.lock import hold
 from rlhf_accel.preferences import Feedback, Sets
 from rlhf_accel.runtime import computes_in_bf16, quiet_libraries, tune_process
@@ -42,8 +43,11 @@ def train_reward(config: RewardTrainingConfig) -> dict[str, float]:
     that cannot be loaded; `RunFailed` if the model diverged, or the disk refuses it.
     """
     output = _free_folder(config)
-    with _alone(output):
-        return _train(config, _free_folder(config))  # once more: whom it waited for may have filled it
+    try:
+        with _alone(output):
+            return _train(config, _free_folder(config))  # once more: whom it waited for may have filled it
+    finally:
+        release_accelerate()  # transformers' Trainer took it in run.precision
 
 
 def _train(config: RewardTrainingConfig, output: Path) -> dict[str, float]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import random
 import resource
 import sys
@@ -20,6 +21,9 @@ import transformers
 
 # mallopt's parameter numbers, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+
+# Instruction sets below bf16 units, as oneDNN's ONEDNN_MAX_CPU_ISA names them.
+_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
 
 
 def tune_process() -> None:
@@ -76,10 +80,18 @@ def quiet_libraries() -> None:
 
 
 def computes_in_bf16(device: torch.device) -> bool:
-    """Whether the device has bf16 arithmetic of its own; elsewhere it is emulated, on a CPU up to 100 times slower."""
+    """Whether the device has bf16 arithmetic of its own; elsewhere it is emulated, on a CPU up to 100 times slower.
+
+    For a CPU, `RLHF_ACCEL_CPU_BF16` in the environment, 0 or 1, decides what is assumed whatever the CPU has.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assumed = os.environ.get("RLHF_ACCEL_CPU_BF16", "")
+    if device.type != "cpu" or assumed in ("0", "1"):
+        return device.type == "cpu" and assumed == "1"
+    # torch asks the CPU, and oneDNN, which computes, heeds this variable of its own.
+    within = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    return within not in _WITHOUT_BF16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @functools.cache

@@ -7,6 +7,8 @@ import json
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import GradientState
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -136,6 +138,26 @@ def test_a_deepspeed_file_that_is_none_is_refused(deepspeed_file, tmp_path, monk
 def test_no_launch_by_deepspeed_is_none():
     assert _deepspeed_plugin("fp32", 1.0, 8) is None
     assert Runtime(parse(Config, {}).run).zero_stage == 0
+
+
+def test_an_accelerator_of_another_precision_is_named_and_not_the_trackers() -> None:
+    Accelerator(mixed_precision="bf16", cpu=True)
+    with pytest.raises(ConfigError, match=r"already has an Accelerator\(mixed_precision='bf16'\)") as found:
+        Runtime(parse(Config, {}).run)
+    assert found.value.facts == {"mixed_precision": "bf16"} and "run.trackers" not in str(found.value)
+
+
+def test_a_gradient_is_applied_whatever_another_accelerator_left() -> None:
+    """Accelerate skips optimizer steps while gradients accumulate, by one flag of the whole process."""
+    runtime = Runtime(parse(Config, {}).run)
+    module = torch.nn.Linear(2, 1)
+    runtime.prepare(module, torch.optim.SGD(module.parameters(), lr=1.0))
+    before = module.weight.clone()
+    runtime.backward([lambda: module(torch.ones(2)).sum()])
+    GradientState()._set_sync_gradients(False)
+    assert runtime.optimizer_step()[1]
+    torch.testing.assert_close(module.weight, before - 1)
+    assert module.weight.grad is None
 
 
 def test_passes_of_very_different_lengths_pad_little() -> None:

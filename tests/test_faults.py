@@ -86,12 +86,15 @@ class Victim:
         log = self.folder / "logs" / "rank-0.log"
         return log.read_text().count("\n") if log.exists() else 0
 
-    def kill_after(self, seconds: float) -> bool:
-        """Start it, and kill it so long after it began to train; False if it was done before."""
-        before, process = self.phases(), self.start()
-        while self.phases() == before and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(seconds)
+    def kill_after(self, phases: float) -> bool:
+        """Start it, and kill it when its log shows that so many phases were entered, the last of them in part; False if
+        it was done before."""
+        before, process, entered = self.phases(), self.start(), [time.monotonic()]
+        while len(entered) <= int(phases) and process.poll() is None:
+            entered += [time.monotonic()] * (self.phases() - before + 1 - len(entered))
+            time.sleep(0.002)
+        if len(entered) > 2:  # of the phase that goes on, by how long the one before it took
+            time.sleep((phases % 1) * (entered[-1] - entered[-2]))
         alive = process.poll() is None
         if alive:
             family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
@@ -106,14 +109,15 @@ class Victim:
 
 
 def kill_and_go_on(
-    command: Callable[[Path], list[str]], folder: Path, kills: int, most: float, same: Callable[[Path, Path], None]
+    command: Callable[[Path], list[str]], folder: Path, kills: int, most: int, same: Callable[[Path, Path], None]
 ) -> None:
+    """`most` is the number of phases after which it is killed at the latest; a step has three or more."""
     whole, victim = Victim(command(folder / "whole"), folder / "whole"), Victim(command(folder / "run"), folder / "run")
     folder.mkdir(exist_ok=True)
     whole.finish()
     moments, done = random.Random(0), 0
     for _ in range(3 * kills):
-        done += victim.kill_after(moments.uniform(0, most))
+        done += victim.kill_after(moments.uniform(1, most))
         if done == kills:
             break
     assert done == kills, "it was finished before it was killed often enough"
@@ -130,11 +134,11 @@ def command_for(config: dict[str, Any], folder: Path, launch: Callable[..., list
 
 @pytest.mark.parametrize(
     ("kills", "steps", "most"),
-    [(2, 12, 1.0), pytest.param(30, 240, 1.0, marks=pytest.mark.long)],
+    [(2, 12, 18), pytest.param(30, 240, 24, marks=pytest.mark.long)],
     ids=["short", "long"],
 )
 def test_killed_at_any_moment_it_is_the_run_that_never_was(
-    kills: int, steps: int, most: float, gpt2_folder: Path, prompts_file: Path, tmp_path: Path
+    kills: int, steps: int, most: int, gpt2_folder: Path, prompts_file: Path, tmp_path: Path
 ) -> None:
     config = long_run(gpt2_folder, prompts_file, steps)
     command = command_for(config, tmp_path, lambda *options: [sys.executable, str(TRAIN), *options])
@@ -158,7 +162,7 @@ def test_two_processes_killed_at_any_moment(config: str, gpt2_folder: Path, prom
         assert_same_weights(one / "final", other / "final", 1e-6)
 
     command = command_for(settings, tmp_path, lambda *rest: launched(config, 2, TRAIN, *rest, options=options))
-    kill_and_go_on(command, tmp_path / "runs", 5, 3.0, same)
+    kill_and_go_on(command, tmp_path / "runs", 5, 24, same)
 
 
 # Signals

@@ -596,3 +596,24 @@ def test_contradictions_name_their_keys(config, sections, words):
     with pytest.raises(ConfigError) as error:
         config(**sections)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+# Beside other runs in one process
+
+
+def test_a_process_trains_a_reward_and_then_two_policies(config, tiny, gpt2_folder, tmp_path):
+    """Each in a precision of its own: Accelerate keeps the first one for the whole process."""
+    folder = tmp_path / "out" / "reward"
+    brief = {"model": {"name_or_path": str(gpt2_folder)}, "data": {"objective": "pairs"}, "optim": {"epochs": 0.2}}
+    train_reward(config(pairs(60), run={"precision": "bf16"}, **brief))
+    run = {"total_steps": 1, "eval_samples": 0}
+    reward = {"model": str(folder), "function": []}
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        place = str(tmp_path / precision)
+        trainer = PPOTrainer(tiny(run={**run, "precision": precision, "output_dir": place}, reward=reward))
+        with trainer.runtime.autocast():
+            assert torch.nn.functional.linear(torch.ones(1, 2), torch.ones(1, 2)).dtype == dtype
+        before = trainer.runtime.plain_module.value_head.weight.clone()
+        trainer.fit()
+        assert not torch.equal(before, trainer.runtime.plain_module.value_head.weight)
+    train_reward(config(pairs(60), run={"output_dir": str(tmp_path / "again"), "precision": "bf16"}, **brief))
