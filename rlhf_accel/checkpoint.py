@@ -194,7 +194,7 @@ def resume_folder(
         _check_unfinished(config, folder)  # before checkpoints are looked for: a short run leaves none
         found = _newest_whole(folder, say)
         if found is None and (resume == "latest" or _checkpoints(folder / CHECKPOINTS)):
-            raise ConfigError(f"run.resume={resume}: {_why_none(folder)}")
+            raise ConfigError(f"run.resume={resume}: {_why_none(folder)}", key="run.resume")
         if found is None:
             _check_unchanged(config, folder)
             say(f"run.resume=auto: {folder} holds no checkpoint, so the run starts")
@@ -203,28 +203,34 @@ def resume_folder(
     else:
         place = Path(resume).absolute()
         if not place.is_dir():
-            raise ConfigError(f"run.resume={resume}: neither latest, auto nor the folder of a checkpoint")
+            raise ConfigError(
+                f"run.resume={resume}: neither latest, auto nor the folder of a checkpoint", key="run.resume"
+            )
         if place.parent != folder / CHECKPOINTS and holds_run(folder):
             raise ConfigError(
                 f"run.output_dir={folder} holds another run than run.resume={resume}; name that run's folder or a new "
-                "one"
+                "one",
+                key="run.output_dir",
             )
         try:
             manifest = check(place)
         except _Damaged as error:
-            raise ConfigError(f"run.resume={resume} is not a whole checkpoint: {error}") from None
+            raise ConfigError(f"run.resume={resume} is not a whole checkpoint: {error}", key="run.resume") from None
     progress = load_progress(place)
     if manifest.sharded and (manifest.zero_stage, manifest.world_size) != (zero_stage, world_size):
         now = f"ZeRO-{zero_stage} on {world_size} processes" if zero_stage else "no DeepSpeed"
         raise ConfigError(
             f"run.resume={resume}: {place} was written with ZeRO-{manifest.zero_stage} on {manifest.world_size} "
-            f"processes, and this is {now}; only run.checkpoint=portable serves another launch"
+            f"processes, and this is {now}; only run.checkpoint=portable serves another launch",
+            key="run.resume",
         )
     _check_unchanged(config, place)
     _check_unfinished(config, folder)
     total = config.run.total_steps
     if progress.step > total:
-        raise ConfigError(f"run.total_steps={total}: {place} has done {progress.step} steps already; raise it")
+        raise ConfigError(
+            f"run.total_steps={total}: {place} has done {progress.step} steps already; raise it", key="run.total_steps"
+        )
     other = [f"{name} {old}" for name, old in manifest.versions.items() if old != versions().get(name)]
     if other:
         say(f"{place} was written with {', '.join(other)}: figures may differ from here on by rounding")
@@ -388,7 +394,7 @@ def load_progress(checkpoint: Path) -> Progress:
         return Progress(**json.loads((checkpoint / "progress.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
-            f"run.resume: {checkpoint / 'progress.json'} is not what this version writes ({error})"
+            f"run.resume: {checkpoint / 'progress.json'} is not what this version writes ({error})", key="run.resume"
         ) from None
 
 
@@ -447,13 +453,16 @@ def _check_unchanged(config: Config, folder: Path) -> None:
     except ConfigError as error:
         if not (folder / "config.yaml").exists() or not (folder / "config.yaml").read_bytes().strip():
             return  # nothing was begun here, or a kill came first
-        raise ConfigError(f"run.resume={config.run.resume}: {folder / 'config.yaml'} is no config ({error})") from None
+        raise ConfigError(
+            f"run.resume={config.run.resume}: {folder / 'config.yaml'} is no config ({error})", key="run.resume"
+        ) from None
     changed = changed_keys(before, config)
     if changed:
         names = [change.partition(" ")[0] for change in changed]
         raise ConfigError(
             f"run.resume={config.run.resume}: {folder} was written with another config: {', '.join(changed)}; set it "
-            f"back, or pass --run.changes '[{', '.join(names)}]' if this is meant"
+            f"back, or pass --run.changes '[{', '.join(names)}]' if this is meant",
+            key="run.resume",
         )
 
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_accel import assets
-from rlhf_accel.config import ConfigError, RewardTrainingConfig
+from rlhf_accel.config import ConfigError, RewardTrainingConfig, key_in
 from rlhf_accel.loading import adapted, pretrained
 
 Classifier = Any
@@ -41,13 +41,14 @@ def load_tokenizer(path: str, said: str, *, trust_remote_code: bool) -> Any:
         raise
     except Exception as error:  # the libraries below raise many kinds for a missing or broken tokenizer
         raise ConfigError(
-            f"{said}: no tokenizer could be loaded; save one beside the model ({_reason(error)})"
+            f"{said}: no tokenizer could be loaded; save one beside the model ({_reason(error)})", key=key_in(said)
         ) from error
     if tokenizer.pad_token_id is None:
         # Decoder classifiers find a text's last token by the model's own pad id.
         if tokenizer.eos_token is None:
             raise ConfigError(
-                f"{said}: its tokenizer has neither a PAD nor an EOS token; give it a PAD and save it again"
+                f"{said}: its tokenizer has neither a PAD nor an EOS token; give it a PAD and save it again",
+                key=key_in(said),
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -97,7 +98,9 @@ def load(config: RewardTrainingConfig, tokenizer: Any, labels: Sequence[str]) ->
     try:
         return get_peft_model(model, settings)
     except ValueError as error:
-        raise ConfigError(f"lora.target_modules={targets}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(
+            f"lora.target_modules={targets}: {str(error).splitlines()[0]}", key="lora.target_modules"
+        ) from error
 
 
 def output_layer(model: Classifier) -> nn.Linear:
@@ -181,7 +184,8 @@ def _named(config: RewardTrainingConfig) -> Iterator[None]:
     except Exception as error:  # a missing, broken or foreign file raises many kinds
         raise ConfigError(
             f"model.name_or_path={config.model.name_or_path}: neither a folder with a model and its tokenizer nor one "
-            f"that the hub or its cache gave ({_reason(error)})"
+            f"that the hub or its cache gave ({_reason(error)})",
+            key="model.name_or_path",
         ) from error
 
 

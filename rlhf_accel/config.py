@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
@@ -66,8 +66,10 @@ class ConfigError(ValueError):
     """A config or an input that cannot work: one line with what was found, what was expected and the key to change.
 
     The commands print it and exit with status 2. Line breaks in the message, such as a library's, become spaces.
-    `key` is the config key or command-line option to change, None where no single one is at fault; `facts` holds what
-    was found, by name, for code that reacts to the error: numbers and strings, never parts of the message.
+    `key` is what to change: a key of the config or of the launch's files, a command-line option or an environment
+    variable; None where no single one is at fault. `facts` holds what was found, by name, for code that reacts to the
+    error: numbers and strings, never parts of the message. Where keys contradict each other, the fact `others` names
+    those beside `key`.
     """
 
     def __init__(self, message: str, *, key: str | None = None, **facts: Any) -> None:
@@ -88,6 +90,15 @@ class RunFailed(RuntimeError):
 
     def __init__(self, message: str) -> None:
         super().__init__(_one_line(message))
+
+
+def key_in(named: str) -> str:
+    """The key of `key=value` or `--option value`, with which a message begins.
+
+    >>> key_in("reward.model=gpt2"), key_in("--base gpt2"), key_in("data.pair_fields: row 1")
+    ('reward.model', '--base', 'data.pair_fields')
+    """
+    return named.partition(" ")[0].partition("=")[0].removesuffix(":")
 
 
 def _one_line(message: str) -> str:
@@ -362,9 +373,8 @@ class Config:
     optim: OptimConfig = OptimConfig()
 
     def __post_init__(self) -> None:
-        problems = _contradictions(self)
-        if problems:
-            raise ValueError(problems[0])
+        for contradiction in _contradictions(self):
+            raise contradiction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -487,37 +497,53 @@ class RewardTrainingConfig:
     optim: RewardOptimConfig = RewardOptimConfig()
 
     def __post_init__(self) -> None:
-        problems = _reward_contradictions(self)
-        if problems:
-            raise ValueError(problems[0])
+        for contradiction in _reward_contradictions(self):
+            raise contradiction
 
 
-def _reward_contradictions(config: RewardTrainingConfig) -> list[str]:
+def _reward_contradictions(config: RewardTrainingConfig) -> Iterator[ConfigError]:
     run, data, model = config.run, config.data, config.model
-    problems = []
     if data.eval_split in (data.split, data.source):
-        problems.append(f"data.eval_split={data.eval_split} is what training reads; name another")
+        yield ConfigError(
+            f"data.eval_split={data.eval_split} is what training reads; name another", key="data.eval_split"
+        )
     if data.tuning_split is not None and data.tuning_split in (data.split, data.source, data.eval_split):
-        problems.append(
+        yield ConfigError(
             f"data.tuning_split={data.tuning_split} is what training or the report reads; name another, or remove it "
-            "for half of data.eval_split"
+            "for half of data.eval_split",
+            key="data.tuning_split",
+            others=("data.eval_split",),
         )
     if run.eval_every > 1 and run.eval_every != int(run.eval_every):
-        problems.append(f"run.eval_every={run.eval_every:g} is no number of steps; use a whole one, or a share below 1")
+        yield ConfigError(
+            f"run.eval_every={run.eval_every:g} is no number of steps; use a whole one, or a share below 1",
+            key="run.eval_every",
+        )
     if data.objective != "pairs":
         given = [key for key in ("choice_field", "margin_field") if getattr(data, key) is not None]
         if given:
-            problems.append(f"data.{given[0]} is set, which is for pairs; remove it, or set data.objective=pairs")
+            yield ConfigError(
+                f"data.{given[0]} is set, which is for pairs; remove it, or set data.objective=pairs",
+                key=f"data.{given[0]}",
+                others=("data.objective",),
+            )
         if model.normalize not in ("auto", "none"):
-            problems.append(
+            yield ConfigError(
                 f"model.normalize={model.normalize} would change what the scores of data.objective={data.objective} "
-                "mean; remove it"
+                "mean; remove it",
+                key="model.normalize",
+                others=("data.objective",),
             )
     elif data.source.startswith("embedded:") and (data.choice_field or data.margin_field):
-        problems.append(f"data.choice_field and data.margin_field are not in {data.source}; remove them")
+        yield ConfigError(
+            f"data.choice_field and data.margin_field are not in {data.source}; remove them",
+            key="data.choice_field",
+            others=("data.margin_field", "data.source"),
+        )
     if data.pair_fields[0] == data.pair_fields[1]:
-        problems.append(f"data.pair_fields={list(data.pair_fields)} names one column twice; name two")
-    return problems
+        yield ConfigError(
+            f"data.pair_fields={list(data.pair_fields)} names one column twice; name two", key="data.pair_fields"
+        )
 
 
 C = TypeVar("C")
@@ -593,7 +619,7 @@ def take_option(arguments: list[str], name: str, value: str) -> str | None:
     """
     places = [i for i, argument in enumerate(arguments) if argument.partition("=")[0] == f"--{name}"]
     if len(places) > 1:
-        raise ConfigError(f"--{name} is given more than once; keep one of them")
+        raise ConfigError(f"--{name} is given more than once; keep one of them", key=f"--{name}")
     if not places:
         return None
     i = places[0]
@@ -601,7 +627,7 @@ def take_option(arguments: list[str], name: str, value: str) -> str | None:
     if not equals:
         said = "".join(arguments[i + 1 : i + 2])
     if not said or (not equals and said.startswith("--")):
-        raise ConfigError(f"--{name} needs a value: --{name} {value}")
+        raise ConfigError(f"--{name} needs a value: --{name} {value}", key=f"--{name}")
     del arguments[i : i + (1 if equals else 2)]
     return said
 
@@ -630,10 +656,11 @@ def parse(cls: type[C], tree: Mapping[str, Any], *, to_train: bool = True) -> C:
         config = TypeAdapter(cls).validate_python(tree)
     except ValidationError as error:
         first = error.errors()[0]
+        contradiction = first.get("ctx", {}).get("error")
+        if isinstance(contradiction, ConfigError):
+            raise contradiction from None
         key = ".".join(str(part) for part in first["loc"] if isinstance(part, str) and "[" not in part)
-        if not key:
-            raise ConfigError(first["msg"].removeprefix("Value error, ")) from None
-        raise ConfigError(f"{key}={_short(first['input'])}: {_message(first)}") from None
+        raise ConfigError(f"{key}={_short(first['input'])}: {_message(first)}", key=key) from None
     if to_train and isinstance(config, Config):
         check_trainable(config)
     return config
@@ -658,22 +685,26 @@ def read_yaml(source: str | Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(
-            f"--config {source}: neither a file nor a recipe; recipes are {', '.join(recipe_names())}"
+            f"--config {source}: neither a file nor a recipe; recipes are {', '.join(recipe_names())}", key="--config"
         ) from None
     except OSError as error:
-        raise ConfigError(f"--config {source}: cannot be read ({error.strerror})") from None
+        raise ConfigError(f"--config {source}: cannot be read ({error.strerror})", key="--config") from None
     except ValueError as error:  # not UTF-8, or a name that no file can have
-        raise ConfigError(f"--config {source}: not a text file ({error})") from None
+        raise ConfigError(f"--config {source}: not a text file ({error})", key="--config") from None
     try:
         tree = _safe_load(text)
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" (line {where.line + 1})" if where else ""
-        raise ConfigError(f"--config {source}: not valid YAML{line}; {getattr(error, 'problem', error)}") from None
+        raise ConfigError(
+            f"--config {source}: not valid YAML{line}; {getattr(error, 'problem', error)}", key="--config"
+        ) from None
     if tree is None:
-        raise ConfigError(f"--config {source}: the file is empty")
+        raise ConfigError(f"--config {source}: the file is empty", key="--config")
     if not isinstance(tree, dict):
-        raise ConfigError(f"--config {source}: expected a mapping of sections, found {type(tree).__name__}")
+        raise ConfigError(
+            f"--config {source}: expected a mapping of sections, found {type(tree).__name__}", key="--config"
+        )
     return tree
 
 
@@ -688,11 +719,11 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
     while rest:
         flag = rest.pop(0)
         if not flag.startswith("--") or len(flag) < 3:
-            raise ConfigError(f"unexpected argument {flag!r}; overrides look like --section.key value")
+            raise ConfigError(f"unexpected argument {flag!r}; overrides look like --section.key value", key=flag)
         key, equals, value = flag[2:].partition("=")
         if not equals:
             if not rest or rest[0].startswith("--"):
-                raise ConfigError(f"--{key} needs a value: --{key} VALUE")
+                raise ConfigError(f"--{key} needs a value: --{key} VALUE", key=f"--{key}")
             value = rest.pop(0)
         try:
             pairs.append((key, _safe_load(value)))
@@ -755,146 +786,218 @@ def key_names(cls: Any, prefix: str = "") -> list[str]:
     return names
 
 
-def _contradictions(config: Config) -> list[str]:
+def _contradictions(config: Config) -> Iterator[ConfigError]:
     run, data, rollout, ppo = config.run, config.data, config.rollout, config.ppo
-    problems = []
     if rollout.batch_size % ppo.num_minibatches:
-        problems.append(
+        yield ConfigError(
             f"ppo.num_minibatches={ppo.num_minibatches} does not divide rollout.batch_size={rollout.batch_size}; "
-            "choose a divisor"
+            "choose a divisor",
+            key="ppo.num_minibatches",
+            others=("rollout.batch_size",),
         )
     if rollout.min_new_tokens > rollout.max_new_tokens:
-        problems.append(
+        yield ConfigError(
             f"rollout.min_new_tokens={rollout.min_new_tokens} is above "
-            f"rollout.max_new_tokens={rollout.max_new_tokens}; lower it"
+            f"rollout.max_new_tokens={rollout.max_new_tokens}; lower it",
+            key="rollout.min_new_tokens",
+            others=("rollout.max_new_tokens",),
         )
     if not run.project.strip(". ") or set(run.project) & set("/\\#?%:"):
-        problems.append(f"run.project={_short(run.project)} is no name for trackers; use none of / \\ # ? % :")
+        yield ConfigError(
+            f"run.project={_short(run.project)} is no name for trackers; use none of / \\ # ? % :",
+            key="run.project",
+        )
     if not all(rollout.stop):
-        problems.append("rollout.stop holds an empty text, which every response contains; remove it")
+        yield ConfigError(
+            "rollout.stop holds an empty text, which every response contains; remove it", key="rollout.stop"
+        )
     if data.eval_split is not None and data.eval_split in (data.split, data.source):
-        problems.append(
+        yield ConfigError(
             f"data.eval_split={data.eval_split} is what training reads; name another, or leave it out to hold out a "
-            "tenth of data.split"
+            "tenth of data.split",
+            key="data.eval_split",
+            others=("data.split",),
         )
     if data.prompt_tokens is not None:
         low, high = data.prompt_tokens
         if low > high:
-            problems.append(f"data.prompt_tokens=[{low}, {high}] is not a range; put the smaller number first")
-        if high > rollout.max_prompt_tokens:
-            problems.append(
-                f"data.prompt_tokens=[{low}, {high}] goes above rollout.max_prompt_tokens="
-                f"{rollout.max_prompt_tokens}; raise the latter"
+            yield ConfigError(
+                f"data.prompt_tokens=[{low}, {high}] is not a range; put the smaller number first",
+                key="data.prompt_tokens",
             )
-    problems += _scoring_contradictions(config)
-    problems += _model_contradictions(config)
+        if high > rollout.max_prompt_tokens:
+            yield ConfigError(
+                f"data.prompt_tokens=[{low}, {high}] goes above rollout.max_prompt_tokens="
+                f"{rollout.max_prompt_tokens}; raise the latter",
+                key="data.prompt_tokens",
+                others=("rollout.max_prompt_tokens",),
+            )
+    yield from _scoring_contradictions(config)
+    yield from _model_contradictions(config)
     if rollout.max_prompt_tokens + rollout.max_new_tokens > ppo.micro_batch_tokens:
-        problems.append(
+        yield ConfigError(
             f"ppo.micro_batch_tokens={ppo.micro_batch_tokens} is below one sample's rollout.max_prompt_tokens + "
-            f"rollout.max_new_tokens={rollout.max_prompt_tokens + rollout.max_new_tokens}; raise it"
+            f"rollout.max_new_tokens={rollout.max_prompt_tokens + rollout.max_new_tokens}; raise it",
+            key="ppo.micro_batch_tokens",
+            others=("rollout.max_prompt_tokens", "rollout.max_new_tokens"),
         )
     if ppo.kl_target is not None and ppo.kl_coef == 0:
-        problems.append("ppo.kl_target is set and ppo.kl_coef=0, which could never rise; set ppo.kl_coef above 0")
+        yield ConfigError(
+            "ppo.kl_target is set and ppo.kl_coef=0, which could never rise; set ppo.kl_coef above 0",
+            key="ppo.kl_target",
+            others=("ppo.kl_coef",),
+        )
     # The controller changes its coefficient by at most 0.2 x batch / horizon of it, which has to stay below all of it.
     if ppo.kl_target is not None and ppo.kl_horizon <= 0.2 * rollout.batch_size:
-        problems.append(
+        yield ConfigError(
             f"ppo.kl_horizon={ppo.kl_horizon:g} could turn the coefficient to 0 in a step of rollout.batch_size="
-            f"{rollout.batch_size}; raise it above {0.2 * rollout.batch_size:g}"
+            f"{rollout.batch_size}; raise it above {0.2 * rollout.batch_size:g}",
+            key="ppo.kl_horizon",
+            others=("rollout.batch_size",),
         )
     if run.resume in ("latest", "auto") and run.output_dir is None:
-        problems.append(f"run.resume={run.resume} needs run.output_dir, the folder of the run to go on with")
+        yield ConfigError(
+            f"run.resume={run.resume} needs run.output_dir, the folder of the run to go on with",
+            key="run.resume",
+            others=("run.output_dir",),
+        )
     for key in run.changes:
         if key not in key_names(Config):
-            problems.append(f"run.changes: {_unknown(key, key_names(Config))}")
-    return problems
+            yield ConfigError(f"run.changes: {_unknown(key, key_names(Config))}", key="run.changes")
 
 
-def _scoring_contradictions(config: Config) -> list[str]:
+def _scoring_contradictions(config: Config) -> Iterator[ConfigError]:
     reward = config.reward
-    problems = []
     terms = (reward.model is not None) + (reward.url is not None) + len(reward.function)
     if reward.weights is not None and len(reward.weights) != terms:
-        problems.append(
+        yield ConfigError(
             f"reward.weights has {len(reward.weights)} numbers for {terms} rewards (reward.model, reward.url and "
-            "reward.function); give one for each"
+            "reward.function); give one for each",
+            key="reward.weights",
+            others=("reward.model", "reward.url", "reward.function"),
         )
     if reward.url is not None:
-        problems += _url_problems(reward.url)
-    problems += _gold_problems(reward)
+        yield from _url_problems(reward.url)
+    yield from _gold_problems(reward)
     patience = (reward.timeout or 0.0) * (reward.retries + 1) + reward.retry_wait * (2**reward.retries - 1)
     if reward.timeout is not None and patience >= config.run.collective_timeout:
-        problems.append(
+        yield ConfigError(
             f"reward.timeout={reward.timeout:g} with reward.retries={reward.retries} may take {patience:g} s, and "
-            f"others wait for run.collective_timeout={config.run.collective_timeout:g} s; raise the latter"
+            f"others wait for run.collective_timeout={config.run.collective_timeout:g} s; raise the latter",
+            key="reward.timeout",
+            others=("reward.retries", "run.collective_timeout"),
         )
     if reward.partial_every and config.ppo.whiten_rewards:
-        problems.append(
+        yield ConfigError(
             f"reward.partial_every={reward.partial_every} needs rewards in the unit of the scores, and "
             "ppo.whiten_rewards=true scales them; leave the latter out (reward.calibrate=true scales scores), or set "
-            "the former to 0"
+            "the former to 0",
+            key="reward.partial_every",
+            others=("ppo.whiten_rewards",),
         )
     if reward.model is None and reward.label is not None:
-        problems.append("reward.label is set without reward.model; name the model or remove the label")
-    return problems
+        yield ConfigError(
+            "reward.label is set without reward.model; name the model or remove the label",
+            key="reward.label",
+            others=("reward.model",),
+        )
 
 
-def _gold_problems(reward: RewardConfig) -> list[str]:
+def _gold_problems(reward: RewardConfig) -> Iterator[ConfigError]:
     names = [gold_name(target) for target in reward.gold]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        return [f"reward.gold names {twice[0]} twice; figures go by the callable's name, so rename one or remove it"]
-    learnt = [target for target in reward.gold if target in reward.function]
-    if learnt:
-        return [f"reward.gold={learnt[0]} is also in reward.function, and training must not see it; remove one of them"]
-    return []
+    for name in names:
+        if names.count(name) > 1:
+            yield ConfigError(
+                f"reward.gold names {name} twice; figures go by the callable's name, so rename one or remove it",
+                key="reward.gold",
+            )
+    for target in reward.gold:
+        if target in reward.function:
+            yield ConfigError(
+                f"reward.gold={target} is also in reward.function, and training must not see it; remove one of them",
+                key="reward.gold",
+                others=("reward.function",),
+            )
 
 
-def _url_problems(url: str) -> list[str]:
+def _url_problems(url: str) -> Iterator[ConfigError]:
     """Only the server's name is repeated: what stands before or behind it may be a secret."""
+    expected = "expected http://HOST:PORT/PATH or https://…"
     try:
         parts = urlsplit(url)
         port_is_one = parts.port is None or parts.port > 0
     except ValueError:
-        return ["reward.url is not an address; expected http://HOST:PORT/PATH or https://…"]
+        yield ConfigError(f"reward.url is not an address; {expected}", key="reward.url")
+        return
     if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_one:
-        return ["reward.url is not an address; expected http://HOST:PORT/PATH or https://…"]
+        yield ConfigError(f"reward.url is not an address; {expected}", key="reward.url")
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
-        return [
+        yield ConfigError(
             f"reward.url to {parts.hostname} holds more than scheme, host, port and path, and config.yaml would keep "
-            "it; put a secret into the environment variable RLHF_ACCEL_REWARD_TOKEN"
-        ]
-    return []
+            "it; put a secret into the environment variable RLHF_ACCEL_REWARD_TOKEN",
+            key="reward.url",
+        )
 
 
-def _model_contradictions(config: Config) -> list[str]:
+def _model_contradictions(config: Config) -> Iterator[ConfigError]:
     model, lora = config.model, config.lora
-    problems = []
     if model.critic_init == "reward" and (model.critic != "separate" or config.reward.model is None):
-        problems.append("model.critic_init=reward needs model.critic=separate and reward.model")
+        yield ConfigError(
+            "model.critic_init=reward needs model.critic=separate and reward.model",
+            key="model.critic_init",
+            others=("model.critic", "reward.model"),
+        )
     if lora.modules_to_save and model.dtype in ("bf16", "fp16"):
-        problems.append(
+        yield ConfigError(
             f"lora.modules_to_save learn in full, and in model.dtype={model.dtype} would lose small updates to "
-            "rounding; use model.dtype=fp32 with run.precision=bf16"
+            "rounding; use model.dtype=fp32 with run.precision=bf16",
+            key="lora.modules_to_save",
+            others=("model.dtype",),
         )
     if model.critic == "adapter" and lora.r == 0:
-        problems.append("model.critic=adapter is a second LoRA adapter; set lora.r above 0, or use head or separate")
+        yield ConfigError(
+            "model.critic=adapter is a second LoRA adapter; set lora.r above 0, or use head or separate",
+            key="model.critic",
+            others=("lora.r",),
+        )
     if model.load_in_4bit and lora.r == 0:
-        problems.append("model.load_in_4bit=true freezes the weights; set lora.r above 0 to train adapters on them")
+        yield ConfigError(
+            "model.load_in_4bit=true freezes the weights; set lora.r above 0 to train adapters on them",
+            key="model.load_in_4bit",
+            others=("lora.r",),
+        )
     if model.load_in_4bit and model.critic == "separate":
-        problems.append("model.load_in_4bit=true holds one base; use model.critic=adapter or head")
+        yield ConfigError(
+            "model.load_in_4bit=true holds one base; use model.critic=adapter or head",
+            key="model.load_in_4bit",
+            others=("model.critic",),
+        )
     unused = [key for key in ("modules_to_save", "use_rslora", "use_dora") if getattr(lora, key)]
     if lora.r == 0 and unused:
-        problems.append(f"lora.{unused[0]} is set and lora.r=0 is full fine-tuning; set lora.r above 0")
-    if lora.adapter is not None and lora.r == 0:
-        problems.append("lora.adapter is set and lora.r=0 is full fine-tuning; set lora.r to the adapter's rank")
-    if lora.adapter is not None and lora.modules_to_save:
-        problems.append("lora.modules_to_save is set beside lora.adapter, which brings its own; remove the former")
-    if lora.r == 0 and model.dtype in ("bf16", "fp16"):
-        problems.append(
-            f"model.dtype={model.dtype} with lora.r=0 would lose small updates to rounding; "
-            "use model.dtype=fp32 with run.precision=bf16, or lora.r above 0"
+        yield ConfigError(
+            f"lora.{unused[0]} is set and lora.r=0 is full fine-tuning; set lora.r above 0",
+            key=f"lora.{unused[0]}",
+            others=("lora.r",),
         )
-    return problems
+    if lora.adapter is not None and lora.r == 0:
+        yield ConfigError(
+            "lora.adapter is set and lora.r=0 is full fine-tuning; set lora.r to the adapter's rank",
+            key="lora.adapter",
+            others=("lora.r",),
+        )
+    if lora.adapter is not None and lora.modules_to_save:
+        yield ConfigError(
+            "lora.modules_to_save is set beside lora.adapter, which brings its own; remove the former",
+            key="lora.modules_to_save",
+            others=("lora.adapter",),
+        )
+    if lora.r == 0 and model.dtype in ("bf16", "fp16"):
+        yield ConfigError(
+            f"model.dtype={model.dtype} with lora.r=0 would lose small updates to rounding; "
+            "use model.dtype=fp32 with run.precision=bf16, or lora.r above 0",
+            key="model.dtype",
+            others=("lora.r",),
+        )
 
 
 def _refuse_unknown_keys(cls: Any, tree: Mapping[Any, Any], prefix: str, known: Sequence[str]) -> None:
@@ -903,22 +1006,24 @@ def _refuse_unknown_keys(cls: Any, tree: Mapping[Any, Any], prefix: str, known: 
     names = [field.name for field in fields(cls)]
     for key, value in tree.items():
         if key not in names:
-            raise ConfigError(_unknown(f"{prefix}{key}", known))
+            raise ConfigError(_unknown(f"{prefix}{key}", known), key=f"{prefix}{key}")
         if is_dataclass(hints[key]):
             if not isinstance(value, Mapping):
-                raise ConfigError(f"{prefix}{key}: expected a mapping of keys, found {_short(value)}")
+                raise ConfigError(
+                    f"{prefix}{key}: expected a mapping of keys, found {_short(value)}", key=f"{prefix}{key}"
+                )
             _refuse_unknown_keys(hints[key], value, f"{prefix}{key}.", known)
 
 
 def _set(tree: dict[str, Any], dotted: str, value: Any, cls: Any) -> None:
     known = key_names(cls)
     if dotted not in known:
-        raise ConfigError(_unknown(dotted, known))
+        raise ConfigError(_unknown(dotted, known), key=dotted)
     *sections, key = dotted.split(".")
     for section in sections:
         below = tree.setdefault(section, {})
         if not isinstance(below, dict):
-            raise ConfigError(f"{section}: expected a mapping of keys, found {_short(below)}")
+            raise ConfigError(f"{section}: expected a mapping of keys, found {_short(below)}", key=section)
         tree = below
     tree[key] = value
 

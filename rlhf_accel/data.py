@@ -46,12 +46,14 @@ def load_rows(
         rows = assets.embedded_dataset(name, split)
     elif is_file_name(source):
         if split != "train":
-            raise ConfigError(f"{split_key}={split}: the file {source} has no splits; remove {split_key}")
+            raise ConfigError(
+                f"{split_key}={split}: the file {source} has no splits; remove {split_key}", key=split_key
+            )
         rows = _load_file(source, source_key)
     else:
         rows = _load_hub(source, split, source_key, split_key)
     if len(rows) == 0:
-        raise ConfigError(f"{source_key}={source} holds no rows; name one that has some")
+        raise ConfigError(f"{source_key}={source} holds no rows; name one that has some", key=source_key)
     return rows.select(range(min(max_samples or len(rows), len(rows))))
 
 
@@ -64,14 +66,16 @@ def checked_texts(rows: datasets.Dataset, source: str, text_field: str) -> list[
     """The column of texts; raises `ConfigError` if it is absent or a row holds no text, naming the first such row."""
     if text_field not in rows.column_names:
         raise ConfigError(
-            f"data.text_field={text_field} is not a column of {source}; it has {', '.join(rows.column_names)}"
+            f"data.text_field={text_field} is not a column of {source}; it has {', '.join(rows.column_names)}",
+            key="data.text_field",
         )
     texts = list(rows[text_field])
     for number, text in enumerate(texts, start=1):
         if not isinstance(text, str) or not text.strip():
             raise ConfigError(
                 f"data.text_field={text_field}: row {number} of {source} has no text there (found {text!r:.40}); "
-                "remove the row or choose another data.text_field"
+                "remove the row or choose another data.text_field",
+                key="data.text_field",
             )
     return texts
 
@@ -103,7 +107,8 @@ def _eval_rows(config: DataConfig, eval_split: str) -> datasets.Dataset:
     if is_file_name(config.source):
         raise ConfigError(
             f"data.eval_split={eval_split}: data.source={config.source} is a file, which has no splits; name another "
-            "file, or set data.eval_split=null to hold out a tenth of this one"
+            "file, or set data.eval_split=null to hold out a tenth of this one",
+            key="data.eval_split",
         )
     held = load_rows(config.source, eval_split, split_key="data.eval_split")
     checked_texts(held, config.source, config.text_field)
@@ -133,7 +138,8 @@ class Prompts:
             if not short:
                 raise ConfigError(
                     f"rollout.max_prompt_tokens={max_prompt_tokens}: all {len(rows)} prompts of {config.source} are "
-                    f"longer (the shortest has {min(lengths)} tokens); raise it or set data.prompt_tokens"
+                    f"longer (the shortest has {min(lengths)} tokens); raise it or set data.prompt_tokens",
+                    key="rollout.max_prompt_tokens",
                 )
             if len(short) < len(rows):
                 warnings.warn(
@@ -196,7 +202,7 @@ def prompt_batch(
 def _load_file(source: str, key: str) -> datasets.Dataset:
     path = Path(source)
     if not path.is_file():
-        raise ConfigError(f"{key}={source}: no such file")
+        raise ConfigError(f"{key}={source}: no such file", key=key)
     kind = LOADERS[path.suffix.lower()]
     # pandas would take the texts "NA", "None" and "null" for missing ones.
     options = {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}
@@ -205,9 +211,9 @@ def _load_file(source: str, key: str) -> datasets.Dataset:
             rows = datasets.load_dataset(kind, data_files=str(path), split="train", **options)
     except Exception as error:  # the readers raise many kinds for a file that is not what its name says
         if path.stat().st_size == 0 or "corresponds to no data" in str(error):
-            raise ConfigError(f"{key}={source} holds no rows; name one that has some") from error
+            raise ConfigError(f"{key}={source} holds no rows; name one that has some", key=key) from error
         reason = _first_line(error.__cause__ or error)
-        raise ConfigError(f"{key}={source}: cannot be read as {path.suffix} ({reason})") from error
+        raise ConfigError(f"{key}={source}: cannot be read as {path.suffix} ({reason})", key=key) from error
     if kind == "text":
         rows = rows.select([i for i, line in enumerate(rows["text"]) if line.strip()])
     return rows
@@ -220,10 +226,11 @@ def _load_hub(source: str, split: str, source_key: str, split_key: str) -> datas
     except Exception as error:  # network, permission and format errors come in many kinds
         reason = _first_line(error)
         if isinstance(error, ValueError) and reason.startswith(("Unknown split", "Unrecognized instruction")):
-            raise ConfigError(f"{split_key}={split}: {reason}") from error
+            raise ConfigError(f"{split_key}={split}: {reason}", key=split_key) from error
         raise ConfigError(
             f"{source_key}={source}: neither a .jsonl, .csv, .parquet or .txt file nor a data set that the hub or its "
-            f"cache gave ({reason})"
+            f"cache gave ({reason})",
+            key=source_key,
         ) from error
 
 

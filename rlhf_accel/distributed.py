@@ -91,7 +91,8 @@ class Runtime:
         if self._accelerator.distributed_type in (DistributedType.FSDP, DistributedType.MEGATRON_LM):
             raise ConfigError(
                 f"distributed_type={self._accelerator.distributed_type.value} of the launch is not known here; use one "
-                "of accelerate_configs/: ddp or zero1 to zero3"
+                "of accelerate_configs/: ddp or zero1 to zero3",
+                key="distributed_type",
             )
         if deepspeed is not None:
             # Accelerate told transformers of ZeRO-3, which would cut every model that it loads, the reward model too.
@@ -166,7 +167,9 @@ class Runtime:
         elif resume is not None:
             read, _ = self._module.load_checkpoint(str(resume), tag=_ENGINE, load_module_strict=False)
             if read is None:
-                raise ConfigError(f"run.resume={resume}: DeepSpeed finds no checkpoint there for rank {self.rank}")
+                raise ConfigError(
+                    f"run.resume={resume}: DeepSpeed finds no checkpoint there for rank {self.rank}", key="run.resume"
+                )
 
     def prepare_frozen(self, module: nn.Module) -> nn.Module:
         """A module that does not learn: sharded with ZeRO-3 (and offloaded where parameters are), else whole."""
@@ -500,7 +503,7 @@ class Runtime:
             problem = f"{type(error).__name__}: {error}"
         problem = self.first_failure(problem)
         if problem is not None:
-            raise ConfigError(f"run.trackers={list(self._trackers)} cannot be started: {problem}")
+            raise ConfigError(f"run.trackers={list(self._trackers)} cannot be started: {problem}", key="run.trackers")
 
     def _start_trackers(self, run: RunConfig, config: dict[str, Any], place: Path, first_step: int | None) -> None:
         self._accelerator.init_trackers(run.project, init_kwargs=trackers.settings(run.name, place, first_step))
@@ -804,21 +807,28 @@ def _deepspeed_file(path: str, owned: Mapping[str, tuple[Any, str]]) -> dict[str
         where = (
             "" if Path(path).is_absolute() else f" from {Path.cwd()}; launch from the checkout, or name its whole path"
         )
-        raise ConfigError(f"deepspeed_config_file: {path} cannot be read ({error.strerror}){where}") from error
+        raise ConfigError(
+            f"deepspeed_config_file: {path} cannot be read ({error.strerror}){where}", key="deepspeed_config_file"
+        ) from error
     except ValueError as error:
-        raise ConfigError(f"deepspeed_config_file: {path} is no JSON ({error})") from error
+        raise ConfigError(f"deepspeed_config_file: {path} is no JSON ({error})", key="deepspeed_config_file") from error
     for section in ("optimizer", "scheduler"):
         if section in config:
-            raise ConfigError(f"{section} in {path} and optim.* of the run's config both set it; remove the former")
+            raise ConfigError(
+                f"{section} in {path} and optim.* of the run's config both set it; remove the former", key=section
+            )
     for key, (value, ours) in owned.items():
         section, _, name = key.rpartition(".")
         said = (config.get(section, {}) if section else config).get(name, "auto")
         if said not in ("auto", value):
-            raise ConfigError(f'{key}={said} in {path} disagrees with {ours}; set the former to "auto"')
+            raise ConfigError(f'{key}={said} in {path} disagrees with {ours}; set the former to "auto"', key=key)
         if section and said == "auto" and section in config:
             config[section][name] = value
     if config.get("zero_optimization", {}).get("stage", 0) == 0:
-        raise ConfigError(f"zero_optimization.stage in {path} is 0 or absent; set 1, 2 or 3, or launch with ddp.yaml")
+        raise ConfigError(
+            f"zero_optimization.stage in {path} is 0 or absent; set 1, 2 or 3, or launch with ddp.yaml",
+            key="zero_optimization.stage",
+        )
     # What Accelerate would derive from one model's width is left to DeepSpeed's defaults.
     zero = config.get("zero_optimization", {})
     return config | {"zero_optimization": {key: value for key, value in zero.items() if value != "auto"}}
@@ -838,7 +848,10 @@ def failure(work: Callable[[], None]) -> str | None:
 def check_portable(checkpoint: Path) -> None:
     """Raises `ConfigError` for a checkpoint that is cut by rank."""
     if not (checkpoint / _WEIGHTS).is_file():
-        raise ConfigError(f"{checkpoint} is cut by rank: only checkpoints of run.checkpoint=portable can be read here")
+        raise ConfigError(
+            f"{checkpoint} is cut by rank: only checkpoints of run.checkpoint=portable can be read here",
+            key="run.checkpoint",
+        )
 
 
 def portable_weights(checkpoint: Path) -> dict[str, Tensor]:
@@ -855,7 +868,7 @@ def _load_weights(module: nn.Module, folder: Path) -> None:
     lacking = [name for name, p in module.named_parameters() if p.requires_grad and name not in weights]
     foreign = [name for name, weight in weights.items() if name not in ours or ours[name].shape != weight.shape]
     for name in (*lacking, *foreign):
-        raise ConfigError(f"run.resume={folder}: holds weights of another model ({name}, …)")
+        raise ConfigError(f"run.resume={folder}: holds weights of another model ({name}, …)", key="run.resume")
     module.load_state_dict(weights, strict=False)
 
 
@@ -896,7 +909,9 @@ def _shard_files() -> Any:
                     return torch.load(path, map_location=map_location, weights_only=True)
             except pickle.UnpicklingError as error:
                 reason = str(error).splitlines()[0]
-                raise ConfigError(f"run.resume: {path} holds what no checkpoint does: not read ({reason})") from error
+                raise ConfigError(
+                    f"run.resume: {path} holds what no checkpoint does: not read ({reason})", key="run.resume"
+                ) from error
 
     return ShardFiles()
 

@@ -34,7 +34,7 @@ from rlhf_accel.config import (
     read_tree,
     take_option,
 )
-from rlhf_accel.reward import Classifier, RewardError
+from rlhf_accel.reward import TOKEN_VARIABLE, Classifier, RewardError
 from rlhf_accel.rollout import WITHOUT_PARTS
 from rlhf_accel.tokens import Tokens
 from rlhf_accel.trainer import PPOTrainer
@@ -132,7 +132,7 @@ class Doctor:
             try:
                 config = parse(Config, tree)
             except ConfigError as error:
-                key = self._drop(tree, str(error))
+                key = self._drop(tree, error)
                 self.note("problem", "config", str(error) + (f" (checking on with {key}'s default)" if key else ""))
                 if key is None:
                     return None
@@ -143,12 +143,15 @@ class Doctor:
         return None
 
     @staticmethod
-    def _drop(tree: dict[str, Any], message: str) -> str | None:
-        """Take the first key that the message names, and that is set, out of the tree; its name."""
-        for key in re.findall(r"[a-z_]+\.[a-zA-Z_]+", message):
-            section, _, name = key.partition(".")
-            if isinstance(tree.get(section), dict) and name in tree[section]:
-                del tree[section][name]
+    def _drop(tree: dict[str, Any], error: ConfigError) -> str | None:
+        """Take the first of the error's keys that is set out of the tree; its name."""
+        for key in filter(None, (error.key, *error.facts.get("others", ()))):
+            *sections, name = key.split(".")
+            place: Any = tree
+            for section in sections:
+                place = place.get(section) if isinstance(place, dict) else None
+            if isinstance(place, dict) and name in place:
+                del place[name]
                 return key
         return None
 
@@ -203,11 +206,12 @@ class Doctor:
                     warnings.simplefilter("ignore")
                     return PPOTrainer(config, reward=_stand_in if stands_in else None)
             except ConfigError as error:
-                said = str(error)
+                found = error
             except Exception as error:  # whatever a library raises is what training would meet too
-                said = f"building the run raised {type(error).__name__}: {error}"
-            mended, check = self._mend(config, said)
-            if check == "reward" and "IndexError" in said and config.reward.model:
+                found = ConfigError(f"building the run raised {type(error).__name__}: {error}")
+            mended, check = self._mend(config, found)
+            said = str(found)
+            if found.facts.get("raised") == "IndexError" and config.reward.model:
                 said += "; the tokenizer beside it may be another model's, with more ids than it has embeddings"
             self.note("problem", check, said)
             stands_in = stands_in or check == "reward"
@@ -216,11 +220,11 @@ class Doctor:
             config = mended
         return None
 
-    def _mend(self, config: Config, said: str) -> tuple[Config | None, str]:
-        """The config without what the message complains of, and the check that it belongs to."""
-        rollout, reward = config.rollout, config.reward
-        if "positions" in said and "rollout.max_prompt_tokens" in said:
-            window = int(re.findall(r"has (\d+) positions", said)[0])
+    def _mend(self, config: Config, found: ConfigError) -> tuple[Config | None, str]:
+        """The config without what the error is about, and the check that it belongs to."""
+        rollout, reward, key = config.rollout, config.reward, found.key or ""
+        if "positions" in found.facts:
+            window = found.facts["positions"]
             new = max(window // 4, 1)
             prompt = min(rollout.max_prompt_tokens, window - new - 1)
             tree = asdict(config)
@@ -230,22 +234,22 @@ class Doctor:
             low, high = tree["data"]["prompt_tokens"]
             tree["data"]["prompt_tokens"] = (min(low, prompt), min(high, prompt))
             return parse(Config, tree), "context window"
-        if "reward.partial_every=" in said and reward.partial_every:
+        if key == "reward.partial_every" and reward.partial_every:
             return replace(config, reward=replace(reward, partial_every=0)), "partial scores"
-        if said.startswith(("reward.", "no reward", "RLHF_ACCEL_REWARD")):
-            if reward.dtype == "fp16" and re.search(r"returned -?(nan|inf)", said):
+        if key.startswith("reward.") or key == TOKEN_VARIABLE:
+            if reward.dtype == "fp16" and "score" in found.facts:
                 return replace(config, reward=replace(reward, dtype="fp32")), "reward in fp16"
             tree = asdict(config)
             tree["reward"] = {"clip": reward.clip, "missing_eos_penalty": reward.missing_eos_penalty}
             tree["model"]["critic_init"] = "policy"
             return parse(Config, tree), "reward"
-        if said.startswith("run.output_dir"):
+        if key == "run.output_dir":
             return _elsewhere(config), "run folder"
-        if said.startswith("run.push_to_hub"):
+        if key == "run.push_to_hub":
             return replace(config, run=replace(config.run, push_to_hub=None)), "hub"
-        if said.startswith("run.trackers") and config.run.trackers:
+        if key == "run.trackers" and config.run.trackers:
             return replace(config, run=replace(config.run, trackers=())), "trackers"
-        if said.startswith("lora.target_modules") and config.lora.target_modules:
+        if key == "lora.target_modules" and config.lora.target_modules:
             return replace(config, lora=replace(config.lora, target_modules=None)), "lora"
         return None, "model"
 
@@ -729,7 +733,7 @@ def main(arguments: list[str]) -> None:
     stage = _count(take_option(rest, "zero_stage", "0|1|2|3"), "--zero_stage", 0)
     offload = take_option(rest, "offload", "true|false") or "false"
     if offload not in ("true", "false"):
-        raise ConfigError(f"--offload {offload}: expected true or false")
+        raise ConfigError(f"--offload {offload}: expected true or false", key="--offload")
     said = take_option(rest, "gpu_memory", "80GiB")
     device = "cuda" if said is not None or torch.cuda.is_available() else "cpu"
     if said is not None:
@@ -755,5 +759,5 @@ def _count(said: str | None, key: str, default: int) -> int:
     if said is None:
         return default
     if not said.isdecimal():
-        raise ConfigError(f"{key} {said}: expected a whole number")
+        raise ConfigError(f"{key} {said}: expected a whole number", key=key)
     return int(said)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rlhf_accel import frontier
 from rlhf_accel.checkpoint import CHECKPOINTS, model_folder, read_summary, reward_scale, write_json
-from rlhf_accel.config import Config, ConfigError, LoraConfig, RunFailed, changed_keys, for_a_look, load_run
+from rlhf_accel.config import Config, ConfigError, LoraConfig, RunFailed, changed_keys, for_a_look, key_in, load_run
 from rlhf_accel.distributed import check_portable, failure, portable_weights
 from rlhf_accel.evaluation import EVALUATION_SEED, Evaluation, evaluate, mean_interval
 from rlhf_accel.metrics import Progressline, read_rows
@@ -73,12 +73,17 @@ class Judge:
             raise ConfigError(f"{run} has neither a summary.json nor a checkpoint with the scale of its scores yet")
         count = prompts or config.run.eval_samples
         if not count:
-            raise ConfigError(f"run.eval_samples=0 in {run / 'config.yaml'}; say how many with --prompts")
+            raise ConfigError(
+                f"run.eval_samples=0 in {run / 'config.yaml'}; say how many with --prompts", key="run.eval_samples"
+            )
         look = for_a_look(config, run / "evaluate")
         model = replace(look.model, critic="head", gradient_checkpointing=False)  # no critic, but the least of them
         trainer = PPOTrainer(replace(look, model=model), reward=reward)
         if trainer.held_out is None:
-            raise ConfigError("no text of data.source falls into the tenth held out, so there is nothing to judge by")
+            raise ConfigError(
+                "no text of data.source falls into the tenth held out, so there is nothing to judge by",
+                key="data.source",
+            )
         return cls(
             run=run,
             config=config,
@@ -305,7 +310,10 @@ def _config(options: argparse.Namespace, overrides: Sequence[str]) -> Config:
     config = load_run(path, overrides)
     changed = changed_keys(before, config)
     if changed:
-        raise ConfigError(f"{', '.join(changed)}: a run is evaluated as it was; only keys that change no result differ")
+        raise ConfigError(
+            f"{', '.join(changed)}: a run is evaluated as it was; only keys that change no result differ",
+            key=key_in(changed[0]),
+        )
     # What the command line names is the user's own.
     ours = replace(config.reward, gold=() if before.reward.gold != config.reward.gold else config.reward.gold)
     require_trust(replace(config, reward=ours), options.run, options.trust_code)
@@ -321,7 +329,8 @@ def _names(options: argparse.Namespace, lora: LoraConfig) -> list[str] | None:
         names = [name for name in ("best", "final") if (run / name).is_dir()]
         if not names:
             raise ConfigError(
-                f"{run} holds neither best/ nor final/ yet; name a checkpoint, --which step-NNNNNN, or base"
+                f"{run} holds neither best/ nor final/ yet; name a checkpoint, --which step-NNNNNN, or base",
+                key="--which",
             )
         return names
     names = [name for name in dict.fromkeys(options.which) if name != BASE]
@@ -329,12 +338,14 @@ def _names(options: argparse.Namespace, lora: LoraConfig) -> list[str] | None:
         name, scale = _split(which)
         if (name not in ("best", "final") and not name.startswith("step-")) or not 0 < scale <= 1:
             raise ConfigError(
-                f"--which {which}: expected base, best, final or step-NNNNNN; after an @ a scale above 0 and up to 1"
+                f"--which {which}: expected base, best, final or step-NNNNNN; after an @ a scale above 0 and up to 1",
+                key="--which",
             )
         if scale != 1 and (not lora.r or lora.use_dora or lora.modules_to_save or lora.adapter):
             raise ConfigError(
                 f"--which {which}: only runs with lora.r above 0, and without lora.use_dora, lora.modules_to_save and "
-                "lora.adapter, have an adapter whose scale leads back to the base"
+                "lora.adapter, have an adapter whose scale leads back to the base",
+                key="--which",
             )
         place = model_folder(run, name)
         if place.parent.name == CHECKPOINTS:

@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> None:
         try:
             _show(prompts, writers, reward, options.seed + number)
         except RewardError as error:
-            raise ConfigError(f"--score: {error}") from error
+            raise ConfigError(f"--score: {error}", key="--score") from error
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -107,9 +107,9 @@ def _writers(options: argparse.Namespace) -> tuple[Config | None, list[Writer]]:
         require_trust(config, folder, options.trust_code, (*keys, "model.trust_remote_code"))
         folder = model_folder(folder, options.which)
     if options.score and config is None:
-        raise ConfigError("--score needs a run's folder, whose config.yaml names the reward")
+        raise ConfigError("--score needs a run's folder, whose config.yaml names the reward", key="--score")
     if options.prompts and options.file is not None:
-        raise ConfigError("prompts are given beside --file; keep one of them")
+        raise ConfigError("prompts are given beside --file; keep one of them", key="--file")
     path = str(folder) if config is not None or folder.exists() else assets.resolve_model(options.model)
     trust = options.trust_code if config is None else config.model.trust_remote_code
     rollout = (config or Config()).rollout
@@ -127,7 +127,7 @@ def _writers(options: argparse.Namespace) -> tuple[Config | None, list[Writer]]:
     if adapter:
         return config, [replace(trained, name="base", adapter_off=True), trained]
     if config is None:
-        raise ConfigError("--compare needs a run's folder or an adapter, which name their base")
+        raise ConfigError("--compare needs a run's folder or an adapter, which name their base", key="--compare")
     base = _load(AutoModelForCausalLM, assets.resolve_model(config.model.name_or_path), trust)
     return config, [replace(trained, name="base", model=base), trained]
 
@@ -153,7 +153,9 @@ def _reward(config: Config | None, run: Path) -> Reward:
         return reward
     scale = reward_scale(run)
     if scale is None:
-        raise ConfigError(f"--score: {run} has no summary.json with the scale of its scores, and no checkpoint")
+        raise ConfigError(
+            f"--score: {run} has no summary.json with the scale of its scores, and no checkpoint", key="--score"
+        )
     return replace(reward, **scale)
 
 
@@ -165,7 +167,9 @@ def _prompts(options: argparse.Namespace) -> Iterator[list[str]]:
         try:
             lines = options.file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--file {options.file}: cannot be read ({getattr(error, 'strerror', error)})") from error
+            raise ConfigError(
+                f"--file {options.file}: cannot be read ({getattr(error, 'strerror', error)})", key="--file"
+            ) from error
     elif sys.stdin.isatty():
         yield from ([line] for line in _typed(input))
         return
@@ -173,7 +177,7 @@ def _prompts(options: argparse.Namespace) -> Iterator[list[str]]:
         lines = sys.stdin.read().splitlines()
     lines = [line for line in lines if line.strip()]
     if not lines:
-        raise ConfigError("no prompts; give some as arguments, in --file or on stdin")
+        raise ConfigError("no prompts; give some as arguments, in --file or on stdin", key="--file")
     yield from (lines[start : start + BATCH] for start in range(0, len(lines), BATCH))
 
 

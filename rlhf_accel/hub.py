@@ -32,41 +32,42 @@ def check(config: Config) -> None:
     """Raises `ConfigError` unless run.push_to_hub can be written to with this machine's token."""
     repo_id = config.run.push_to_hub
     assert repo_id is not None
-    key = f"run.push_to_hub={repo_id}"
+    said = f"run.push_to_hub={repo_id}"
     if config.lora.r > 0 and base_model(config) is None:
         raise ConfigError(
-            f"{key}: the base of the adapter, model.name_or_path={config.model.name_or_path}, is a folder that nobody "
-            "else has; name it by its hub id, or push later with python -m rlhf_accel push RUN USER/NAME --base ID"
+            f"{said}: the base of the adapter, model.name_or_path={config.model.name_or_path}, is a folder that nobody "
+            "else has; name it by its hub id, or push later with python -m rlhf_accel push RUN USER/NAME --base ID",
+            key="run.push_to_hub",
         )
-    _check_access(key, repo_id)
+    _check_access(said, "run.push_to_hub", repo_id)
 
 
-def _check_access(key: str, repo_id: str) -> None:
+def _check_access(said: str, key: str | None, repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
         if "/" not in repo_id:
             raise HFValidationError("it has no user")
     except HFValidationError as error:
-        raise ConfigError(f"{key} is no hub id, expected USER/NAME ({error})") from None
+        raise ConfigError(f"{said} is no hub id, expected USER/NAME ({error})", key=key) from None
     login = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
     try:
         who = HfApi().whoami()
     except LocalTokenNotFoundError:
-        raise ConfigError(f"{key}: there is no token of the hub here; {login}") from None
+        raise ConfigError(f"{said}: there is no token of the hub here; {login}", key=key) from None
     except OfflineModeIsEnabled:
-        raise ConfigError(f"{key}: HF_HUB_OFFLINE is set; unset it, or take run.push_to_hub out") from None
+        raise ConfigError(f"{said}: HF_HUB_OFFLINE is set; unset it, or take run.push_to_hub out", key=key) from None
     except HfHubHTTPError as error:
         if error.response is not None and error.response.status_code == 401:
-            raise ConfigError(f"{key}: the hub refuses the token here; {login}") from None
-        raise ConfigError(f"{key}: the hub does not answer as it should ({_reason(error)})") from None
+            raise ConfigError(f"{said}: the hub refuses the token here; {login}", key=key) from None
+        raise ConfigError(f"{said}: the hub does not answer as it should ({_reason(error)})", key=key) from None
     except Exception as error:  # the client lets errors of its transport through
-        raise ConfigError(f"{key}: the hub cannot be asked ({_reason(error)})") from None
+        raise ConfigError(f"{said}: the hub cannot be asked ({_reason(error)})", key=key) from None
     owners = [who["name"], *(organisation["name"] for organisation in who.get("orgs", ()))]
     owner = repo_id.partition("/")[0]
     if owner.lower() not in [name.lower() for name in owners]:
-        raise ConfigError(f"{key}: the token here writes for {', '.join(owners)}, not for {owner}")
+        raise ConfigError(f"{said}: the token here writes for {', '.join(owners)}, not for {owner}", key=key)
     if who.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise ConfigError(f"{key}: the token here may only read; {login}")
+        raise ConfigError(f"{said}: the token here may only read; {login}", key=key)
 
 
 def push(folder: Path, repo_id: str, *, private: bool = False, base: str | None = None) -> str:
@@ -135,6 +136,6 @@ def main(arguments: list[str]) -> None:
                 f"{folder / _ADAPTER} is not what peft writes ({type(error).__name__}: {error})"
             ) from None
         if named is None or not is_hub_id(named):
-            raise ConfigError(f"{folder}: the adapter's base, {named}, is no hub id; name it with --base")
-    _check_access(f"push {options.repo_id}", options.repo_id)
+            raise ConfigError(f"{folder}: the adapter's base, {named}, is no hub id; name it with --base", key="--base")
+    _check_access(f"push {options.repo_id}", None, options.repo_id)
     print(push(folder, options.repo_id, private=options.private, base=base))

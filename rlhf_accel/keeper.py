@@ -81,7 +81,9 @@ class Keeper:
                 checkpoint.go_back_to(place)
             self.journal.rewind(progress.step, recorded=progress.unrecorded is None)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"run.output_dir={self.folder} cannot be gone on in: {error}") from error
+            raise ConfigError(
+                f"run.output_dir={self.folder} cannot be gone on in: {error}", key="run.output_dir"
+            ) from error
         return self.folder
 
     def _check_lock(self) -> None:

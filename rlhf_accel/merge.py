@@ -62,7 +62,7 @@ def merge(
     adapter, if it has no scale, or if `output` is taken or cannot be written.
     """
     if not 0 < scale <= 1:
-        raise ConfigError(f"--scale {scale:g}: expected a number above 0 and up to 1")
+        raise ConfigError(f"--scale {scale:g}: expected a number above 0 and up to 1", key="--scale")
     if not adapter.is_dir():
         raise ConfigError(f"{adapter}: no such folder; name a run's, or that of an adapter")
     if not (adapter / "adapter_config.json").is_file():
@@ -72,7 +72,8 @@ def merge(
     about = adapter_config(str(adapter))
     if scale != 1 and (about.use_dora or about.modules_to_save):
         raise ConfigError(
-            f"--scale {scale:g}: {adapter} has DoRA or layers that learnt in full, which no scale leads back"
+            f"--scale {scale:g}: {adapter} has DoRA or layers that learnt in full, which no scale leads back",
+            key="--scale",
         )
     name = base or about.base_model_name_or_path
     path = assets.resolve_model(name, "--base")

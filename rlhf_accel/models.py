@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from rlhf_accel import kernels, ppo
-from rlhf_accel.config import Config, ConfigError, ModelConfig, OptimConfig
+from rlhf_accel.config import Config, ConfigError, ModelConfig, OptimConfig, key_in
 from rlhf_accel.decoding import accepted, position_ids, vocabulary_inputs
 from rlhf_accel.loading import adapted, adapter_config, pretrained
 from rlhf_accel.runtime import computes_in_bf16
@@ -214,7 +214,10 @@ def load_policy(config: Config, path: str, device: torch.device) -> LanguageMode
     model = _load(AutoModelForCausalLM, config.model, path, dtype, **settings)
     for architecture in model.config.architectures or ():
         if "Classification" in architecture:  # with tied embeddings nothing is missing: it would load and write noise
-            raise ConfigError(f"model.name_or_path={path}: holds a classifier ({architecture}), not a language model")
+            raise ConfigError(
+                f"model.name_or_path={path}: holds a classifier ({architecture}), not a language model",
+                key="model.name_or_path",
+            )
     return fitted(model, config)
 
 
@@ -305,11 +308,14 @@ def _continued(model: LanguageModel, config: Config, path: str) -> LanguageModel
     try:
         settings = adapter_config(path)
         if settings.r != config.lora.r:
-            raise ConfigError(f"lora.r={config.lora.r}, but the adapter at lora.adapter={path} has rank {settings.r}")
+            raise ConfigError(
+                f"lora.r={config.lora.r}, but the adapter at lora.adapter={path} has rank {settings.r}", key="lora.r"
+            )
         if settings.modules_to_save and model.dtype != torch.float32:
             raise ConfigError(
                 f"lora.adapter={path} has layers that learn in full ({', '.join(settings.modules_to_save)}), and in "
-                f"{model.dtype} they would lose small updates to rounding; use model.dtype=fp32"
+                f"{model.dtype} they would lose small updates to rounding; use model.dtype=fp32",
+                key="lora.adapter",
             )
         model = adapted(model, path, adapter_name=POLICY, is_trainable=True)
         model.load_adapter(path, adapter_name=REFERENCE)
@@ -317,7 +323,9 @@ def _continued(model: LanguageModel, config: Config, path: str) -> LanguageModel
         raise
     except Exception as error:  # a missing, broken or foreign file raises many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"lora.adapter={path}: no LoRA adapter for this model ({reason})") from error
+        raise ConfigError(
+            f"lora.adapter={path}: no LoRA adapter for this model ({reason})", key="lora.adapter"
+        ) from error
     return _without_dropout(model) if config.lora.dropout == 0 else model
 
 
@@ -328,7 +336,9 @@ def _with_adapter(model: LanguageModel, config: Config, task: TaskType) -> Langu
             return get_peft_model(model, settings)  # fp32 over a bf16 base: peft's autocast_adapter_dtype
     except ValueError as error:
         targets = config.lora.target_modules
-        raise ConfigError(f"lora.target_modules={targets}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(
+            f"lora.target_modules={targets}: {str(error).splitlines()[0]}", key="lora.target_modules"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -366,7 +376,9 @@ def check_window(config: Config, policy: LanguageModel, prefix: int) -> None:
     if window is not None and needed > window:
         raise ConfigError(
             f"rollout.max_prompt_tokens={rollout.max_prompt_tokens} and rollout.max_new_tokens="
-            f"{rollout.max_new_tokens} make up to {needed} tokens, and the policy has {window} positions; lower one"
+            f"{rollout.max_new_tokens} make up to {needed} tokens, and the policy has {window} positions; lower one",
+            key="rollout.max_prompt_tokens",
+            positions=window,
         )
 
 
@@ -393,7 +405,8 @@ def build(config: Config, policy: LanguageModel, policy_path: str, reward_path: 
             raise ConfigError(
                 f"model.critic_init=reward: the reward model ({theirs.model_type}, vocabulary {theirs.vocab_size}) "
                 f"does not read what the policy writes ({ours.model_type}, {ours.vocab_size}); use "
-                "model.critic_init=policy"
+                "model.critic_init=policy",
+                key="model.critic_init",
             )
         critic = classifier.base_model
     return with_critic(config, policy, critic)
@@ -422,10 +435,13 @@ def load_pretrained(kind: Any, path: str, said: str, *, trust_remote_code: bool,
         raise
     except Exception as error:  # a missing, broken or foreign file raises many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"{said}: no such model could be loaded ({reason})") from error
+        raise ConfigError(f"{said}: no such model could be loaded ({reason})", key=key_in(said)) from error
     missing = sorted(report["missing_keys"])
     if missing and kind is not AutoModel:  # a trunk may lack a pooler, which nobody reads
-        raise ConfigError(f"{said}: is no {type(model).__name__}; {len(missing)} weights are missing ({missing[0]}, …)")
+        raise ConfigError(
+            f"{said}: is no {type(model).__name__}; {len(missing)} weights are missing ({missing[0]}, …)",
+            key=key_in(said),
+        )
     return model
 
 
@@ -494,9 +510,11 @@ def _checkpointed(model: LanguageModel, config: Config, **settings: Any) -> Lang
 def _four_bits(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """What `from_pretrained` takes for a base in 4 bits on `device` that computes in `dtype`."""
     if device.type != "cuda":
-        raise ConfigError("model.load_in_4bit=true needs a CUDA GPU; leave it out here")
+        raise ConfigError("model.load_in_4bit=true needs a CUDA GPU; leave it out here", key="model.load_in_4bit")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError("model.load_in_4bit=true needs bitsandbytes; pip install 'rlhf_accel[qlora]'")
+        raise ConfigError(
+            "model.load_in_4bit=true needs bitsandbytes; pip install 'rlhf_accel[qlora]'", key="model.load_in_4bit"
+        )
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )

@@ -51,11 +51,11 @@ class Launch:
     def check(self) -> None:
         """Raises `ConfigError` if there is no such launch."""
         if self.processes < 1:
-            raise ConfigError(f"--num_processes {self.processes}: expected at least 1")
+            raise ConfigError(f"--num_processes {self.processes}: expected at least 1", key="--num_processes")
         if self.zero_stage not in range(4):
-            raise ConfigError(f"--zero_stage {self.zero_stage}: expected 0 (no ZeRO), 1, 2 or 3")
+            raise ConfigError(f"--zero_stage {self.zero_stage}: expected 0 (no ZeRO), 1, 2 or 3", key="--zero_stage")
         if self.offload and self.zero_stage != 3:
-            raise ConfigError(f"--offload true goes with --zero_stage 3, not with {self.zero_stage}")
+            raise ConfigError(f"--offload true goes with --zero_stage 3, not with {self.zero_stage}", key="--offload")
 
     def __str__(self) -> str:
         name = f"ZeRO-{self.zero_stage}" if self.zero_stage else "no ZeRO"
@@ -398,7 +398,7 @@ def parse_memory(text: str) -> int:
                 break
             if 0 < amount < float("inf"):
                 return int(amount * size)
-    raise ConfigError(f"--gpu_memory {text}: expected a size above 0 such as 80GiB, 24GB or 512MiB")
+    raise ConfigError(f"--gpu_memory {text}: expected a size above 0 such as 80GiB, 24GB or 512MiB", key="--gpu_memory")
 
 
 def _aligned(rows: list[list[str]]) -> str:
@@ -423,7 +423,7 @@ def _model_config(path: str, key: str, trusted: bool) -> Any:
         raise
     except Exception as error:  # a missing, broken or foreign file raises many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"{key}={path}: no model's config could be read ({reason})") from error
+        raise ConfigError(f"{key}={path}: no model's config could be read ({reason})", key=key) from error
 
 
 def _critic(config: Config, settings: Any, reward_path: str | None, policy: Any) -> Any:

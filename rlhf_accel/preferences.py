@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 
 from rlhf_accel import data
 from rlhf_accel.calibration import PAIR_MARGIN
-from rlhf_accel.config import ConfigError, RewardDataConfig
+from rlhf_accel.config import ConfigError, RewardDataConfig, key_in
 
 # Pairs are drawn from ratings with random numbers of their own, so that models of all seeds are compared on the same
 # ones. Each of so many rounds puts every text into two pairs: more to report on than to learn from, where each costs.
@@ -169,8 +169,8 @@ class _Reader:
             if left_out := before - len(learned) - len(tuning):
                 notes.append(f"{left_out} pairs are left out, since a text of theirs is in the held-out pairs")
         if not len(learned) or not len(held):
-            key = f"data.source={config.source}" if len(held) else f"data.eval_split={config.eval_split}"
-            raise ConfigError(f"{key}: no rows are left to learn from and to report on; add rows")
+            named = f"data.source={config.source}" if len(held) else f"data.eval_split={config.eval_split}"
+            raise ConfigError(f"{named}: no rows are left to learn from and to report on; add rows", key=key_in(named))
         sources = (learned_from, tuned_on, held_from)
         return Sets(learned=learned, tuning=tuning, held=held, labels=labels, sources=sources, notes=tuple(notes))
 
@@ -185,7 +185,8 @@ class _Reader:
         if all(is_held) or not any(is_held):
             raise ConfigError(
                 f"data.source={self.config.source}: its {len(feedback)} rows are too few to keep a tenth for the "
-                "report, or share their texts; add rows, or name another file in data.eval_split"
+                "report, or share their texts; add rows, or name another file in data.eval_split",
+                key="data.source",
             )
         learned = [i for i, held in enumerate(is_held) if not held]
         return feedback.select(learned), feedback.select([i for i, held in enumerate(is_held) if held])
@@ -211,7 +212,8 @@ class _Reader:
         if len(given) < 2:  # such as the first data.max_samples of a data set that lists one label after the other
             raise ConfigError(
                 f"data.target_field={self.config.target_field}: all {len(rows)} rows read of {self.config.source} have "
-                f"the label {given.pop()}; expected two labels or more"
+                f"the label {given.pop()}; expected two labels or more",
+                key="data.target_field",
             )
         if isinstance(feature, datasets.ClassLabel):
             return tuple(feature.names)
@@ -226,7 +228,8 @@ class _Reader:
             if label not in places:
                 raise ConfigError(
                     f"data.target_field={self.config.target_field}: row {number} of {source} has the label {label}, "
-                    f"which is not in the training data; it has {', '.join(names)}"
+                    f"which is not in the training data; it has {', '.join(names)}",
+                    key="data.target_field",
                 )
             classes.append(places[label])
         return of_targets(texts, np.array(classes, dtype=np.int64))
@@ -245,7 +248,8 @@ class _Reader:
             if not isinstance(value, (str, int)) or value == "":
                 raise ConfigError(
                     f"data.target_field={field}: row {number} of {source} holds {value!r:.40}, expected a label (a "
-                    "text or a whole number)"
+                    "text or a whole number)",
+                    key="data.target_field",
                 )
             names.append(str(value))
         return names
@@ -263,7 +267,8 @@ class _Reader:
             if a == b:
                 raise ConfigError(
                     f"data.pair_fields={list(config.pair_fields)}: row {number} of {source} has the same text twice; "
-                    "remove the row"
+                    "remove the row",
+                    key="data.pair_fields",
                 )
             pair = (places.setdefault(a, len(places)), places.setdefault(b, len(places)))
             pairs.append(pair[::-1] if swap else pair)
@@ -282,7 +287,8 @@ class _Reader:
             if isinstance(value, bool) or str(value) not in meaning:
                 raise ConfigError(
                     f"data.choice_field={field}: row {number} of {source} holds {value!r:.40}, which is neither 0 nor "
-                    f"1 nor {first} nor {second}; correct or remove the row"
+                    f"1 nor {first} nor {second}; correct or remove the row",
+                    key="data.choice_field",
                 )
             swapped.append(meaning[str(value)])
         return swapped
@@ -299,7 +305,8 @@ class _Reader:
             else:
                 raise ConfigError(
                     f"{where} has neither a text nor a conversation, a list of {{role, content}} (found "
-                    f"{content!r:.40}); remove the row"
+                    f"{content!r:.40}); remove the row",
+                    key=key_in(where),
                 )
         return texts
 
@@ -307,13 +314,16 @@ class _Reader:
         if not self.tokenizer.chat_template:
             raise ConfigError(
                 f"{where} is a conversation, and the tokenizer of model.name_or_path={self.model_name} has no chat "
-                "template; take a model that has one, or write the conversations as texts"
+                "template; take a model that has one, or write the conversations as texts",
+                key="model.name_or_path",
             )
         try:
             text = self.tokenizer.apply_chat_template(conversation, tokenize=False)
         except Exception as error:  # a template may refuse in any way, such as roles in another order
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ConfigError(f"{where} does not fit the chat template of {self.model_name} ({reason})") from error
+            raise ConfigError(
+                f"{where} does not fit the chat template of {self.model_name} ({reason})", key=key_in(where)
+            ) from error
         # The reward reads text, and the tokenizer puts BOS before every text: once is enough.
         bos = self.tokenizer.bos_token
         own = bos is not None and self.tokenizer("a")["input_ids"][:1] == [self.tokenizer.bos_token_id]
@@ -329,14 +339,18 @@ class _Reader:
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not is_number or not math.isfinite(value) or value < at_least:
                 raise ConfigError(
-                    f"data.{key}={field}: row {number} of {source} holds {value!r:.40}, expected a finite number{bound}"
+                    f"data.{key}={field}: row {number} of {source} holds {value!r:.40}, expected a finite number"
+                    f"{bound}",
+                    key=f"data.{key}",
                 )
         return [float(value) for value in numbers]
 
 
 def _check_column(rows: datasets.Dataset, source: str, key: str, field: str) -> None:
     if field not in rows.column_names:
-        raise ConfigError(f"data.{key}={field} is not a column of {source}; it has {', '.join(rows.column_names)}")
+        raise ConfigError(
+            f"data.{key}={field} is not a column of {source}; it has {', '.join(rows.column_names)}", key=f"data.{key}"
+        )
 
 
 def _is_conversation(content: Any) -> bool:

@@ -126,7 +126,10 @@ def write(folders: Sequence[Path], output: Path | None = None) -> tuple[Path, li
     output = output or folders[0] / PAGE
     images = output.with_suffix("")
     if images == output:
-        raise ConfigError(f"--output {output}: expected the page's name, such as {output}.html; images go to {output}/")
+        raise ConfigError(
+            f"--output {output}: expected the page's name, such as {output}.html; images go to {output}/",
+            key="--output",
+        )
     try:
         images.mkdir(parents=True, exist_ok=True)
         figures = []
@@ -138,7 +141,9 @@ def write(folders: Sequence[Path], output: Path | None = None) -> tuple[Path, li
         text = page(runs, figures)
         replace_text(output, text)
     except OSError as error:
-        raise ConfigError(f"{output} cannot be written ({error.strerror}); name another place by --output") from error
+        raise ConfigError(
+            f"{output} cannot be written ({error.strerror}); name another place by --output", key="--output"
+        ) from error
     return output, [f"{run.name}: {note}" for run in runs for note in run.notes]
 
 

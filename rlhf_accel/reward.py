@@ -29,7 +29,7 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf_accel.borrowed import restored_globals
 from rlhf_accel.classifiers import load_tokenizer, most_tokens
-from rlhf_accel.config import ConfigError, RewardConfig, gold_name
+from rlhf_accel.config import ConfigError, RewardConfig, gold_name, key_in
 from rlhf_accel.models import DTYPES, load_pretrained
 from rlhf_accel.runtime import computes_in_bf16
 from rlhf_accel.trust import is_ours
@@ -44,7 +44,15 @@ logger = logging.getLogger(__name__)
 
 
 class RewardError(RuntimeError):
-    """A reward raised, took too long, or returned something that is not one number for each response."""
+    """A reward raised, took too long, or returned something that is not one number for each response.
+
+    `key` and `facts` as those of a `ConfigError`: `raised` names the exception, `score` is the one that is not finite.
+    """
+
+    def __init__(self, message: str, *, key: str | None = None, **facts: Any) -> None:
+        super().__init__(message)
+        self.key = key
+        self.facts = facts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,12 +122,15 @@ class Reward:
         """A reward for which these scores, of samples of the reference, would have had mean 0 and variance 1
         (Ziegler et al. 2019, section 2.1). Raises `ConfigError` if they do not vary or are not finite."""
         if not scores.isfinite().all():
-            raise ConfigError("reward.calibrate=true, but not all scores of the reference samples are finite")
+            raise ConfigError(
+                "reward.calibrate=true, but not all scores of the reference samples are finite", key="reward.calibrate"
+            )
         std, mean = torch.std_mean(scores.double() * self.std + self.mean)
         if not std > 1e-8:
             raise ConfigError(
                 f"reward.calibrate=true, but all {len(scores)} reference samples score {mean:.4g}; the reward "
-                "cannot tell them apart"
+                "cannot tell them apart",
+                key="reward.calibrate",
             )
         return replace(self, mean=float(mean), std=float(std))
 
@@ -176,11 +187,16 @@ class Classifier:
             return 0
         listed = ", ".join(names[i] for i in sorted(names))
         if label is None:
-            raise ConfigError(f"reward.label is not set, and {self.config.model} has {len(names)} labels: {listed}")
+            raise ConfigError(
+                f"reward.label is not set, and {self.config.model} has {len(names)} labels: {listed}",
+                key="reward.label",
+            )
         for i, name in names.items():
             if label in (name, str(i)):
                 return i
-        raise ConfigError(f"reward.label={label} is not a label of {self.config.model}; it has {listed}")
+        raise ConfigError(
+            f"reward.label={label} is not a label of {self.config.model}; it has {listed}", key="reward.label"
+        )
 
 
 class RemoteReward:
@@ -194,7 +210,9 @@ class RemoteReward:
         self.timeout = timeout or 60.0
         self._token = os.environ.get(TOKEN_VARIABLE, "")
         if not all("!" <= character <= "~" for character in self._token):
-            raise ConfigError(f"{TOKEN_VARIABLE} holds white space or what is not ASCII; look how it was set")
+            raise ConfigError(
+                f"{TOKEN_VARIABLE} holds white space or what is not ASCII; look how it was set", key=TOKEN_VARIABLE
+            )
         loopback = urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
         # A proxy of the environment cannot reach this machine's own loopback.
         self._opener = build_opener(_NoRedirection, *([ProxyHandler({})] if loopback else []))
@@ -255,7 +273,8 @@ def load_reward(
         functions.append(import_function(target))
     if not functions:
         raise ConfigError(
-            "no reward is given; set reward.model, reward.url or reward.function, or pass PPOTrainer(reward=…)"
+            "no reward is given; set reward.model, reward.url or reward.function, or pass PPOTrainer(reward=…)",
+            key="reward.model",
         )
     weights = config.weights or (1.0,) * len(functions)
     return reward_of(config, tuple(zip(names, weights, functions, strict=True)))
@@ -316,13 +335,13 @@ def import_function(target: str, key: str = "reward.function") -> RewardFunction
     except BaseException as error:  # whatever the module does when it is imported, as ending the process
         reason = " ".join(_in_words(error).split())
         raise ConfigError(
-            f"{key}={target}: {module_name} cannot be imported ({reason}) from {Path.cwd()} or PYTHONPATH"
+            f"{key}={target}: {module_name} cannot be imported ({reason}) from {Path.cwd()} or PYTHONPATH", key=key
         ) from error
     if not hasattr(module, name):
-        raise ConfigError(f"{key}={target}: the module {module_name} has no {name}")
+        raise ConfigError(f"{key}={target}: the module {module_name} has no {name}", key=key)
     function = getattr(module, name)
     if not callable(function):
-        raise ConfigError(f"{key}={target}: {name} is not callable")
+        raise ConfigError(f"{key}={target}: {name} is not callable", key=key)
     return function
 
 
@@ -349,20 +368,27 @@ def _call(
     except KeyboardInterrupt:  # which is Ctrl-C
         raise
     except BaseException as error:  # a reward ends neither the process nor a generator of ours
-        raise RewardError(f"{name} raised {_in_words(error)}") from error
+        raise RewardError(f"{name} raised {_in_words(error)}", key=key_in(name), raised=type(error).__name__) from error
     try:
         scores = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
     except Exception as error:  # whatever it returned may raise when it is read
         raise RewardError(f"{name} returned {_shown(values)}; return one number for each response") from error
     if scores.shape != (len(prompts),):
-        raise RewardError(f"{name} returned {_amount(scores)} for {len(prompts)} responses; return one number for each")
+        raise RewardError(
+            f"{name} returned {_amount(scores)} for {len(prompts)} responses; return one number for each",
+            key=key_in(name),
+        )
     return scores
 
 
 def _check_finite(name: str, scores: Float[Tensor, " B"], responses: Sequence[str]) -> None:
     for score, response in zip(scores.tolist(), responses, strict=True):
         if not math.isfinite(score):
-            raise RewardError(f"{name} returned {score} for the response {response!r:.80}; return finite numbers")
+            raise RewardError(
+                f"{name} returned {score} for the response {response!r:.80}; return finite numbers",
+                key=key_in(name),
+                score=score,
+            )
 
 
 def _within(seconds: float | None, work: Callable[[], T]) -> T:

@@ -59,7 +59,8 @@ def _train(config: RewardTrainingConfig, output: Path) -> dict[str, float]:
     if config.run.eval_every and not len(sets.tuning):
         raise ConfigError(
             f"run.eval_every={config.run.eval_every:g}: {sets.sources[1]} holds no rows to choose a checkpoint by; add "
-            "rows, name data.tuning_split, or set run.eval_every=0"
+            "rows, name data.tuning_split, or set run.eval_every=0",
+            key="run.eval_every",
         )
     transformers.set_seed(config.run.seed)  # the new head
     model = classifiers.load(config, tokenizer, sets.labels)
@@ -179,7 +180,8 @@ class FeedbackTrainer(Trainer):
         if not different:
             raise ConfigError(
                 f"data.max_tokens={self.max_tokens}: the two texts of every pair are the same in their first "
-                f"{self.max_tokens} tokens; raise it"
+                f"{self.max_tokens} tokens; raise it",
+                key="data.max_tokens",
             )
         if len(different) < len(pairs) and _is_main():
             print(
@@ -218,7 +220,8 @@ class _Progress(transformers.TrainerCallback):
         if args.eval_strategy == "steps" and state.eval_steps > state.max_steps:
             raise ConfigError(
                 f"run.eval_every={state.eval_steps:g} is above the {state.max_steps} steps of this training, so that "
-                "no model would be evaluated; lower it, or set 0 to write the last one"
+                "no model would be evaluated; lower it, or set 0 to write the last one",
+                key="run.eval_every",
             )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
@@ -342,16 +345,20 @@ def _is_main() -> bool:
 def _free_folder(config: RewardTrainingConfig) -> Path:
     output = Path(config.run.output_dir or Path("saved_models") / config.run.name).absolute()
     if output.exists() and not output.is_dir():
-        raise ConfigError(f"run.output_dir={output} is a file; name a folder")
+        raise ConfigError(f"run.output_dir={output} is a file; name a folder", key="run.output_dir")
     if output.is_dir() and any(output.iterdir()):
         what = "already holds a model" if (output / "config.json").exists() else "is not empty"
-        raise ConfigError(f"run.output_dir={output} {what}; name another folder, or remove it")
+        raise ConfigError(f"run.output_dir={output} {what}; name another folder, or remove it", key="run.output_dir")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"run.output_dir={output} cannot be made ({error.strerror}); name another folder") from None
+        raise ConfigError(
+            f"run.output_dir={output} cannot be made ({error.strerror}); name another folder", key="run.output_dir"
+        ) from None
     if not os.access(output.parent, os.W_OK):
-        raise ConfigError(f"run.output_dir={output}: {output.parent} is not writable; name another folder")
+        raise ConfigError(
+            f"run.output_dir={output}: {output.parent} is not writable; name another folder", key="run.output_dir"
+        )
     return output
 
 

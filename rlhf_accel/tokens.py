@@ -47,7 +47,8 @@ class Tokens:
         except Exception as error:  # the libraries below raise many kinds for a missing or broken tokenizer
             raise ConfigError(
                 f"model.name_or_path={name_or_path}: no tokenizer could be loaded; save one beside the model "
-                f"({_first_line(error)})"
+                f"({_first_line(error)})",
+                key="model.name_or_path",
             ) from error
         return cls(tokenizer)
 
@@ -106,7 +107,9 @@ class Tokens:
         ids = {*extra_ids, *([] if self.eos_id is None else [self.eos_id])}
         ids |= {self.tokenizer.convert_tokens_to_ids(text) for text in stop if text in special}
         if any(not text for text in stop):
-            raise ConfigError("rollout.stop holds an empty text, which every response contains; remove it")
+            raise ConfigError(
+                "rollout.stop holds an empty text, which every response contains; remove it", key="rollout.stop"
+            )
         return StopCondition(self, sorted(ids), tuple(text for text in stop if text not in special))
 
     def save(self, folder: Path) -> None:

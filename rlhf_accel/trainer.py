@@ -60,7 +60,7 @@ class PPOTrainer:
         if self.runtime.zero_stage == 3 and (config.lora.use_dora or config.model.load_in_4bit):
             key = "lora.use_dora" if config.lora.use_dora else "model.load_in_4bit"
             raise ConfigError(
-                f"{key}=true does not work where ZeRO-3 cuts the base's weights; launch with ZeRO-2 or ddp"
+                f"{key}=true does not work where ZeRO-3 cuts the base's weights; launch with ZeRO-2 or ddp", key=key
             )
         folder = self.runtime.from_main(lambda: checkpoint.choose_folder(config))
         self.line = Progressline(config.run.total_steps, enabled=self.runtime.is_main)
@@ -197,7 +197,8 @@ class PPOTrainer:
         minibatches = self.config.ppo.num_minibatches
         if len(prompts) < minibatches:
             raise ConfigError(
-                f"ppo.num_minibatches={minibatches} is above this step's {len(prompts)} prompts; lower it"
+                f"ppo.num_minibatches={minibatches} is above this step's {len(prompts)} prompts; lower it",
+                key="ppo.num_minibatches",
             )
         step = self.progress.step + 1
         watch = Stopwatch(entering=lambda phase: self.keeper.heartbeat(f"{phase} of step {step}"))
@@ -421,7 +422,8 @@ class PPOTrainer:
             )
         if self.config.reward.model or self.config.reward.url or self.config.reward.function:
             raise ConfigError(
-                "PPOTrainer(reward=…) is given beside reward.model, reward.url or reward.function; keep one of them"
+                "PPOTrainer(reward=…) is given beside reward.model, reward.url or reward.function; keep one of them",
+                key="reward.function",
             )
         name = f"reward={getattr(reward, '__name__', type(reward).__name__)}"
         return reward_of(self.config.reward, ((name, 1.0, reward),))
@@ -434,7 +436,7 @@ class PPOTrainer:
             for reward in (self.reward, *self.golds.values()):
                 reward.try_out(few.texts, few.texts, few.columns)
         except RewardError as error:
-            raise ConfigError(str(error)) from error
+            raise ConfigError(str(error), key=error.key, **error.facts) from error
         every = self.config.reward.partial_every
         if every:
             try:
@@ -442,7 +444,9 @@ class PPOTrainer:
             except RewardError as error:
                 raise ConfigError(
                     f"{error}; with reward.partial_every={every} it is also asked about prompts with an empty response"
-                    f": let it score these, or {WITHOUT_PARTS}"
+                    f": let it score these, or {WITHOUT_PARTS}",
+                    key="reward.partial_every",
+                    **error.facts,
                 ) from error
 
     def _kl_controller(self) -> ppo.FixedKLController | ppo.AdaptiveKLController:

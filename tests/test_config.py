@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
+import pickle
 import string
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -266,9 +269,13 @@ CONTRADICTIONS: list[tuple[dict, list[str]]] = [
 
 @pytest.mark.parametrize(("tree", "parts"), CONTRADICTIONS, ids=lambda value: str(value)[:50])
 def test_a_contradiction_names_key_and_mend(tree: dict, parts: list[str]) -> None:
-    message = error_of(tree)
+    with pytest.raises(ConfigError) as found:
+        parse(Config, tree)
+    message, key = str(found.value), found.value.key
     for part in parts:
         assert part in message
+    assert key is not None and message.startswith(key)
+    assert {key, *found.value.facts.get("others", ())} <= set(key_names(Config))
 
 
 def test_what_just_fits_is_no_contradiction() -> None:
@@ -515,3 +522,81 @@ def test_an_estimator_that_drives_the_policy_away_is_refused_and_old_runs_with_i
     resumed = load(Config, None, ["--run.changes", "ppo.kl_estimator"])
     assert changed_keys(written, resumed) == []
     assert changed_keys(written, Config()) == ["ppo.kl_estimator (was 'k3', is 'k1')"]
+
+
+# What code reads of an error
+
+# Functions whose errors are about a folder or file that a command was given, or a launch: there is no key to change.
+KEYLESS = {
+    *("checkpoint.model_folder", "checkpoint.read_summary", "checkpoint.reward_scale", "checkpoint.read_dump"),
+    *("config.parse", "distributed.__init__", "distributed._check_precision_of_process"),
+    *("distributed._deepspeed_plugin", "distributed.set_weights", "doctor.build"),
+    *("evaluate._config", "evaluate.of", "evaluate.reference_scores", "generate._load", "hub.main"),
+    *("loading.adapter_config", "merge.merge"),
+    *("models.exported_weights", "report.write", "report.read_run"),
+}
+
+
+def errors_made(path: Path) -> Iterator[tuple[str, ast.Call]]:
+    """Each error with a key that the file makes, with the name of the innermost function around it."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]  # outer ones first
+    owners = {id(node): function.name for function in functions for node in ast.walk(function)}
+    for node in ast.walk(tree):
+        name = getattr(node.func, "id", None) if isinstance(node, ast.Call) else None
+        if name in ("ConfigError", "RewardError", "Finished"):
+            yield owners[id(node)], node
+
+
+def template(node: ast.expr) -> str:
+    """The text of a string, with `{expression}` for what is filled in."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(template(part) for part in node.values)
+    if isinstance(node, ast.FormattedValue):
+        return f"{{{ast.unparse(node.value)}}}"
+    return node.value if isinstance(node, ast.Constant) else f"{{{ast.unparse(node)}}}"
+
+
+def test_each_error_of_the_package_has_a_key_and_names_it() -> None:
+    keyless, made = set(), 0
+    for path in sorted((ROOT / "rlhf_accel").rglob("*.py")):
+        for function, call in errors_made(path):
+            made += 1
+            where, message = f"{path.stem}.{function}", template(call.args[0])
+            keys = [keyword.value for keyword in call.keywords if keyword.arg == "key"]
+            if not keys:
+                keyless.add(where)
+                continue
+            (key,) = keys
+            shown = template(
+                key.args[0] if isinstance(key, ast.Call) else key
+            )  # of key_in(what the message begins with)
+            # A message that begins with what the caller gives, as hub's do, is the caller's to name the key in.
+            assert shown in message or message.startswith("{"), f"{where}: {message}"
+    assert made > 150
+    assert keyless <= KEYLESS, keyless - KEYLESS
+
+
+def test_an_error_keeps_its_key_and_facts_where_pydantic_or_another_process_hands_it_on() -> None:
+    with pytest.raises(ConfigError) as found:
+        parse(Config, {"ppo": {"num_minibatches": 3}})
+    sent = pickle.loads(pickle.dumps(found.value))  # as Runtime.from_main sends it
+    for error in (found.value, sent):
+        assert (error.key, error.facts) == ("ppo.num_minibatches", {"others": ("rollout.batch_size",)})
+        assert str(error).startswith("ppo.num_minibatches=3 does not divide")
+
+
+@pytest.mark.parametrize(
+    ("tree", "key"),
+    [
+        ({"ppo": {"kl_coef": -1}}, "ppo.kl_coef"),
+        ({"optim": {"betas": [0.9, 2]}}, "optim.betas"),
+        ({"ppo": {"kl_coeff": 1}}, "ppo.kl_coeff"),
+        ({"lr": 1}, "lr"),
+        ({"ppo": 3}, "ppo"),
+    ],
+)
+def test_what_a_tree_has_wrong_is_a_key_of_the_tree(tree: dict, key: str) -> None:
+    with pytest.raises(ConfigError) as found:
+        parse(Config, tree)
+    assert found.value.key == key

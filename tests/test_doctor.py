@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf_accel import __main__ as command_line
 from rlhf_accel import models
 from rlhf_accel.config import to_yaml
-from rlhf_accel.doctor import diagnose
+from rlhf_accel.doctor import Doctor, diagnose
 from tests.conftest import TEXTS
 
 pytestmark = pytest.mark.usefixtures("exact_fp32")
@@ -121,6 +121,25 @@ def test_batch_that_does_not_divide(examined):
     findings = examined("--ppo.num_minibatches", "3")
     assert "ppo.num_minibatches=3 does not divide" in findings["problem", "config"]
     assert ("ok", "gradient") in findings  # the rest was looked at nevertheless
+
+
+@pytest.mark.parametrize(
+    ("tree", "dropped"),
+    [
+        ({"ppo": {"kl_coeff": 1.0}}, ["ppo.kl_coeff"]),
+        ({"lr": 1.0, "optim": {"lr": 1e-5}}, ["lr"]),
+        ({"ppo": 3}, ["ppo"]),
+        ({"rollout": {"max_new_tokens": 4}, "ppo": {"micro_batch_tokens": 8}}, ["ppo.micro_batch_tokens"]),
+        ({"rollout": {"max_prompt_tokens": 9000}}, ["rollout.max_prompt_tokens"]),  # not ppo.micro_batch_tokens, unset
+        ({"ppo": {"num_minibatches": 3, "gamma": 2}}, ["ppo.gamma", "ppo.num_minibatches"]),
+    ],
+)
+def test_the_key_that_cannot_stay_goes_back_to_its_default(tmp_path, tree, dropped):
+    (tmp_path / "config.yaml").write_text(json.dumps(tree))
+    doctor = Doctor(lambda _: None)
+    assert doctor.read(tmp_path / "config.yaml") is not None
+    said = [found.said for found in doctor.findings]
+    assert [line.partition("checking on with ")[2] for line in said] == [f"{key}'s default)" for key in dropped]
 
 
 def test_dropout_left_on(examined, monkeypatch):
