@@ -372,7 +372,9 @@ def _call(
     try:
         scores = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
     except Exception as error:  # whatever it returned may raise when it is read
-        raise RewardError(f"{name} returned {_shown(values)}; return one number for each response") from error
+        raise RewardError(
+            f"{name} returned {_shown(values)}; return one number for each response", key=key_in(name)
+        ) from error
     if scores.shape != (len(prompts),):
         raise RewardError(
             f"{name} returned {_amount(scores)} for {len(prompts)} responses; return one number for each",
