@@ -11,16 +11,19 @@ import json
 import logging
 import math
 import os
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
-from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
+from urllib.request import HTTPHandler, HTTPRedirectHandler, HTTPSHandler, ProxyHandler, Request, build_opener
 
 import torch
 from jaxtyping import Float
@@ -215,27 +218,82 @@ class RemoteReward:
             )
         loopback = urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
         # A proxy of the environment cannot reach this machine's own loopback.
-        self._opener = build_opener(_NoRedirection, *([ProxyHandler({})] if loopback else []))
+        self._handlers: tuple[Any, ...] = (_NoRedirection, *([ProxyHandler({})] if loopback else []))
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Sequence[Any]) -> list[float]:
         body = json.dumps({"prompts": list(prompts), "responses": list(responses), "columns": columns}, default=str)
         headers = {"Content-Type": "application/json"}
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
-        try:
-            with self._opener.open(Request(self.url, body.encode(), headers), timeout=self.timeout) as answer:
-                text = answer.read(LARGEST_ANSWER + 1)
-        except HTTPError as error:
-            said = " ".join(error.read(200).decode(errors="replace").split())
-            raise RuntimeError(f"the server answered {error.code} {error.reason} ({said})") from None
-        except URLError as error:
-            raise ConnectionError(f"{error.reason}; is the server running?") from None
+        text = self._answer(Request(self.url, body.encode(), headers))
         if len(text) > LARGEST_ANSWER:
             raise ValueError(f"the answer has more than {LARGEST_ANSWER >> 20} MiB")
         scores = json.loads(text)["scores"]
         if not isinstance(scores, list) or not all(score is None or type(score) in (int, float) for score in scores):
             raise TypeError('expected {"scores": [number, …]}, null for one that is not finite')
         return [math.nan if score is None else score for score in scores]
+
+    def _answer(self, request: Request) -> bytes:
+        """What the server answers, all of it within the timeout, which for urllib is that of each read."""
+        sockets: list[socket.socket] = []
+        late = threading.Event()
+
+        def cut() -> None:
+            late.set()
+            for connection in sockets:
+                with suppress(OSError):  # it has been closed
+                    socket.socket.shutdown(connection, socket.SHUT_RDWR)
+
+        timer = threading.Timer(self.timeout, cut)
+        timer.daemon = True
+        timer.start()
+        opener = build_opener(_Http(sockets), _Https(sockets), *self._handlers)
+        try:
+            try:
+                with opener.open(request, timeout=self.timeout) as answer:
+                    text = answer.read(LARGEST_ANSWER + 1)
+            except HTTPError as error:
+                said = " ".join(error.read(200).decode(errors="replace").split())
+                raise RuntimeError(f"the server answered {error.code} {error.reason} ({said})") from None
+            except URLError as error:
+                raise ConnectionError(f"{error.reason}; is the server running?") from None
+        except (OSError, HTTPException, RuntimeError):
+            if not late.is_set():
+                raise
+        finally:
+            timer.cancel()
+        if late.is_set():
+            raise TimeoutError(f"no answer within reward.timeout={self.timeout:g} s")
+        return text
+
+
+class _Http(HTTPHandler):
+    """Notes the sockets that it opens."""
+
+    def __init__(self, sockets: list[socket.socket]) -> None:
+        super().__init__()
+        self._sockets = sockets
+
+    def http_open(self, request: Request) -> Any:
+        return self.do_open(_noted(HTTPConnection, self._sockets), request)
+
+
+class _Https(HTTPSHandler):
+    def __init__(self, sockets: list[socket.socket]) -> None:
+        super().__init__()
+        self._sockets = sockets
+
+    def https_open(self, request: Request) -> Any:
+        return self.do_open(_noted(HTTPSConnection, self._sockets), request)
+
+
+def _noted(kind: Any, sockets: list[socket.socket]) -> Any:
+    class Connection(kind):
+        def connect(self) -> None:
+            super().connect()
+            sockets.append(self.sock)
+
+    return Connection
 
 
 class _NoRedirection(HTTPRedirectHandler):

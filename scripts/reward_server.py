@@ -4,19 +4,26 @@
     python scripts/train.py --config my_run.yaml --reward.url http://127.0.0.1:8000/
 
 POST `{"prompts": [...], "responses": [...], "columns": {NAME: [...]}}`, answer `{"scores": [...]}`, in which
-a score that is not finite is null, or `{"error": ...}`. Requests are answered one after the other.
-With RLHF_ACCEL_REWARD_TOKEN set, requests have to bear it.
+a score that is not finite is null, or `{"error": ...}`. Several requests are read at once, each whole within --deadline
+seconds; the reward is called for one after the other, in the main thread. With RLHF_ACCEL_REWARD_TOKEN set, requests
+have to bear it.
 """
 
 from __future__ import annotations
 
 import argparse
 import hmac
+import io
 import json
 import os
+import queue
+import socket
 import sys
+import threading
+import time
+from concurrent.futures import Future
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import torch
@@ -38,25 +45,87 @@ class BadRequest(Exception):
         self.status = status
 
 
-class RewardServer(HTTPServer):
-    """Answers one request after the other: a model is not for several threads."""
+class RewardServer(ThreadingHTTPServer):
+    """Reads and answers several requests at once, each in a thread, and calls the reward for one after the other in the
+    thread that serves: a function may not be safe for threads, or need the main one."""
 
-    def __init__(self, address: tuple[str, int], reward: Reward, max_bytes: int) -> None:
+    daemon_threads = True
+    request_queue_size = 1024  # connections that wait for a thread; a full queue would reset them
+
+    def __init__(
+        self, address: tuple[str, int], reward: Reward, max_bytes: int, *, deadline: float = 30.0, at_once: int = 32
+    ) -> None:
         super().__init__(address, _Handler)
         self.reward = reward
         self.max_bytes = max_bytes
+        self.deadline = deadline
+        self._places = threading.BoundedSemaphore(at_once)
+        self._asked: queue.SimpleQueue[tuple[Batch, Future[list[float]]] | None] = queue.SimpleQueue()
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        threading.Thread(target=super().serve_forever, args=(poll_interval,), daemon=True).start()
+        while (asked := self._asked.get()) is not None:
+            batch, future = asked
+            try:
+                future.set_result(self.reward(batch.prompts, batch.responses, batch.columns).tolist())
+            except Exception as error:
+                future.set_exception(error)
+
+    def shutdown(self) -> None:
+        self._asked.put(None)
+        super().shutdown()
+
+    def scores(self, batch: Batch) -> list[float]:
+        """What the reward makes of a batch, once it is its turn; raises what the reward raises."""
+        future: Future[list[float]] = Future()
+        self._asked.put((batch, future))
+        return future.result()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._places.acquire()  # while all are taken, others wait in the queue
+        try:
+            super().process_request(request, client_address)
+        except BaseException:
+            self._places.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
+
+
+class _Until(io.RawIOBase):
+    """Bytes of a socket, until a time: `TimeoutError` after it, however steadily they drip."""
+
+    def __init__(self, connection: socket.socket, end: float) -> None:
+        self._connection = connection
+        self._end = end
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the request is not whole")
+        self._connection.settimeout(left)
+        return self._connection.recv_into(buffer)
 
 
 class _Handler(BaseHTTPRequestHandler):
     server: RewardServer
-    timeout = 30.0  # seconds that a client may be silent
     server_version, sys_version = "rlhf_accel", ""
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile = io.BufferedReader(_Until(self.connection, time.monotonic() + self.server.deadline))
 
     def do_POST(self) -> None:
         try:
             batch = read_batch(self._body())
-            scores = self.server.reward(batch.prompts, batch.responses, batch.columns).tolist()
-            self._answer(200, {"scores": finite_or_none(scores)})
+            self._answer(200, {"scores": finite_or_none(self.server.scores(batch))})
         except BadRequest as error:
             self._answer(error.status, {"error": str(error)})
         except RewardError as error:
@@ -72,10 +141,14 @@ class _Handler(BaseHTTPRequestHandler):
             raise BadRequest(411, "Content-Length is missing or no length")
         if int(length) > self.server.max_bytes:
             raise BadRequest(413, f"{length} bytes are more than --max_bytes={self.server.max_bytes}")
-        return self.rfile.read(int(length))
+        try:
+            return self.rfile.read(int(length))
+        except TimeoutError:
+            raise BadRequest(408, f"the request was not whole within --deadline={self.server.deadline:g} s") from None
 
     def _answer(self, status: int, tree: dict[str, Any]) -> None:
         body = json.dumps(tree).encode()
+        self.connection.settimeout(self.server.deadline)  # of all of it, whoever reads
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -112,6 +185,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--host", default=LOOPBACK[0], help="address to listen on; by default this machine only")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one, which is said")
     parser.add_argument("--max_bytes", type=int, default=16 << 20, help="largest request that is read")
+    parser.add_argument("--deadline", type=float, default=30.0, help="seconds for a whole request to arrive")
     parser.add_argument(
         "--trust_remote_code", action="store_true", help="run code that comes with --model; only for sources you trust"
     )
@@ -126,7 +200,7 @@ def main(arguments: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reward = replace(load_reward(config, path, device, trust_remote_code=options.trust_remote_code), retries=0)
     try:
-        server = RewardServer((options.host, options.port), reward, options.max_bytes)
+        server = RewardServer((options.host, options.port), reward, options.max_bytes, deadline=options.deadline)
     except (OSError, OverflowError) as error:
         raise ConfigError(f"--host {options.host} --port {options.port}: cannot listen there ({error})") from None
     host, port = server.server_address[:2]

@@ -7,7 +7,9 @@ import json
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -16,7 +18,7 @@ import pytest
 
 from rlhf_accel import reward as rewards
 from rlhf_accel.config import Config, ConfigError, RewardConfig, load, parse
-from rlhf_accel.reward import Reward, RewardError, load_reward
+from rlhf_accel.reward import RemoteReward, Reward, RewardError, load_reward
 from rlhf_accel.trainer import PPOTrainer
 from scripts.reward_server import RewardServer
 from tests.conftest import share_of_o
@@ -33,8 +35,9 @@ def serve() -> Iterator[Callable[..., str]]:
     """A function that serves a reward and returns its address."""
     servers = []
 
-    def start(function: Callable[..., Any], max_bytes: int = 10_000) -> str:
-        server = RewardServer(("127.0.0.1", 0), Reward(terms=(("served", 1.0, function),)), max_bytes)
+    def start(function: Callable[..., Any], max_bytes: int = 10_000, **settings: Any) -> str:
+        reward = Reward(terms=(("served", 1.0, function),))
+        server = RewardServer(("127.0.0.1", 0), reward, max_bytes, **settings)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         servers.append(server)
         return f"http://127.0.0.1:{server.server_address[1]}/"
@@ -143,6 +146,60 @@ def test_the_server_reads_no_body_without_a_length(serve, length: str) -> None:
         assert b"411" in client.recv(1000)
 
 
+BODY = b'{"prompts": ["a"], "responses": ["b"], "columns": {"number": [1.0]}}'
+HEAD = b"POST / HTTP/1.1\r\nHost: here\r\nContent-Length: %d\r\n\r\n" % len(BODY)
+
+
+def connect(url: str) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", int(url.split(":")[2].partition("/")[0])), timeout=20)
+
+
+def drip(connection: socket.socket, data: bytes) -> None:
+    """A byte now and then, so that no single read waits long."""
+    with suppress(OSError):
+        for i in range(len(data)):
+            connection.sendall(data[i : i + 1])
+            time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("begun", "answer"), [(b"", b""), (HEAD, b"408")], ids=["headers", "body"])
+def test_one_who_drips_bytes_blocks_nobody_and_is_cut_off(serve, begun: bytes, answer: bytes) -> None:
+    url = serve(number_of, deadline=0.6)
+    with connect(url) as slow:
+        slow.sendall(begun)
+        threading.Thread(target=drip, args=(slow, b"POST " + b"x" * 200), daemon=True).start()
+        start = time.perf_counter()
+        assert remote(url)(["a"], ["b"], {"number": [1.0]}).tolist() == [1.0]
+        assert time.perf_counter() - start < 0.5
+        with suppress(ConnectionResetError):
+            assert answer in slow.recv(1000)
+        assert time.perf_counter() - start < 3
+
+
+def test_many_clients_at_once_are_all_answered_one_after_the_other(serve) -> None:
+    """None is reset, and the reward is called in one thread: as if it were alone."""
+    threads, at_work = set(), []
+
+    def counts(prompts: list[str], responses: list[str], **columns: Any) -> list[float]:
+        threads.add(threading.current_thread())
+        at_work.append(1)
+        assert len(at_work) == 1
+        time.sleep(0.001)
+        at_work.pop()
+        return number_of(prompts, responses, **columns)
+
+    url = serve(counts, at_once=8)
+    clients = [connect(url) for _ in range(200)]  # 8 are read, the others wait
+    for client in clients:
+        client.sendall(HEAD + BODY)
+    answers = []
+    for client in clients:
+        with client, client.makefile("rb") as answer:
+            answers.append(answer.read().rpartition(b"\r\n\r\n")[2])
+    assert answers == [b'{"scores": [1.0]}'] * 200
+    assert len(threads) == 1
+
+
 def test_a_token_is_asked_for_and_sent(serve, monkeypatch) -> None:
     url = serve(number_of)
     monkeypatch.setenv(rewards.TOKEN_VARIABLE, "sesame")
@@ -199,6 +256,23 @@ def test_a_redirection_is_not_followed(answering, serve, monkeypatch) -> None:
 def test_a_server_that_does_not_answer(answering) -> None:
     with pytest.raises(RewardError, match=r"timed out|TimeoutError"):
         remote(answering(b"", seconds=20.0), timeout=0.2)(["a"], ["b"], {})
+
+
+@pytest.mark.parametrize("begun", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n"], ids=["headers", "body"])
+def test_a_server_that_drips_bytes_has_as_long_as_any_other(begun: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answers() -> None:
+            connection, _ = server.accept()
+            connection.sendall(begun)
+            drip(connection, b"x" * 100)
+
+        threading.Thread(target=answers, daemon=True).start()
+        start = time.perf_counter()
+        with pytest.raises(TimeoutError, match=r"no answer within reward\.timeout=0\.3 s"):
+            RemoteReward(f"http://127.0.0.1:{server.getsockname()[1]}/", 0.3)(["a"], ["b"])
+        assert time.perf_counter() - start < 2
+    assert not any(isinstance(thread, threading.Timer) for thread in threading.enumerate())
 
 
 def test_nobody_listens(caplog) -> None:
