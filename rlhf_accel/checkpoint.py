@@ -27,7 +27,14 @@ from rlhf_accel import __version__
 from rlhf_accel.assets import sha256
 from rlhf_accel.config import Config, ConfigError, Finished, RunFailed, changed_keys, load_run, to_yaml
 from rlhf_accel.distributed import Runtime, failure
-from rlhf_accel.files import flush, flush_all, replace_text
+from rlhf_accel.files import (
+    flush_all,
+    name_work_folder,
+    remove_work_folders,
+    replace_folder,
+    replace_text,
+    work_folder,
+)
 from rlhf_accel.lock import Lock, hold
 from rlhf_accel.metrics import finite_or_none
 from rlhf_accel.models import CRITIC, POLICY, PolicyWithValue
@@ -341,11 +348,10 @@ def save_checkpoint(folder: Path, progress: Progress, runtime: Runtime, config: 
     Raises `SaveError`, on every rank, if any rank could not write its part; what was there before stays as it was.
     """
     place = folder / CHECKPOINTS / f"step-{progress.step:06d}"
-    beside = place.with_name(f".{place.name}")
+    beside = runtime.from_main(lambda: name_work_folder(place))
 
     def begin() -> None:
-        for left in place.parent.glob(".step-*"):  # of a process that was killed
-            shutil.rmtree(left)
+        remove_work_folders(place.parent, "step-*")
         beside.mkdir(parents=True)
 
     def finish() -> None:
@@ -356,7 +362,7 @@ def save_checkpoint(folder: Path, progress: Progress, runtime: Runtime, config: 
             raise OSError(f"{parts} of {runtime.world_size} processes' parts are here; they need one folder")
         _write_manifest(beside, runtime)
         flush_all(beside, like=beside / "progress.json")
-        _move(beside, place)
+        replace_folder(beside, place)
         replace_text(place.parent / _LATEST, place.name)
 
     def on_main(work: Callable[[], None]) -> str | None:
@@ -503,42 +509,37 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _move(beside: Path, place: Path) -> None:
-    """Rename a folder to its place. What is there goes last, and until then is whole, under its name or `NAME.old`."""
-    old = place.with_name(f"{place.name}.old")
-    if place.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        place.rename(old)
-    try:
-        beside.rename(place)
-    except OSError:
-        if old.exists():
-            old.rename(place)
-        raise
-    flush(place.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def export(folder: Path, module: PolicyWithValue, weights: Mapping[str, Tensor], tokens: Tokens, card: str) -> None:
+def export(
+    folder: Path,
+    module: PolicyWithValue,
+    weights: Mapping[str, Tensor],
+    tokens: Tokens,
+    card: str,
+    fault: Callable[[Path], str | None] = lambda _: None,
+) -> str | None:
     """Write the policy in Hugging Face form (full model, or peft adapter), the value head beside it, and a model card.
 
-    `weights` are the module's whole weights, as `Runtime.learned_weights` gives them; main process only. What the
-    folder held before stays until the new one is whole. Raises `OSError` or safetensors' own error if the disk refuses.
+    `weights` are the module's whole weights, as `Runtime.learned_weights` gives them; main process only. `fault` is
+    asked what is wrong with the folder that is to take the place: if anything, that is returned and `folder` stays as
+    it was, as it does until the new one is whole. Raises `OSError` or safetensors' own error if the disk refuses.
     """
-    beside = folder.with_name(f".{folder.name}")
-    shutil.rmtree(beside, ignore_errors=True)
     policy = {name.removeprefix("policy."): value for name, value in weights.items() if name.startswith("policy.")}
     policy_model: Any = module.policy
     adapters = [name for name in (POLICY, CRITIC) if name in getattr(policy_model, "peft_config", ())]
-    policy_model.save_pretrained(beside, state_dict=policy, **({"selected_adapters": adapters} if adapters else {}))
-    tokens.save(beside)
-    # The value head, and what learnt of the transformer under it where that is a separate one. An adapter of the
-    # critic's own lies in critic/, where peft puts it.
-    critic = {name: value.contiguous() for name, value in weights.items() if not name.startswith("policy.")}
-    save_file(critic, beside / VALUE_HEAD)
-    (beside / "README.md").write_text(card, encoding="utf-8")
-    flush_all(beside, like=beside / "README.md")
-    _move(beside, folder)
+    remove_work_folders(folder.parent, folder.name)
+    with work_folder(folder) as beside:
+        policy_model.save_pretrained(beside, state_dict=policy, **({"selected_adapters": adapters} if adapters else {}))
+        tokens.save(beside)
+        # The value head, and what was trained of the transformer under it where that is a separate one. An adapter of
+        # the critic's own lies in critic/, where peft puts it.
+        critic = {name: value.contiguous() for name, value in weights.items() if not name.startswith("policy.")}
+        save_file(critic, beside / VALUE_HEAD)
+        (beside / "README.md").write_text(card, encoding="utf-8")
+        flush_all(beside, like=beside / "README.md")
+        found = fault(beside)
+        if found is None:
+            replace_folder(beside, folder)
+    return found
 
 
 def load_value_head(folder: Path) -> dict[str, Tensor]:
@@ -562,15 +563,15 @@ class Dump:
 
 def write_dump(folder: Path, dump: Dump) -> None:
     """Raises `OSError` or safetensors' own error if it cannot be written."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(to_yaml(dump.config), encoding="utf-8")
-    (folder / "dump.json").write_text(
-        json.dumps(dump.facts, indent=2, ensure_ascii=False, default=str), encoding="utf-8"
-    )
-    for name, tensors in (("experience", dump.experience), ("weights", dump.weights)):
-        if tensors:
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
+    with work_folder(folder) as beside:
+        (beside / "config.yaml").write_text(to_yaml(dump.config), encoding="utf-8")
+        (beside / "dump.json").write_text(
+            json.dumps(dump.facts, indent=2, ensure_ascii=False, default=str), encoding="utf-8"
+        )
+        for name, tensors in (("experience", dump.experience), ("weights", dump.weights)):
+            if tensors:
+                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, beside / f"{name}.safetensors")
+        replace_folder(beside, folder)
 
 
 def read_dump(folder: Path) -> Dump:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_accel import assets
 from rlhf_accel.config import ConfigError, RewardTrainingConfig, key_in
+from rlhf_accel.files import replace_folder, work_folder
 from rlhf_accel.loading import adapted, pretrained
 
 Classifier = Any
@@ -136,9 +136,10 @@ def finish(
         head.weight.div_(scale)
         if head.bias is not None:
             head.bias.sub_(shift).div_(scale)
-    shutil.rmtree(folder)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with work_folder(folder) as beside:
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        replace_folder(beside, folder)
 
 
 def _load(config: RewardTrainingConfig, tokenizer: Any, labels: Sequence[str]) -> tuple[Classifier, list[str]]:

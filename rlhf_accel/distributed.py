@@ -333,25 +333,29 @@ class Runtime:
             peak = peak_resident_mib()
         return float(self.max(torch.tensor(peak)))
 
-    def learned_weights(self) -> dict[str, Tensor]:
-        """Whole weights of all that learns, on the CPU of the main process, nothing on the others; called by every
-        rank."""
-        return self._whole_weights(lambda weight: weight.to("cpu", copy=True) if self.is_main else None, learned=True)
+    def learned_weights(self, frozen: bool = False) -> dict[str, Tensor]:
+        """Whole weights of all that is trained, and persistent buffers, on the CPU of the main process, nothing on the
+        others; with `frozen`, of all parameters. Called by every rank."""
+        return self._whole_weights(
+            lambda weight: weight.to("cpu", copy=True) if self.is_main else None, learned=not frozen
+        )
 
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Give parameters of the prepared module whole values by their names; every rank brings them all.
+        """Give parameters and buffers of the prepared module whole values by their names; every rank brings them all.
 
         Raises `ConfigError` if the module has none of such a name and shape.
         """
-        named = dict(self._accelerator.unwrap_model(self.module).named_parameters(remove_duplicate=False))
+        named = _named_tensors(self._accelerator.unwrap_model(self.module))
         for name, value in weights.items():
             if name not in named or tuple(getattr(named[name], "ds_shape", named[name].shape)) != tuple(value.shape):
                 raise ConfigError(f"these are weights of another model: this one has no {name} {tuple(value.shape)}")
         values = {named[name]: value for name, value in weights.items()}
-        for part in self._together(list(values), write=True):
-            with torch.no_grad():
+        with torch.no_grad():
+            for part in self._together([p for p in values if isinstance(p, nn.Parameter)], write=True):
                 for parameter in part:
                     parameter.copy_(values[parameter])
+            for buffer in (tensor for tensor in values if not isinstance(tensor, nn.Parameter)):
+                buffer.copy_(values[buffer])
 
     def save_state(self, folder: Path) -> str | None:
         """What learns and the optimizer's state, for `prepare` to go on from; called by every rank.
@@ -551,8 +555,9 @@ class Runtime:
         self._accelerator.end_training()
 
     def _whole_weights(self, copy_of: Callable[[Tensor], Tensor | None], learned: bool = False) -> dict[str, Tensor]:
-        """A copy of each parameter by its names, of those that learn only if `learned`; parameters that are shared have
-        one copy. `copy_of` is called with whole parameters on every rank, and may return None for none."""
+        """A copy of each parameter by its names, of those that are trained only if `learned`, and of each persistent
+        buffer; what is shared has one copy. `copy_of` is called with whole tensors on every rank, and may return None
+        for none."""
         module = self._accelerator.unwrap_model(self.module)
         names: dict[nn.Parameter, list[str]] = {}
         for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -564,7 +569,9 @@ class Runtime:
                 made = copy_of(parameter.detach())
                 if made is not None:
                     copies |= dict.fromkeys(names[parameter], made)
-        return copies
+        buffers = persistent_buffers(module)  # which ZeRO does not cut
+        made_of = {id(buffer): copy_of(buffer.detach()) for buffer in buffers.values()}
+        return copies | {name: made for name, buffer in buffers.items() if (made := made_of[id(buffer)]) is not None}
 
     def _together(self, parameters: Sequence[Any], *, write: bool = False) -> Iterator[Sequence[Any]]:
         """The parameters part by part, each part whole on this rank while it is looked at; with `write`, what the main
@@ -863,13 +870,29 @@ def portable_weights(checkpoint: Path) -> dict[str, Tensor]:
 
 def _load_weights(module: nn.Module, folder: Path) -> None:
     weights = load_file(folder / _WEIGHTS)
-    ours = dict(module.named_parameters(remove_duplicate=False))
-    # Of parameters that are shared the file holds one.
+    ours = _named_tensors(module)
+    # Of parameters that are shared the file holds one; buffers are in no file of older versions.
     lacking = [name for name, p in module.named_parameters() if p.requires_grad and name not in weights]
     foreign = [name for name, weight in weights.items() if name not in ours or ours[name].shape != weight.shape]
     for name in (*lacking, *foreign):
         raise ConfigError(f"run.resume={folder}: holds weights of another model ({name}, …)", key="run.resume")
     module.load_state_dict(weights, strict=False)
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong to a module's state, by all their names: such as the bias by which DeepSeek-V3 balances
+    its experts. Others, such as rotary frequencies, follow from its config."""
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, layer in module.named_modules(remove_duplicate=False)
+        for name, buffer in layer._buffers.items()
+        if buffer is not None and name not in layer._non_persistent_buffers_set
+    }
+
+
+def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers, by all their names."""
+    return {**dict(module.named_parameters(remove_duplicate=False)), **persistent_buffers(module)}
 
 
 def each_once(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

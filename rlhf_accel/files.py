@@ -5,7 +5,11 @@ Knows the disk; knows nothing of what is written.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -18,6 +22,50 @@ def replace_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     os.replace(beside, path)
     flush(path.parent)
+
+
+def name_work_folder(place: Path) -> Path:
+    """A path beside `place` that nothing has, for a folder that is renamed to it once it is whole."""
+    return place.with_name(f".{place.name}.work-{secrets.token_hex(4)}")
+
+
+@contextlib.contextmanager
+def work_folder(place: Path) -> Iterator[Path]:
+    """A new folder beside `place`, to be renamed to it; what is left of it when the block ends is removed. Raises
+    `OSError`."""
+    folder = name_work_folder(place)
+    folder.mkdir(parents=True)  # not tempfile's, which nobody else may read
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_work_folders(parent: Path, name: str = "*") -> None:
+    """Those that killed processes left for folders of such a name: only in a folder that this process alone writes.
+    Raises `OSError`."""
+    for left in parent.glob(f".{name}.work-????????"):
+        shutil.rmtree(left)
+
+
+def replace_folder(new: Path, place: Path) -> None:
+    """Rename a folder to `place`. A folder that is there goes last, and until then is whole, under its name or
+    `NAME.old`, or under another if somebody has that. Raises `OSError`."""
+    old = place.with_name(f"{place.name}.old")
+    if old.exists():
+        old = place.with_name(f"{place.name}.old-{secrets.token_hex(4)}")
+    made_way = place.exists()
+    if made_way:
+        place.rename(old)
+    try:
+        new.rename(place)
+    except OSError:
+        if made_way:
+            old.rename(place)
+        raise
+    flush(place.parent)
+    if made_way:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def flush(path: Path) -> None:

@@ -20,8 +20,10 @@ from rlhf_accel.checkpoint import Dump, Progress, SaveError
 from rlhf_accel.config import Config, ConfigError, RunFailed, flatten
 from rlhf_accel.distributed import Runtime, each_once, failure, missing, post
 from rlhf_accel.environment import environment
+from rlhf_accel.exports import ExportError, ExportProbe
 from rlhf_accel.lock import Lock
 from rlhf_accel.metrics import Journal, Progressline
+from rlhf_accel.models import logits_of
 from rlhf_accel.tokens import Tokens
 from rlhf_accel.types import Experience
 from rlhf_accel.vigil import Heartbeat
@@ -141,20 +143,37 @@ class Keeper:
             self.line.say(f"warning: an old checkpoint could not be removed: {problem}")
         return True
 
-    def export(self, name: str, results: Mapping[str, Any], tokens: Tokens) -> None:
-        """Write the policy for others to load, as NAME/ in the run's folder. Raises `SaveError`, on every rank."""
+    def export(self, name: str, results: Mapping[str, Any], tokens: Tokens, probe: ExportProbe) -> None:
+        """Write the policy for others to load, as NAME/ in the run's folder.
+
+        Raises on every rank: `SaveError` if it cannot be written, `ExportError` if the probe finds that it is not what
+        is in memory. What was there before then stays.
+        """
         self._check_lock()
         self.heartbeat(f"writing {name}/")
-        weights = self.runtime.learned_weights()
+        weights = self.runtime.learned_weights(frozen=self.config.lora.r == 0)
         module, card = self.runtime.plain_module, model_card(self.config, results, checkpoint.versions())
-        self._all_or_none(lambda: checkpoint.export(self.folder / name, module, weights, tokens, card))
+        memory = logits_of(module.policy, probe.ids.to(self.runtime.device))  # by all ranks: with ZeRO-3 they share it
+        faults: list[str | None] = []
 
-    def finish(self, summary: Mapping[str, Any], tokens: Tokens) -> None:
+        def fault(folder: Path) -> str | None:
+            return probe.fault(folder, module.policy, memory, weights, f"{name}/")
+
+        self._all_or_none(
+            lambda: faults.append(checkpoint.export(self.folder / name, module, weights, tokens, card, fault))
+        )
+        found = self.runtime.first_failure(faults[0] if faults else None)
+        if found is not None:
+            raise ExportError(f"{found}; {self.folder / name} is as it was before")
+        if probe.skipped is not None:
+            self.line.say(f"warning: {name}/ was not loaded again to compare its logits: {probe.skipped}")
+
+    def finish(self, summary: Mapping[str, Any], tokens: Tokens, probe: ExportProbe) -> None:
         """Write final/ and, as the last thing of all, the summary; on a full disk it is tried again for some minutes.
 
         Raises `RunFailed` if that does not help.
         """
-        self._insist(lambda: self.export("final", summary, tokens), "final/")
+        self._insist(lambda: self.export("final", summary, tokens, probe), "final/")
 
         def write() -> None:
             self.journal.flush()

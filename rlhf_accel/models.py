@@ -209,9 +209,7 @@ def load_policy(config: Config, path: str, device: torch.device) -> LanguageMode
 
     Raises `ConfigError` when there is no such model or lora.target_modules do not fit it.
     """
-    dtype = resolve_dtype(config, device)
-    settings = _four_bits(device, dtype) if config.model.load_in_4bit else {}
-    model = _load(AutoModelForCausalLM, config.model, path, dtype, **settings)
+    model = _load(AutoModelForCausalLM, config.model, path, **_base_settings(config, device))
     for architecture in model.config.architectures or ():
         if "Classification" in architecture:  # with tied embeddings nothing is missing: it would load and write noise
             raise ConfigError(
@@ -242,6 +240,16 @@ def fitted(model: LanguageModel, config: Config) -> LanguageModel:
             model, config, context_fn=lambda: (contextlib.nullcontext(), adapter(model, model.active_adapter))
         )
     return model
+
+
+def loading_settings(config: Config, device: torch.device) -> dict[str, Any]:
+    """What `from_pretrained` takes to load an export of this run as the policy was loaded."""
+    return {**_base_settings(config, device), "trust_remote_code": config.model.trust_remote_code}
+
+
+def _base_settings(config: Config, device: torch.device) -> dict[str, Any]:
+    dtype = resolve_dtype(config, device)
+    return {"dtype": dtype, **(_four_bits(device, dtype) if config.model.load_in_4bit else {})}
 
 
 def logits_of(model: LanguageModel, ids: Int[Tensor, "B L"]) -> Tensor:
@@ -280,9 +288,9 @@ def exported_weights(policy: LanguageModel, config: Config, folder: str) -> dict
     """The weights of a full model or an adapter that a run exported to `folder`, by the names that they have in this
     policy. Raises `ConfigError` if they are of another kind of policy or cannot be read."""
     if config.lora.r == 0:
-        return dict(_load(AutoModelForCausalLM, config.model, folder, torch.float32, "--which").named_parameters())
-    # peft's own names in files, found by what becomes of a mark for each parameter.
-    marks = {name: torch.empty(0) for name, _ in policy.named_parameters()}
+        return dict(_load(AutoModelForCausalLM, config.model, folder, torch.float32, "--which").state_dict())
+    # peft's own names in files, found by what becomes of a mark for each tensor.
+    marks = {name: torch.empty(0) for name in policy.state_dict()}
     in_files = get_peft_model_state_dict(policy, marks, POLICY, save_embedding_layers=False)
     names = {id(mark): name for name, mark in marks.items()}
     try:
@@ -319,6 +327,8 @@ def _continued(model: LanguageModel, config: Config, path: str) -> LanguageModel
             )
         model = adapted(model, path, adapter_name=POLICY, is_trainable=True)
         model.load_adapter(path, adapter_name=REFERENCE)
+        # The adapter may come from another machine: what is exported names the base that it was trained on here.
+        model.peft_config[POLICY].base_model_name_or_path = model.get_base_model().name_or_path
     except ConfigError:
         raise
     except Exception as error:  # a missing, broken or foreign file raises many kinds

@@ -57,7 +57,7 @@ def export_is_memory(
     token was routed to changes none.
     """
     faults = _tensors_at_fault(ours or {}, theirs or {}, lacking)
-    limit = rounding_limit(memory, dtype)
+    limit = max(rounding_limit(memory, dtype), rounding_limit(loaded, dtype))
     if memory.shape != loaded.shape:
         faults.insert(0, f"logits are {tuple(loaded.shape)}, in memory {tuple(memory.shape)}")
         difference = torch.inf
@@ -65,15 +65,26 @@ def export_is_memory(
         difference = largest_difference(memory, loaded)
     found = f"{what} as loaded gives the logits of the policy in memory up to {difference:.2g} (limit {limit:.2g})"
     if faults:
-        named = ", ".join(faults[:_NAMED]) + (f" and {len(faults) - _NAMED} more" if len(faults) > _NAMED else "")
-        found = f"{what} as loaded is not what is in memory: {named}; logits differ by {difference:.2g}"
-        difference = max(difference, torch.inf)
+        found = f"{what} as loaded is not what is in memory: {_named(faults)}; logits differ by {difference:.2g}"
+        difference = torch.inf
     elif not difference <= limit:
         found = (
             f"{what} as loaded is not what is in memory: logits differ by {difference:.2g} (limit {limit:.2g}) though "
-            "no tensor does; the folder's config.json or adapter_config.json describes another model"
+            "no tensor does: its config.json or adapter_config.json describes another model, or its base is another"
         )
     return Finding(probe="export = memory", difference=difference, limit=limit, unit="logits", message=found)
+
+
+def tensors_are_memory(
+    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], *, what: str = "the export"
+) -> Finding:
+    """`export_is_memory` for the tensors alone: each of `ours` is in `theirs` bit for bit."""
+    faults = _tensors_at_fault(ours, theirs, ())
+    found = (
+        f"{what} as loaded is not what is in memory: {_named(faults)}" if faults else f"{what} holds what is in memory"
+    )
+    difference = torch.inf if faults else 0.0
+    return Finding(probe="export = memory", difference=difference, limit=0.0, unit="of a weight", message=found)
 
 
 def largest_difference(one: Tensor, other: Tensor) -> float:
@@ -91,6 +102,10 @@ def rounding_limit(logits: Tensor, dtype: torch.dtype) -> float:
     sizes = logits.detach().float().abs()
     sizes = sizes[sizes < 1e6]  # models put finfo.min where the vocabulary is padded
     return share * max(float(sizes.max()) if len(sizes) else 0.0, 1.0)
+
+
+def _named(faults: Sequence[str]) -> str:
+    return ", ".join(faults[:_NAMED]) + (f" and {len(faults) - _NAMED} more" if len(faults) > _NAMED else "")
 
 
 def _tensors_at_fault(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], lacking: Sequence[str]) -> list[str]:

@@ -20,6 +20,7 @@ from rlhf_accel.config import BatchSizes, Config, ConfigError, OptimConfig, RunF
 from rlhf_accel.distributed import Runtime, cut_micro_batches, missing
 from rlhf_accel.evaluation import Evaluation, compare, evaluate, first_samples, sample_pairs
 from rlhf_accel.experience import make_experience
+from rlhf_accel.exports import ExportError, ExportProbe
 from rlhf_accel.faults import Fault, explain, rollout_fault
 from rlhf_accel.keeper import Keeper
 from rlhf_accel.metrics import Progressline, Stopwatch
@@ -113,6 +114,7 @@ class PPOTrainer:
             fast_kernels=config.run.fast_kernels,
         )
         self.kl_controller = self._kl_controller()
+        self._export_probe = ExportProbe(config, self.runtime.device, (self.held_out or self.prompts).fixed(16))
         self._prepared = False
 
     @property
@@ -500,9 +502,11 @@ class PPOTrainer:
             return
         results = {"steps": self.progress.step, **compare(self.progress.base, evaluation)}
         try:
-            self.keeper.export("best", results, self.tokens)
+            self.keeper.export("best", results, self.tokens, self._export_probe)
         except SaveError as error:
             self.line.say(f"warning: best/ could not be written: {error}")
+        except ExportError as error:  # and so would be all that follow
+            raise self._saved_and_failed(str(error)) from error
         else:
             self.progress = replace(self.progress, best_score=score, best_kl=kl, best_step=self.progress.step)
 
@@ -615,7 +619,10 @@ class PPOTrainer:
         if last is not None and best.best_score is None and self.config.run.best_kl_budget is not None:
             budget = self.config.run.best_kl_budget
             self.line.say(f"warning: no evaluation was within run.best_kl_budget={budget:g}: best/ is not written")
-        self.keeper.finish(summary, self.tokens)
+        try:
+            self.keeper.finish(summary, self.tokens, self._export_probe)
+        except ExportError as error:
+            raise self._saved_and_failed(str(error)) from error
         if self.config.run.report and self.runtime.is_main:
             report.after_training(self.folder, self.line.say)
         return summary

@@ -37,3 +37,30 @@ def test_the_disk_holds_the_text_before_its_name_and_the_name_before_the_end(tmp
     monkeypatch.setattr(os, "replace", lambda old, new: (done.append("replace"), replace(old, new)))
     files.replace_text(tmp_path / "a", "text")
     assert done == [str(tmp_path / ".a.new"), "replace", str(tmp_path)]
+
+
+def test_a_work_folder_takes_its_place_and_touches_nothing_that_it_did_not_make(tmp_path):
+    place = tmp_path / "git"
+    for name in (".git", ".git.work-notes", "git.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "kept").touch()
+    for text in ("first", "second"):
+        with files.work_folder(place) as work:
+            assert work.parent == tmp_path and not [*work.iterdir()]
+            (work / "file").write_text(text)
+            files.replace_folder(work, place)
+        assert (place / "file").read_text() == text
+    with pytest.raises(OSError, match="No space"), files.work_folder(place) as work:
+        (work / "half").touch()
+        raise OSError(28, "No space left on device")
+    assert (place / "file").read_text() == "second"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".git", ".git.work-notes", "git", "git.old"]
+    assert all((tmp_path / name / "kept").exists() for name in (".git", ".git.work-notes", "git.old"))
+
+
+def test_work_folders_of_killed_processes_are_removed_where_asked(tmp_path):
+    left = files.name_work_folder(tmp_path / "final")
+    for folder in (left, tmp_path / ".final", files.name_work_folder(tmp_path / "best")):
+        folder.mkdir()
+    files.remove_work_folders(tmp_path, "final")
+    assert not left.exists() and (tmp_path / ".final").exists() and len([*tmp_path.iterdir()]) == 2

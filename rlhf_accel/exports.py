@@ -1,0 +1,94 @@
+"""Whether what a run writes is the policy that it has in memory: the folder is loaded as others load it, and compared.
+
+Knows the config and the folder of an export; knows no rank. The comparison itself is a probe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from rlhf_accel.config import Config, RunFailed
+from rlhf_accel.models import CRITIC, LanguageModel, exported_weights, load_export, loading_settings, logits_of
+from rlhf_accel.probes import Finding, export_is_memory, tensors_are_memory
+from rlhf_accel.types import PromptBatch
+
+_ROWS, _TOKENS = 2, 32  # of the sequences that both models read
+
+
+class ExportError(RunFailed):
+    """What was written is not what is in memory; the message names the tensors."""
+
+
+class ExportProbe:
+    """Export = memory, for the exports of one run.
+
+    The first one, and each one that is final or a full model, is loaded as plain transformers or peft load it. Of later
+    adapters only the tensors in the file are compared: their base is the same.
+    """
+
+    def __init__(self, config: Config, device: torch.device, prompts: PromptBatch) -> None:
+        self.config = config
+        self.device = device
+        self.ids = held_out_ids(prompts)
+        self.loads = True
+        self.skipped: str | None = None  # why the logits were not compared
+
+    def fault(
+        self, folder: Path, policy: LanguageModel, memory: Tensor, weights: Mapping[str, Tensor], name: str
+    ) -> str | None:
+        """What is wrong with the export in `folder` of this policy, which gives `memory` for `ids`; None if nothing is.
+        `weights` are the whole ones that it was written from, by their names in the run's module."""
+        ours = {key.removeprefix("policy."): value for key, value in weights.items() if key.startswith("policy.")}
+        ours = {key: value for key, value in ours.items() if CRITIC not in key.split(".")}
+        try:
+            found = self._compare(folder, policy, memory, ours, name)
+        except Exception as error:  # transformers, peft and code that comes with a model raise many kinds
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return f"{name} cannot be loaded again: {type(error).__name__}: {reason}"
+        return None if found.passed else found.message
+
+    def _compare(
+        self, folder: Path, policy: LanguageModel, memory: Tensor, ours: Mapping[str, Tensor], name: str
+    ) -> Finding:
+        lora = self.config.lora.r > 0
+        device = self._room(policy)
+        if device is None or (lora and not self.loads and name != "final/"):
+            in_files = exported_weights(policy, self.config, str(folder)) if lora else {}
+            return tensors_are_memory({key: ours[key] for key in in_files}, in_files, what=name)
+        settings = loading_settings(self.config, self.device)
+        with torch.random.fork_rng(devices=[]):  # new adapters are drawn at random before they are filled
+            loaded, lacking = load_export(str(folder), device=device, **settings)
+        found = export_is_memory(
+            memory,
+            logits_of(loaded, self.ids.to(device)),
+            dtype=settings["dtype"],
+            ours=ours,
+            theirs=loaded.state_dict(),
+            lacking=lacking,
+            what=name,
+        )
+        self.loads = not found.passed
+        return found
+
+    def _room(self, policy: LanguageModel) -> torch.device | None:
+        """Where a second model like this one fits: on the device, else in the machine's memory, else nowhere."""
+        size = 2 * sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in policy.parameters())
+        if self.device.type == "cuda" and size <= torch.cuda.mem_get_info(self.device)[0]:
+            return self.device
+        if size <= psutil.virtual_memory().available and not self.config.model.load_in_4bit:
+            return torch.device("cpu")
+        self.skipped = f"a second model takes {size / 2**31:.0f} GiB, more than half of the memory that is free"
+        return None
+
+
+def held_out_ids(prompts: PromptBatch) -> Int[Tensor, "B L"]:
+    """The tokens of these prompts, one after the other, as a few rows without padding."""
+    tokens = prompts.queries[prompts.query_mask]
+    length = max(min(_TOKENS, len(tokens) // _ROWS), 1)
+    return tokens[: _ROWS * length].reshape(-1, length)

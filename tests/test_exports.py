@@ -1,0 +1,201 @@
+"""What a run writes is what it has in memory, and what is not so takes nobody's place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma4ForCausalLM, Gemma4TextConfig
+
+from rlhf_accel import checkpoint, distributed, exports, models
+from rlhf_accel.config import RunFailed
+from rlhf_accel.distributed import Runtime
+from rlhf_accel.exports import ExportError
+from rlhf_accel.trainer import PPOTrainer
+
+SCALAR = "model.layers.1.layer_scalar"  # a persistent buffer
+
+
+@pytest.fixture(scope="module")
+def gemma4_folder(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Gemma 4 whose layers have other scales than a new one's."""
+    folder = tmp_path_factory.mktemp("gemma4")
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    config = Gemma4TextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        layer_types=["sliding_attention", "full_attention"],
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        global_head_dim=16,
+        vocab_size_per_layer_input=len(tokenizer),
+        hidden_size_per_layer_input=8,
+        max_position_embeddings=64,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(0)
+    model = Gemma4ForCausalLM(config)
+    for layer in model.model.layers:
+        layer.layer_scalar.fill_(0.5)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def scalar(policy) -> float:
+    return float(policy.get_buffer(SCALAR))
+
+
+def test_buffers_are_in_models_checkpoints_and_whole_weights(tiny, gemma4_folder: Path, tmp_path: Path) -> None:
+    """One that training changed, as a layer that counts or averages would."""
+    run = {"total_steps": 1, "save_every": 1, "eval_samples": 0}
+    config = tiny(run=run, model={"name_or_path": str(gemma4_folder)}, ppo={"ppo_epochs": 1})
+    trainer = PPOTrainer(config)
+    policy = trainer.runtime.plain_module.policy
+    policy.get_buffer(SCALAR).fill_(2.0)
+    trainer.fit()
+    policy.model.norm.weight.requires_grad_(False).fill_(0.5)  # what is frozen is exported all the same
+    trainer.keeper.export("final", {}, trainer.tokens, trainer._export_probe)
+    run_folder = tmp_path / "run"
+    final = AutoModelForCausalLM.from_pretrained(run_folder / "final", dtype=torch.float32).eval()
+    ids = torch.tensor([[40, 41, 42, 43]])
+    assert scalar(final) == 2 and torch.equal(models.logits_of(final, ids), models.logits_of(policy, ids))
+
+    raised = {"total_steps": 2, "changes": ["run.total_steps"], "resume": "latest"}
+    place = run_folder / "checkpoints" / "step-000001"
+    resumed = PPOTrainer(tiny(run={**run, **raised}, model={"name_or_path": str(gemma4_folder)}, ppo={"ppo_epochs": 1}))
+    whole = resumed.runtime.plain_module
+    assert scalar(whole.policy) == 2
+    # What evaluations read, and what the policy of a ZeRO-3 rollout is made of.
+    resumed.runtime.set_weights({f"policy.{SCALAR}": torch.tensor([3.0])})
+    assert scalar(whole.policy) == 3
+    stated = models.exported_weights(whole.policy, config, str(run_folder / "final"))
+    resumed.runtime.set_weights({f"policy.{name}": weight for name, weight in stated.items()})
+    assert scalar(whole.policy) == 2
+    resumed.runtime._skeleton = distributed._skeleton(whole)
+    whole.policy.get_buffer(SCALAR).fill_(4.0)
+    resumed.runtime.zero_stage, resumed.runtime._gather_parameters = 3, "always"
+    resumed.runtime._together = lambda parameters: [parameters]
+    with resumed.runtime.gathered():
+        assert resumed.runtime.plain_module is not whole and scalar(resumed.runtime.plain_module.policy) == 4
+
+    weights = load_file(place / "learned.safetensors")  # of a version that knew no buffers
+    old = {name: weight for name, weight in weights.items() if "layer_scalar" not in name}
+    assert len(old) == len(weights) - 2
+    save_file(old, place / "learned.safetensors")
+    distributed._load_weights(whole, place)
+    assert scalar(whole.policy) == 4
+
+
+def test_an_export_without_a_buffer_ends_the_run_and_takes_no_place(
+    tiny, gemma4_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = {"total_steps": 1, "eval_every": 1, "eval_samples": 2}
+    trainer = PPOTrainer(tiny(run=run, model={"name_or_path": str(gemma4_folder)}, ppo={"ppo_epochs": 1}))
+    learned = Runtime.learned_weights
+    monkeypatch.setattr(
+        Runtime,
+        "learned_weights",
+        lambda self, **which: {name: w for name, w in learned(self, **which).items() if SCALAR not in name},
+    )
+    before = tmp_path / "run" / "best" / "from before"
+    before.mkdir(parents=True)
+    with pytest.raises(RunFailed) as raised:
+        trainer.fit()
+    said = str(raised.value)
+    assert f"best/ as loaded is not what is in memory: {SCALAR} is not in the folder; logits differ by " in said
+    assert "best is as it was before; the last checkpoint is " in said and "step-000001, go on with" in said
+    assert before.is_dir()
+    assert not [path for path in (tmp_path / "run").iterdir() if ".work-" in path.name or path.name == "final"]
+
+
+def planted(change: Callable[[Path], None]) -> Callable[..., None]:
+    """`flush_all`, the last thing before an export is looked at, with a change to the folder."""
+    return lambda folder, *, like: change(folder)
+
+
+def rewrite(name: str, **changes) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        tree = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**tree, **changes}))
+
+    return change
+
+
+def turn_around(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    weights = load_file(path)
+    name = sorted(weights)[0]
+    save_file({**weights, name: -weights[name]}, path, {"format": "pt"})
+
+
+def test_an_adapter_is_loaded_once_and_at_the_end_and_its_tensors_each_time(
+    tiny, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On tied embeddings, with a layer trained in full, another adapter for the critic, and rsLoRA."""
+    lora = {"r": 2, "target_modules": ["q_proj", "lm_head"], "modules_to_save": ["embed_tokens"], "use_rslora": True}
+    trainer = PPOTrainer(tiny(model={"name_or_path": str(llama_folder), "critic": "adapter"}, lora=lora))
+    policy = trainer.runtime.plain_module.policy
+    torch.manual_seed(0)
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.2)
+    loads = []
+    load = exports.load_export
+    monkeypatch.setattr(exports, "load_export", lambda *args, **how: loads.append(args) or load(*args, **how))
+
+    def export(name: str, change: Callable[[Path], None] | None = None) -> None:
+        with monkeypatch.context() as patch:
+            if change is not None:
+                patch.setattr(checkpoint, "flush_all", planted(change))
+            trainer.keeper.export(name, {}, trainer.tokens, trainer._export_probe)
+
+    with pytest.raises(ExportError, match="though no tensor does: its config"):
+        export("best", rewrite("adapter_config.json", use_rslora=False))
+    with pytest.raises(ExportError, match=r"lm_head\.lora_A\.default\.weight differs by .*; logits differ by"):
+        export("best", turn_around)
+    with pytest.raises(ExportError, match=r"best/ cannot be loaded again: \w+"):
+        export("best", rewrite("adapter_config.json", base_model_name_or_path=str(tmp_path / "nowhere")))
+    export("best")
+    assert len(loads) == 4
+    with pytest.raises(ExportError, match=r"lm_head\.lora_A\.default\.weight differs by [0-9.]+;"):
+        export("best", turn_around)
+    export("best")
+    assert len(loads) == 4, "an adapter of the same run on the same base: its tensors tell"
+    export("final")
+    assert len(loads) == 5
+    final = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "final", dtype=torch.float32).eval()
+    ids = trainer._export_probe.ids
+    torch.testing.assert_close(models.logits_of(final, ids), models.logits_of(policy, ids))
+    assert (models.logits_of(policy.get_base_model(), ids) - models.logits_of(final, ids)).abs().max() < 1e-4
+    monkeypatch.setattr(exports.psutil, "virtual_memory", lambda: type("Full", (), {"available": 0}))
+    export("final")
+    assert len(loads) == 5 and "a second model takes 0 GiB" in str(trainer._export_probe.skipped)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_an_adapter_on_a_rounded_base_is_compared_in_its_dtype(tiny, tmp_path: Path, dtype: str) -> None:
+    """And the adapter that a run starts from, which came from a machine where the base lay elsewhere."""
+    lora = {"r": 2, "target_modules": ["c_attn"]}
+    first = PPOTrainer(tiny(model={"dtype": dtype}, lora=lora))
+    first.keeper.export("final", {}, first.tokens, first._export_probe)
+    rewrite("adapter_config.json", base_model_name_or_path="/elsewhere")(tmp_path / "run" / "final")
+    lora["adapter"] = str(tmp_path / "run" / "final")
+    second = PPOTrainer(tiny(run={"output_dir": str(tmp_path / "second")}, model={"dtype": dtype}, lora=lora))
+    adapter = {
+        name: torch.full_like(p, 0.1) for name, p in second.runtime.plain_module.named_parameters() if "default" in name
+    }
+    second.runtime.set_weights(adapter)
+    second.keeper.export("final", {}, second.tokens, second._export_probe)
+    about = json.loads((tmp_path / "second" / "final" / "adapter_config.json").read_text())
+    assert about["base_model_name_or_path"] == second.config.model.name_or_path
