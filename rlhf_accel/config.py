@@ -216,7 +216,9 @@ class DataConfig:
     """Split of the held-out prompts; by default a fixed tenth of data.split, which training leaves out.
     For a file, the name of another file, which a data set with splits may take too."""
     text_field: str = "text"
-    """Column that holds the text; the other columns reach the reward function."""
+    """Column that holds the text; the other columns reach the reward function, as the file has them. A CSV file says no
+    types: a column of it is numbers (or truth values) if each is written as Python writes it, 7 or 0.5 or True, else
+    texts, as 007 and 0.50 are; an empty cell is None."""
     max_samples: PositiveInt | None = None
     """Use only the first this many rows of the split."""
     prompt_tokens: tuple[PositiveInt, PositiveInt] | None = None
@@ -228,7 +230,7 @@ class RolloutConfig:
     batch_size: PositiveInt = 64
     """Prompts of one PPO step, over all processes."""
     max_prompt_tokens: PositiveInt = 64
-    """Longest prompt in tokens, the one that a tokenizer puts before every text (BOS) not counted; rows with a longer
+    """Longest prompt in tokens, those that a tokenizer puts before every text (BOS) not counted; rows with a longer
     one are left out, and their number is said."""
     max_new_tokens: PositiveInt = 32
     """Longest response in tokens."""
@@ -241,8 +243,8 @@ class RolloutConfig:
     top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
     """Sample among the likeliest tokens that hold this probability; 1 is all. Learning as for top_k."""
     stop: Strings = ()
-    """Texts that end a response (they belong to it); one that is a single special token is matched as a token.
-    The tokenizer's end-of-text token always ends a response."""
+    """Texts that end a response (they belong to it, and lie in it as a whole); one that is an added token of the
+    tokenizer, such as <|eot_id|>, is matched as a token. The tokenizer's end-of-text token always ends a response."""
     gather_parameters: Literal["auto", "always", "never"] = "auto"
     """ZeRO-3: gather all parameters once for a rollout instead of layer by layer; auto does it where they fit."""
     forward_batch_size: PositiveInt = 64

@@ -20,10 +20,11 @@ import torch
 
 from rlhf_accel import assets
 from rlhf_accel.config import ConfigError, DataConfig
+from rlhf_accel.rows import READERS, Table, read_file
 from rlhf_accel.tokens import Tokens
 from rlhf_accel.types import PromptBatch
 
-LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+_ARGUMENTS = ("prompts", "responses")  # of a reward function, beside which it gets the columns by their names
 
 # Streams of random numbers, told apart by their first entropy word.
 _ORDER, _LENGTH, _FIXED_LENGTH, _FIXED_ORDER = 1, 2, 3, 5
@@ -36,48 +37,72 @@ def load_rows(
     *,
     source_key: str = "data.source",
     split_key: str = "data.split",
-) -> datasets.Dataset:
-    """Rows of `embedded:NAME`, of a .jsonl, .csv, .parquet or .txt file (one row a line), or of a hub data set's split.
+) -> Table:
+    """Rows of `embedded:NAME`, of a .jsonl, .csv, .parquet or .txt file, or of a hub data set's split; the first
+    `max_samples` of them.
 
     Raises `ConfigError` when nothing can be read, naming `source_key` or `split_key`, the keys that the two came from.
     """
     name = source.removeprefix("embedded:")
     if name != source:
-        rows = assets.embedded_dataset(name, split)
+        rows: Table = assets.embedded_dataset(name, split)
     elif is_file_name(source):
         if split != "train":
             raise ConfigError(
-                f"{split_key}={split}: the file {source} has no splits; remove {split_key}", key=split_key
+                f"{split_key}={split}: the file {source} has no splits; remove {split_key}", key=split_key, split=split
             )
-        rows = _load_file(source, source_key)
+        rows = _load_file(source, source_key, max_samples)
     else:
         rows = _load_hub(source, split, source_key, split_key)
     if len(rows) == 0:
-        raise ConfigError(f"{source_key}={source} holds no rows; name one that has some", key=source_key)
+        raise ConfigError(f"{source_key}={source} holds no rows; name one that has some", key=source_key, source=source)
     return rows.select(range(min(max_samples or len(rows), len(rows))))
 
 
 def is_file_name(source: str) -> bool:
     """Whether a source is a file by its name, rather than a hub id, a folder or embedded."""
-    return Path(source).suffix.lower() in LOADERS
+    return Path(source).suffix.lower() in READERS
 
 
-def checked_texts(rows: datasets.Dataset, source: str, text_field: str) -> list[str]:
+def checked_texts(rows: Table, source: str, text_field: str) -> list[str]:
     """The column of texts; raises `ConfigError` if it is absent or a row holds no text, naming the first such row."""
     if text_field not in rows.column_names:
         raise ConfigError(
             f"data.text_field={text_field} is not a column of {source}; it has {', '.join(rows.column_names)}",
             key="data.text_field",
+            columns=rows.column_names,
         )
     texts = list(rows[text_field])
     for number, text in enumerate(texts, start=1):
-        if not isinstance(text, str) or not text.strip():
+        if not _is_text(text):
             raise ConfigError(
                 f"data.text_field={text_field}: row {number} of {source} has no text there (found {text!r:.40}); "
                 "remove the row or choose another data.text_field",
                 key="data.text_field",
+                row=number,
             )
     return texts
+
+
+def _is_text(value: Any) -> bool:
+    if not isinstance(value, str) or not value.strip():
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON may hold and no tokenizer reads
+        return False
+    return True
+
+
+def _check_column_names(rows: Table, source: str, source_key: str, text_field: str) -> None:
+    taken = [name for name in rows.column_names if name in _ARGUMENTS and name != text_field]
+    if taken:
+        raise ConfigError(
+            f"{source_key}={source} has a column {taken[0]}, which is the name of an argument that every reward "
+            "function has already; rename the column",
+            key=source_key,
+            column=taken[0],
+        )
 
 
 def held_out(text: str) -> bool:
@@ -85,13 +110,14 @@ def held_out(text: str) -> bool:
     return hashlib.sha256(text.encode()).digest()[0] % 10 == 0
 
 
-def split_rows(config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset]:
+def split_rows(config: DataConfig) -> tuple[Table, Table]:
     """Rows to train on and rows held out from training.
 
     Without data.eval_split the second may be empty, where there are too few texts for a tenth of them to be one.
     """
     rows = load_rows(config.source, config.split, config.max_samples)
     texts = checked_texts(rows, config.source, config.text_field)
+    _check_column_names(rows, config.source, "data.source", config.text_field)
     if config.eval_split is not None:
         return rows, _eval_rows(config, config.eval_split)
     train = [i for i, text in enumerate(texts) if not held_out(text)]
@@ -99,10 +125,11 @@ def split_rows(config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset]:
     return (rows.select(train), rows.select(held_rows)) if train else (rows, rows.select([]))
 
 
-def _eval_rows(config: DataConfig, eval_split: str) -> datasets.Dataset:
+def _eval_rows(config: DataConfig, eval_split: str) -> Table:
     if is_file_name(eval_split):
         held = load_rows(eval_split, "train", source_key="data.eval_split")
         checked_texts(held, eval_split, config.text_field)
+        _check_column_names(held, eval_split, "data.eval_split", config.text_field)
         return held
     if is_file_name(config.source):
         raise ConfigError(
@@ -119,27 +146,34 @@ def _eval_rows(config: DataConfig, eval_split: str) -> datasets.Dataset:
 class Prompts:
     """Prompts of a run: `batch(step)` for training, `fixed(n)` for evaluation."""
 
-    rows: datasets.Dataset
+    rows: Table
     tokens: Tokens
     config: DataConfig
     max_prompt_tokens: int
     seed: int
 
     @classmethod
-    def of(
-        cls, rows: datasets.Dataset, tokens: Tokens, config: DataConfig, max_prompt_tokens: int, seed: int
-    ) -> Prompts:
+    def of(cls, rows: Table, tokens: Tokens, config: DataConfig, max_prompt_tokens: int, seed: int) -> Prompts:
         """Leaves out rows that are too long to be a whole prompt and warns of their number; raises `ConfigError` if
         none is left."""
         if config.prompt_tokens is None:
             texts = checked_texts(rows, config.source, config.text_field)
-            lengths = [len(ids) - len(tokens.prefix) for ids in tokens.encode(texts)]
+            encoded = tokens.encode(texts)
+            if [] in encoded:
+                row = encoded.index([])
+                raise ConfigError(
+                    f"data.text_field={config.text_field}: the tokenizer makes no token of the text {texts[row]!r:.40} "
+                    f"of {config.source}; remove the row",
+                    key="data.text_field",
+                )
+            lengths = [len(ids) - len(tokens.prefix) for ids in encoded]
             short = [i for i, length in enumerate(lengths) if length <= max_prompt_tokens]
             if not short:
                 raise ConfigError(
                     f"rollout.max_prompt_tokens={max_prompt_tokens}: all {len(rows)} prompts of {config.source} are "
                     f"longer (the shortest has {min(lengths)} tokens); raise it or set data.prompt_tokens",
                     key="rollout.max_prompt_tokens",
+                    shortest=min(lengths),
                 )
             if len(short) < len(rows):
                 warnings.warn(
@@ -168,6 +202,11 @@ class Prompts:
         """
         order = np.random.default_rng(_FIXED_ORDER).permutation(len(self))[:count]
         return self._prompts(order.tolist(), np.random.default_rng(_FIXED_LENGTH))
+
+    def some_texts(self, count: int) -> list[str]:
+        """Whole texts of `count` rows from all over, or of all where there are fewer."""
+        order = np.random.default_rng(_FIXED_ORDER).permutation(len(self))[:count]
+        return list(self.rows[order.tolist()][self.config.text_field])
 
     def _pass(self, number: int) -> np.ndarray:
         return np.random.default_rng((_ORDER, self.seed, number)).permutation(len(self))
@@ -199,27 +238,36 @@ def prompt_batch(
     )
 
 
-def _load_file(source: str, key: str) -> datasets.Dataset:
+def own_prompts(texts: Sequence[str], tokens: Tokens) -> PromptBatch:
+    """Prompts that a caller wrote, whole; raises `ConfigError` if there are none, naming the first that has no text."""
+    if isinstance(texts, str):
+        raise ConfigError(f"prompts are a list of texts, and here one text: {texts!r:.40}; put it into a list")
+    texts = list(texts)
+    if not texts:
+        raise ConfigError("there are no prompts; give at least one")
+    encoded = [tokens.encode([text])[0] if _is_text(text) else [] for text in texts]
+    if [] in encoded:
+        number = encoded.index([])
+        raise ConfigError(
+            f"prompt {number + 1} of {len(texts)} has no text (found {texts[number]!r:.40})", prompt=number + 1
+        )
+    return prompt_batch(encoded, tokens)
+
+
+def _load_file(source: str, key: str, most: int | None) -> Table:
     path = Path(source)
     if not path.is_file():
         raise ConfigError(f"{key}={source}: no such file", key=key)
-    kind = LOADERS[path.suffix.lower()]
-    # pandas would take the texts "NA", "None" and "null" for missing ones.
-    options = {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}
+    if path.stat().st_size == 0:
+        raise ConfigError(f"{key}={source} holds no rows; name one that has some", key=key)
     try:
-        with _quiet_readers():
-            rows = datasets.load_dataset(kind, data_files=str(path), split="train", **options)
-    except Exception as error:  # the readers raise many kinds for a file that is not what its name says
-        if path.stat().st_size == 0 or "corresponds to no data" in str(error):
-            raise ConfigError(f"{key}={source} holds no rows; name one that has some", key=key) from error
-        reason = _first_line(error.__cause__ or error)
+        return read_file(path, most)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or _first_line(error)
         raise ConfigError(f"{key}={source}: cannot be read as {path.suffix} ({reason})", key=key) from error
-    if kind == "text":
-        rows = rows.select([i for i, line in enumerate(rows["text"]) if line.strip()])
-    return rows
 
 
-def _load_hub(source: str, split: str, source_key: str, split_key: str) -> datasets.Dataset:
+def _load_hub(source: str, split: str, source_key: str, split_key: str) -> Table:
     try:
         with _quiet_readers():
             return datasets.load_dataset(source, split=split)
@@ -227,11 +275,27 @@ def _load_hub(source: str, split: str, source_key: str, split_key: str) -> datas
         reason = _first_line(error)
         if isinstance(error, ValueError) and reason.startswith(("Unknown split", "Unrecognized instruction")):
             raise ConfigError(f"{split_key}={split}: {reason}", key=split_key) from error
+        cache = Path(datasets.config.HF_DATASETS_CACHE)
+        if _is_refused(error, cache):
+            raise ConfigError(
+                f"{cache}, the cache of data sets, cannot be written ({getattr(error, 'strerror', None) or reason}); "
+                "set HF_HOME to a folder that can be",
+                key="HF_HOME",
+                cache=str(cache),
+            ) from error
         raise ConfigError(
             f"{source_key}={source}: neither a .jsonl, .csv, .parquet or .txt file nor a data set that the hub or its "
             f"cache gave ({reason})",
             key=source_key,
         ) from error
+
+
+def _is_refused(error: Exception, folder: Path) -> bool:
+    """Whether the system refused to write in this folder, or to make it or one above it."""
+    if not isinstance(error, OSError) or error.errno is None or error.filename is None:
+        return False
+    place = Path(error.filename)
+    return folder.is_relative_to(place) or place.is_relative_to(folder)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from rlhf_accel.config import (
 from rlhf_accel.reward import TOKEN_VARIABLE, Classifier, RewardError
 from rlhf_accel.rollout import WITHOUT_PARTS
 from rlhf_accel.tokens import Tokens
-from rlhf_accel.trainer import PPOTrainer
+from rlhf_accel.trainer import PPOTrainer, check_prompt_tokens
 from rlhf_accel.types import Experience, Responses, Rollout
 
 Level = Literal["ok", "warning", "problem"]
@@ -164,6 +164,7 @@ class Doctor:
         with self._checking("data"):
             rows, held = data.split_rows(config.data)
             self.note("ok", "data", f"{len(rows)} texts to train on, {len(held)} held out, of {config.data.source}")
+            self._check("columns", _look_at_columns, rows, config.data.text_field)
         with self._checking("tokenizer"):
             path = assets.resolve_model(config.model.name_or_path)
             self.paths = (path, None)
@@ -172,6 +173,8 @@ class Doctor:
             with self._checking("prompts"):
                 self._look_at_prompts(config, rows, tokens)
             self._check("chat template", _look_at_format, config, rows, tokens)
+        if tokens is not None and config.rollout.stop:
+            self._check("stop texts", _look_at_stops, config.rollout.stop, tokens)
         self.base = psutil.Process().memory_info().rss
         self._check("batch sizes", _look_at_sizes, config, self.processes)
         self._check("learning rate", _look_at_rates, config)
@@ -180,6 +183,7 @@ class Doctor:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             prompts = data.Prompts.of(rows, tokens, config.data, config.rollout.max_prompt_tokens, config.run.seed)
+        self.note("ok", "prompt tokens", check_prompt_tokens(prompts))
         dropped = [str(warning.message) for warning in caught if "left out" in str(warning.message)]
         for said in dropped:
             many = len(prompts) < 0.9 * len(rows)
@@ -463,6 +467,28 @@ class Doctor:
             self.note("ok" if ratio <= limit else "problem", "ratio", said)
 
 
+def _look_at_columns(rows: Any, text_field: str) -> Verdict:
+    """The types of the first rows' values are what a reward function gets, and may not be what its author thinks."""
+    first = rows[list(range(min(len(rows), SAMPLES)))]
+    found = {name: " or ".join(sorted({type(value).__name__ for value in first[name]})) for name in first}
+    others = [f"{name} ({kinds})" for name, kinds in found.items() if name != text_field]
+    return "ok", f"prompts are {text_field}; reward functions get {', '.join(others) or 'no other column'}"
+
+
+def _look_at_stops(stop: Sequence[str], tokens: Tokens) -> Verdict:
+    condition = tokens.stop_condition(stop)
+    as_tokens = [f"{text!r} (token {tokens.added[text]})" for text in stop if text in tokens.added]
+    as_texts = [repr(text) for text in condition.texts if text not in tokens.added]
+    unknown = [text for text in condition.texts if text in _MARKERS and text not in tokens.added]
+    said = f"a response ends at {' and '.join(as_tokens + as_texts)}"
+    if unknown:
+        return "warning", (
+            f"{said}, but this tokenizer has no token for {unknown[0]}, so the policy may never write it; name the "
+            "end of a turn of model.name_or_path in rollout.stop"
+        )
+    return "ok", said
+
+
 def _look_at_format(config: Config, rows: Any, tokens: Tokens) -> Verdict:
     texts = data.checked_texts(rows, config.data.source, config.data.text_field)
     template = str(tokens.tokenizer.chat_template or "")
@@ -470,7 +496,7 @@ def _look_at_format(config: Config, rows: Any, tokens: Tokens) -> Verdict:
     for marker in _MARKERS:
         count = sum(marker in text for text in texts)
         pieces = len(tokens.encode([marker])[0]) - len(tokens.prefix)
-        if count and pieces > 1 and marker not in template:
+        if count and pieces > 1 and marker not in tokens.added and marker not in template:
             foreign.append((count, pieces, marker))
     if foreign:
         count, pieces, marker = max(foreign)

@@ -21,9 +21,10 @@ from rlhf_accel.checkpoint import model_folder, reward_scale
 from rlhf_accel.config import Config, ConfigError, RolloutConfig, load_run, parse
 from rlhf_accel.loading import adapter_config, pretrained
 from rlhf_accel.metrics import plain
-from rlhf_accel.models import end_of_text_ids
+from rlhf_accel.models import check_prompts, end_of_text_ids
 from rlhf_accel.reward import Reward, RewardError, load_reward
 from rlhf_accel.rollout import sampling_settings
+from rlhf_accel.rows import text_lines
 from rlhf_accel.runtime import quiet_libraries, tune_process
 from rlhf_accel.tokens import Tokens
 from rlhf_accel.trust import add_flag, require_trust
@@ -44,7 +45,13 @@ class Writer:
 
     def write(self, prompts: Sequence[str], seed: int) -> tuple[str, ...]:
         """A response to each prompt; the same seed gives the same random numbers to each row."""
-        queries, query_mask = self.tokens.pad_left(self.tokens.encode(prompts))
+        rows = self.tokens.encode(prompts)
+        if [] in rows:
+            text = prompts[rows.index([])]
+            raise ConfigError(f"the tokenizer makes no token of the prompt {text!r:.40}; give another one")
+        new_tokens = self.rollout.max_new_tokens
+        check_prompts(self.model, prompts, list(map(len, rows)), new_tokens, "--max_new_tokens")
+        queries, query_mask = self.tokens.pad_left(rows)
         stop = self.tokens.stop_condition(self.rollout.stop, end_of_text_ids(self.model))
         device = self.model.device
         with self.model.disable_adapter() if self.adapter_off else nullcontext():
@@ -56,7 +63,7 @@ class Writer:
                 sampling_settings(self.rollout),
                 pad_id=self.tokens.pad_id,
                 stop_ids=stop.ids,
-                ended=stop,
+                ended=stop.after(queries, query_mask),
             )
         sequences = Sequences(
             queries=queries,
@@ -165,16 +172,18 @@ def _prompts(options: argparse.Namespace) -> Iterator[list[str]]:
         lines = options.prompts
     elif options.file is not None:
         try:
-            lines = options.file.read_text(encoding="utf-8").splitlines()
+            lines = text_lines(options.file.read_bytes())
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"--file {options.file}: cannot be read ({getattr(error, 'strerror', error)})", key="--file"
-            ) from error
+            reason = getattr(error, "strerror", error)
+            raise ConfigError(f"--file {options.file}: cannot be read ({reason})", key="--file") from error
     elif sys.stdin.isatty():
         yield from ([line] for line in _typed(input))
         return
     else:
-        lines = sys.stdin.read().splitlines()
+        try:
+            lines = text_lines(sys.stdin.buffer.read())
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"standard input cannot be read as UTF-8 ({error})") from error
     lines = [line for line in lines if line.strip()]
     if not lines:
         raise ConfigError("no prompts; give some as arguments, in --file or on stdin", key="--file")

@@ -392,6 +392,23 @@ def check_window(config: Config, policy: LanguageModel, prefix: int) -> None:
         )
 
 
+def check_prompts(
+    policy: LanguageModel, texts: Sequence[str], lengths: Sequence[int], new_tokens: int, key: str
+) -> None:
+    """Raises `ConfigError` naming the first of these prompts, `lengths` tokens long, that with a response of
+    `new_tokens`, which `key` sets, has more positions than the policy knows."""
+    window = getattr(policy.config, "max_position_embeddings", None)
+    for number, (text, length) in enumerate(zip(texts, lengths, strict=True), start=1):
+        if window is not None and length + new_tokens > window:
+            raise ConfigError(
+                f"prompt {number} of {len(texts)} ({text!r:.40}) has {length} tokens, which with {key}={new_tokens} is "
+                f"above the policy's {window} positions; shorten it or lower {key}",
+                key=key,
+                prompt=number,
+                positions=window,
+            )
+
+
 def load_reference(config: Config, policy: LanguageModel) -> Reference | None:
     """A frozen copy of the freshly loaded policy; None with LoRA, where the base is the reference."""
     return None if config.lora.r else Reference(copy.deepcopy(policy), config.rollout.temperature)

@@ -333,7 +333,7 @@ class _Reader:
         self, rows: datasets.Dataset, source: str, key: str, field: str, at_least: float = -math.inf
     ) -> list[float]:
         _check_column(rows, source, key, field)
-        numbers = list(rows[field])
+        numbers = [_number(value) for value in rows[field]]
         bound = "" if at_least == -math.inf else f" of {at_least:g} or more"
         for number, value in enumerate(numbers, start=1):
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -344,6 +344,14 @@ class _Reader:
                     key=f"data.{key}",
                 )
         return [float(value) for value in numbers]
+
+
+def _number(value: Any) -> Any:
+    """A text that is a number as that number: a column of a CSV file stays text where it says 0.50."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _check_column(rows: datasets.Dataset, source: str, key: str, field: str) -> None:

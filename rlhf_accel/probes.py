@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ class Finding:
 _ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 _ROUNDED_FACTORS = 2e-2  # fp32 whose products the device rounds to TF32 or bf16
 _NAMED = 3  # tensors in a message
+_SPELLED = 6  # tokens in a message
 
 
 def export_is_memory(
@@ -121,3 +123,41 @@ def _tensors_at_fault(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], 
         elif not torch.equal(theirs[name].cpu(), tensor.cpu()):
             faults.append(f"{name} differs by {largest_difference(theirs[name], tensor):.2g}")
     return faults
+
+
+def prompt_tokens(tokenizer: Any, texts: Sequence[str], read: Sequence[Sequence[int]]) -> Finding:
+    """Whether the policy reads of each text what the tokenizer makes of it in a call of its own: all that it puts
+    before the text, once even where the text brings it, and nothing of what it appends (T5's EOS), which would end the
+    prompt.
+
+    `read` are the ids that the policy reads, a row for each text.
+    """
+    expected = [_own_tokens(tokenizer, text) for text in texts]
+    wrong = [i for i, row in enumerate(read) if list(row) != expected[i]]
+    message = f"prompt tokens: the policy reads {len(texts)} texts as the tokenizer does"
+    if wrong:
+        first, ours = expected[wrong[0]], read[wrong[0]]
+        message = (
+            f"prompt tokens: {len(wrong)} of {len(texts)} texts reach the policy in other tokens than the tokenizer "
+            f"makes of them; {texts[wrong[0]]!r:.40} should be {_spelled(tokenizer, first)} and is "
+            f"{_spelled(tokenizer, ours)}: what the tokenizer of model.name_or_path puts before a text is not "
+            "understood, or its files disagree"
+        )
+    return Finding(probe="prompt tokens", difference=len(wrong), limit=0, unit="texts", message=message)
+
+
+def _own_tokens(tokenizer: Any, text: str) -> list[int]:
+    whole = list(tokenizer(text, verbose=False)["input_ids"])
+    plain = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    starts = [i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain]
+    if not plain or not starts:
+        return whole
+    # Of a text that begins with what the tokenizer puts before it, the call has that twice.
+    before = whole[: starts[0]]
+    twice = max(n for n in range(len(before) + 1) if plain[:n] == before[len(before) - n :])
+    return before + plain[twice:]
+
+
+def _spelled(tokenizer: Any, ids: Sequence[int]) -> str:
+    tokens = tokenizer.convert_ids_to_tokens(list(ids[:_SPELLED]))
+    return " ".join(map(str, tokens)) + (" …" if len(ids) > _SPELLED else "")

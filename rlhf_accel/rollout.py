@@ -216,7 +216,7 @@ class Sampler:
             sampling_settings(self.config),
             pad_id=self.tokens.pad_id,
             stop_ids=stop.ids,
-            ended=stop,
+            ended=stop.after(prompts.queries, prompts.query_mask),
             everywhere=self.runtime.everywhere,
             value=module.value_head if self.keeps_said and module.critic_reads_policy else None,
         )

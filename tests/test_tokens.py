@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from rlhf_accel.config import ConfigError
@@ -39,6 +40,29 @@ def word_tokens(*pieces: str) -> Tokens:
     return Tokens(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>"))
 
 
+def llama2_tokens() -> Tokens:
+    """As Llama 2's: a space before every text, BOS from a post-processor, bytes where a character is not known."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "a", "▁a", "▁good", "日"]
+    model = models.Unigram([(piece, -float(i)) for i, piece in enumerate(pieces)], unk_id=0, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokens = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    tokens.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return Tokens(tokens)
+
+
+def with_template(single: str, **special: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that puts these special tokens around every text `$A`."""
+    tokenizer = make_tokenizer(330, **special)
+    named = [(name, tokenizer.convert_tokens_to_ids(name)) for name in set(single.split()) - {"$A"}]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=named)
+    return tokenizer
+
+
 def as_sequences(tokens: Tokens, queries: list[list[int]], responses: list[list[int]]) -> Sequences:
     ids, mask = tokens.pad_left(queries)
     length = max(map(len, responses))
@@ -60,8 +84,6 @@ def last_token_ends(stop: StopCondition, ids: list[int]) -> list[bool]:
 def test_bos_comes_before_every_text_once(llama: Tokens, gpt2: Tokens) -> None:
     bos = llama.tokenizer.bos_token_id
     # A fast tokenizer made from a vocabulary alone adds no BOS of its own, so that one is asked to.
-    from tokenizers.processors import TemplateProcessing
-
     asked = make_tokenizer(bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     asked.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", asked.bos_token_id), ("</s>", asked.eos_token_id)]
@@ -77,14 +99,52 @@ def test_bos_comes_before_every_text_once(llama: Tokens, gpt2: Tokens) -> None:
 
 
 def test_an_eos_that_the_tokenizer_appends_is_no_prefix() -> None:
-    from tokenizers.processors import TemplateProcessing
-
     tokenizer = make_tokenizer(eos_token="</s>")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
     )
     assert Tokens(tokenizer).prefix == []
     assert tokenizer.eos_token_id not in Tokens(tokenizer).encode(["good"])[0]
+
+
+@pytest.mark.parametrize(
+    ("single", "prefix"), [("[gMASK] <sop> $A", "[gMASK] <sop>"), ("[CLS] $A [SEP]", "[CLS]"), ("$A </s>", "")]
+)
+def test_a_prefix_is_kept_whole_and_comes_once(single: str, prefix: str) -> None:
+    special = {
+        "bos_token": "<sop>",
+        "eos_token": "</s>",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[gMASK]",
+    }
+    tokenizer = with_template(single, **special)
+    tokens = Tokens(tokenizer)
+    before = tokenizer.convert_tokens_to_ids(prefix.split())
+    plain = tokenizer(["good", " film"], add_special_tokens=False)["input_ids"]
+    assert tokens.prefix == before
+    assert tokens.encode(["good", " film"]) == [before + ids for ids in plain]
+    # As a chat template writes it: the whole prefix, or its end.
+    for own in ("".join(prefix.split()), prefix.rpartition(" ")[2]):
+        assert tokens.encode([own + "good"]) == [before + plain[0]]
+
+
+def test_the_space_before_a_text_is_not_its_prefix() -> None:
+    tokens = llama2_tokens()
+    assert tokens.prefix == [1]
+    assert tokens.encode(["good a"]) == tokens.tokenizer(["good a"])["input_ids"] == tokens.encode(["<s>good a"])
+
+
+def test_bytes_of_unknown_characters_break_nothing_but_the_one_cut_off() -> None:
+    tokens = llama2_tokens()
+    ids = tokens.encode(["good 本語"])[0]
+    assert len(ids) == 3 + 6, "six bytes for two characters"
+    assert tokens.tokenizer.decode(ids[:-1], skip_special_tokens=True) == "good " + 5 * "\N{REPLACEMENT CHARACTER}"
+    assert [tokens.text(ids[:-cut]) for cut in (1, 2)] == ["good 本\N{REPLACEMENT CHARACTER}"] * 2
+    for cut in range(3, len(ids)):
+        prompt, response = decoded(tokens, ids[:cut], ids[cut:])
+        assert prompt == "good 本"[: 5 + (cut >= 6)] and prompt + response == "good 本語"
+    assert decoded(tokens, ids[:6], ids[6:8]) == ("good 本", "\N{REPLACEMENT CHARACTER}")
 
 
 def test_encode_of_nothing(gpt2: Tokens) -> None:
@@ -187,6 +247,69 @@ def test_a_special_token_given_as_text_is_matched_as_a_token() -> None:
     stop = tokens.stop_condition(["<|im_end|>"])
     assert set(stop.ids) == {tokens.eos_id, tokens.tokenizer.sep_token_id} and stop.texts == ()
     assert stop(torch.tensor([[tokens.tokenizer.sep_token_id]])).tolist() == [True]
+
+
+@pytest.mark.parametrize("is_special", [True, False])
+def test_an_added_token_that_no_role_names_is_matched_as_a_token(is_special: bool) -> None:
+    tokenizer = make_tokenizer(eos_token="</s>")
+    tokenizer.add_tokens([AddedToken("<|eot_id|>", special=is_special)])
+    assert "<|eot_id|>" not in tokenizer.all_special_tokens
+    tokens, eot = Tokens(tokenizer), tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    stop = tokens.stop_condition(["<|eot_id|>"])
+    assert set(stop.ids) == {tokens.eos_id, eot}, "so that min_new_tokens keeps it from being sampled"
+    assert stop(torch.tensor([[5, eot], [eot, 5]])).tolist() == [True, False]
+    # What is matched as a token alone is what texts do not show.
+    assert tokens.text([eot]) == ("" if is_special else "<|eot_id|>")
+    assert stop.texts == (() if is_special else ("<|eot_id|>",))
+
+
+def test_a_special_token_within_a_stop_text_is_refused() -> None:
+    tokens = byte_tokens(eos_token="</s>", sep_token="<|im_end|>")
+    with pytest.raises(
+        ConfigError, match=r"^rollout\.stop holds '<\|im_end\|>\\n', .* special token <\|im_end\|>"
+    ) as caught:
+        tokens.stop_condition(["<|im_end|>\n"])
+    assert caught.value.key == "rollout.stop" and caught.value.facts == {"token": "<|im_end|>"}
+
+
+def responses_end(tokens: Tokens, stop: list[str], prompt: list[int], response: list[int]) -> list[bool]:
+    """After each token of the response, whether the condition ends it, which this prompt comes before."""
+    condition = tokens.stop_condition(stop).after(*tokens.pad_left([prompt, [5, 6, *prompt]]))
+    ends = [condition(torch.tensor([response[:t]] * 2)).tolist() for t in range(1, len(response) + 1)]
+    assert all(one == other for one, other in ends)
+    for t, (ended, _) in enumerate(ends, start=1):
+        # A first stop text is found where the text that rewards read holds it.
+        if not any(one for one, _ in ends[: t - 1]):
+            assert ended == any(text in decoded(tokens, prompt, response[:t])[1] for text in stop)
+    return [one for one, _ in ends]
+
+
+def test_a_stop_text_with_a_space_where_the_response_begins() -> None:
+    tokens = word_tokens("▁a", "▁good", "▁film", "s")
+    a, good, film, s = range(2, 6)
+    assert responses_end(tokens, [" good"], [a], [good, film]) == [True, False]
+    assert responses_end(tokens, [" films"], [a], [film, s]) == [False, True]
+    assert responses_end(tokens, ["a good"], [a], [good, film]) == [False, False], "it begins in the prompt"
+    llama2 = llama2_tokens()
+    good, a = llama2.encode(["good"])[0], llama2.encode(["a a"])[0][1:]
+    assert responses_end(llama2, [" a"], good, a) == [True, True]
+
+
+def test_a_stop_text_in_bytes_of_unknown_characters() -> None:
+    tokens = llama2_tokens()
+    ids = tokens.encode(["good 本語" + "本" * 20 + "終"])[0]
+    assert responses_end(tokens, ["終"], ids[:4], ids[4:]) == [False] * (len(ids) - 5) + [True]
+    # A prompt that ends within a character, whose rest is the response's.
+    assert responses_end(tokens, ["語"], ids[:7], ids[7:9]) == [False, True]
+    # One that stood there before min_new_tokens does not count again when the next character is complete.
+    assert responses_end(tokens, ["本"], ids[:3], ids[3:9]) == [False, False, True, False, False, False]
+
+
+def test_a_stop_text_among_special_tokens_that_are_not_shown() -> None:
+    tokens = byte_tokens(eos_token="<|e|>", sep_token="<|s|>")
+    x, dot = tokens.encode(["x"])[0], tokens.encode(["."])[0]
+    response = [*x, *[tokens.tokenizer.sep_token_id] * 20, *dot, tokens.tokenizer.sep_token_id]
+    assert responses_end(tokens, ["x."], x, response) == [False] * 21 + [True, False]
 
 
 def test_a_stop_text_may_span_tokens_and_lie_within_one(gpt2: Tokens) -> None:

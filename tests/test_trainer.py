@@ -11,11 +11,12 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_accel import kernels
+from rlhf_accel import kernels, models
 from rlhf_accel import metrics as metrics_module
 from rlhf_accel import trainer as trainer_module
 from rlhf_accel.config import Config, ConfigError, OptimConfig, RunFailed, load
 from rlhf_accel.keeper import Keeper
+from rlhf_accel.tokens import Tokens
 from rlhf_accel.trainer import PPOTrainer, lr_factor
 from tests.conftest import share_of_o
 
@@ -504,6 +505,35 @@ def test_a_callable_object_is_a_reward(tiny):
 
     metrics = PPOTrainer(tiny(reward={"function": []}), reward=Judge()).step(["The film"] * 8)
     assert metrics["objective/score"] == 1
+
+
+def test_prompts_of_ones_own_are_checked_as_those_of_a_data_set(tiny):
+    trainer = PPOTrainer(tiny())
+    for prompts, said in (
+        (
+            ["The film"] * 7 + ["A dull, tired and bad story" * 5],
+            r"^prompt 8 of 8 .* has 95 tokens, which with rollout\.max",
+        ),
+        (["The film"] * 7 + [""], "^prompt 8 of 8 has no text"),
+        ([], "^there are no prompts"),
+        ("The film", "^prompts are a list of texts"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            trainer.step(prompts)
+
+
+def test_a_policy_that_reads_other_tokens_than_its_tokenizer_makes_is_refused(tiny, monkeypatch):
+    encode = Tokens.encode
+    monkeypatch.setattr(Tokens, "encode", lambda self, texts: [[*ids, self.eos_id] for ids in encode(self, texts)])
+    with pytest.raises(ConfigError, match=r"^prompt tokens: 33 of 33 texts .* and is .*: what the tokenizer") as caught:
+        PPOTrainer(tiny())
+    assert caught.value.key == "model.name_or_path"
+
+
+def test_a_stop_text_that_cannot_be_is_refused_before_a_model_loads(tiny, monkeypatch):
+    monkeypatch.setattr(models, "load_policy", None)
+    with pytest.raises(ConfigError, match=r"^rollout\.stop holds '<\|endoftext\|>\\n'"):
+        PPOTrainer(tiny(rollout={"stop": ["<|endoftext|>\n"]}))
 
 
 # When something is wrong
