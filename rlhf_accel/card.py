@@ -59,12 +59,14 @@ _CITATIONS = """```bibtex
 ```"""
 
 
-def model_card(config: Config, results: Mapping[str, Any], versions: Mapping[str, str]) -> str:
+def model_card(
+    config: Config, results: Mapping[str, Any], versions: Mapping[str, str], arithmetic: str | None = None
+) -> str:
     """The README.md of an exported model, with front matter that the hub reads.
 
     `results` are figures by name, among them `steps`, those that this model has learnt for, and `base` and `trained`,
     each with figures of its own (all as in summary.json); what is no figure is left out. `versions` are those of the
-    packages that wrote the model.
+    packages that wrote the model; `arithmetic` says what its fp32 products were.
     """
     peft = config.lora.r > 0
     base = base_model(config)
@@ -81,6 +83,7 @@ def model_card(config: Config, results: Mapping[str, Any], versions: Mapping[str
         "Made with `rlhf_accel`. What its config sets beside the defaults:",
         f"```yaml\n{_own_settings(config)}```",
         "Versions: " + ", ".join(f"{name} {number}" for name, number in versions.items()) + ".",
+        *([f"While it was trained, {arithmetic}."] if arithmetic else []),
         "`value_head.safetensors` holds the critic, which only further training needs.",
         "## Limits",
         "The model was trained towards one reward: it inherits what that reward overlooks, and may please it in ways "

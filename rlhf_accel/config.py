@@ -148,6 +148,10 @@ class RunConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the forward passes: bf16 is autocast over the weights as loaded; auto is fp32 on a CPU, and bf16
     on a GPU that has it."""
+    matmul_precision: Literal["medium", "high", "highest"] = "medium"
+    """What fp32 matrix products may be rounded to on their way through faster units, as in
+    torch.set_float32_matmul_precision: medium allows bf16 on a CPU that has such units and TF32 on a GPU, highest is
+    exact fp32. What this device makes of it is printed at the start and written to environment.json."""
     fast_kernels: bool = True
     """On a CPU in fp32: oneDNN's matrix products for the vocabulary layer and, with weights laid out anew for each
     rollout, while sampling; no result changes beyond rounding."""

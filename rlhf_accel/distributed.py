@@ -61,7 +61,7 @@ class Runtime:
     ) -> None:
         _check_trackers(run.trackers)
         _check_precision_of_process()
-        tune_process()
+        tune_process(run.matmul_precision)
         quiet_libraries()
         no_gpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
         precision = run.precision

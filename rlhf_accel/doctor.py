@@ -23,7 +23,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from rlhf_accel import assets, data, models, plan, ppo
+from rlhf_accel import assets, data, models, plan, ppo, probes
 from rlhf_accel.config import (
     DEFAULT_RECIPE,
     Config,
@@ -259,6 +259,7 @@ class Doctor:
 
     def examine(self, trainer: PPOTrainer) -> None:
         """What a run does before it has learnt anything: samples, scores, KL, ratio, gradient."""
+        self.note("ok", "fp32 products", trainer.keeper.products.message)
         with self._checking("vocabulary"):
             self._look_at_vocabulary(trainer)
         if trainer.config.lora.r > 0:
@@ -424,10 +425,9 @@ class Doctor:
             )
         mask = rollout.sequences.response_mask
         kl = ppo.masked_row_sum(ppo.kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k3"), mask)
-        figure = float(kl.max())
-        level: Level = "ok" if figure < 1e-3 or (not trainer._is_exact() and figure < 0.5) else "problem"
-        said = f"KL of the samples to the reference is {figure:.2g} nats a response at most"
-        self.note(level, "KL", said + ("" if level == "ok" else ", and should be 0: sampling and learning differ"))
+        limits = trainer.ratio_limits(rollout, of_one_pass=not trainer.sampler.keeps_said)
+        finding = probes.reference_is_policy(float(kl.mean()), float(mask.sum(1).float().mean()), limits)
+        self.note("ok" if finding.passed else "problem", "KL", finding.message)
 
     def _look_at_ratio(self, trainer: PPOTrainer, rollout: Rollout) -> None:
         config = trainer.config
@@ -443,8 +443,8 @@ class Doctor:
                 new = module(*models.model_inputs(few)).logprobs.cpu()
         finally:
             module.eval()
-        ratio = float((new - some.logprobs[:, :length]).exp().sub(1).abs()[sequences.response_mask].max())
-        limit = 1e-3 if trainer._is_exact() else 0.5
+        log_ratios = (new - some.logprobs[:, :length])[sequences.response_mask]
+        ratio = float(log_ratios.exp().sub(1).abs().max())
         if config.lora.dropout > 0:
             self.note(
                 "warning",
@@ -463,8 +463,10 @@ class Doctor:
         else:
             self.note("ok", "dropout", "off everywhere")
         if config.lora.dropout == 0:
-            said = f"new to old probability differs from 1 by {ratio:.2g} at most before anything is learnt"
-            self.note("ok" if ratio <= limit else "problem", "ratio", said)
+            rms, largest = float(log_ratios.square().mean().sqrt()), float(log_ratios.abs().max())
+            limits, recomputed = trainer.ratio_limits(rollout), not trainer.sampler.keeps_said
+            finding = probes.sampled_is_learnt(rms, largest, limits, recomputed=recomputed)
+            self.note("ok" if finding.passed else "problem", "ratio", finding.message)
 
 
 def _look_at_columns(rows: Any, text_field: str) -> Verdict:

@@ -80,6 +80,8 @@ def main(arguments: list[str]) -> None:
     tune_process()
     quiet_libraries()
     config, writers = _writers(options)
+    if config is not None:
+        tune_process(config.run.matmul_precision)
     reward = _reward(config, Path(options.model)) if options.score else None
     for number, prompts in enumerate(_prompts(options)):
         try:

@@ -24,6 +24,8 @@ from rlhf_accel.exports import ExportError, ExportProbe
 from rlhf_accel.lock import Lock
 from rlhf_accel.metrics import Journal, Progressline
 from rlhf_accel.models import logits_of
+from rlhf_accel.probes import fp32_products
+from rlhf_accel.runtime import product_arithmetic
 from rlhf_accel.tokens import Tokens
 from rlhf_accel.types import Experience
 from rlhf_accel.vigil import Heartbeat
@@ -41,6 +43,7 @@ class Keeper:
         self.line = line
         self.journal = Journal(folder, line)
         self._lock: Lock | None = None
+        self.products = fp32_products(runtime.device)
         self.heartbeat = Heartbeat(post, missing)
         self.is_open = False
         self._failed = 0  # saves in a row
@@ -73,6 +76,12 @@ class Keeper:
             self.line.say(f"{chosen} was taken by another run meanwhile; the run folder is {self.folder}")
             self.journal = Journal(self.folder, self.line)
         facts = environment(self.runtime.world_size, self.runtime.device)
+        error, precision = self.products.difference, self.config.run.matmul_precision
+        facts["fp32_products"] = {
+            "arithmetic": product_arithmetic(error),
+            "relative_error": error,
+            "matmul_precision": precision,
+        }
         problem = failure(lambda: checkpoint.write_environment(self.folder, facts))
         if problem is not None:
             self.line.say(f"warning: {self.folder / 'environment.json'} could not be written ({problem})")
@@ -152,7 +161,8 @@ class Keeper:
         self._check_lock()
         self.heartbeat(f"writing {name}/")
         weights = self.runtime.learned_weights(frozen=self.config.lora.r == 0)
-        module, card = self.runtime.plain_module, model_card(self.config, results, checkpoint.versions())
+        module, arithmetic = self.runtime.plain_module, self.products.message.partition(";")[0]
+        card = model_card(self.config, results, checkpoint.versions(), arithmetic)
         memory = logits_of(module.policy, probe.ids.to(self.runtime.device))  # by all ranks: with ZeRO-3 they share it
         faults: list[str | None] = []
 

@@ -195,6 +195,15 @@ def response_logits(
     return (logits, seen[0]) if kept else (logits[:, positions], seen[0][:, positions])
 
 
+@torch.no_grad()
+def logit_sizes(module: PolicyWithValue, sequences: Sequences) -> Float[Tensor, " n"]:
+    """For each response token that counts, how large the logits are that its log-probability is made of: its own or the
+    row's largest one, whichever is larger without its sign."""
+    logits, _ = response_logits(module.policy, *model_inputs(sequences))
+    own = logits.gather(-1, sequences.responses[..., None])[..., 0]
+    return torch.maximum(own.abs(), logits.amax(-1).abs()).float()[sequences.response_mask]
+
+
 def response_hidden(
     trunk: LanguageModel, queries: Tensor, query_mask: Tensor, responses: Tensor, response_mask: Tensor
 ) -> Float[Tensor, "B R H"]:

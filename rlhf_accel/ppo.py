@@ -441,7 +441,7 @@ def gae(
 class PolicyLoss:
     """The clipped policy loss of a micro-batch and its statistics; all 0-dim fp32, only `loss` carries a gradient.
 
-    Sums and counts add up over micro-batches and ranks, and the two maxima combine by a maximum, for which an empty
+    Sums and counts add up over micro-batches and ranks, and the maxima combine by a maximum, for which an empty
     micro-batch holds the identity, 0. The counts are fp32 too, so that one reduction can carry all fields.
     """
 
@@ -455,6 +455,8 @@ class PolicyLoss:
     """Largest ratio; 0 if no token counts."""
     ratio_error: Float32[Tensor, ""]
     """Largest |ratio - 1|; 0 if no token counts. Before the first update of a batch it must be 0, up to rounding."""
+    log_ratio_error: Float32[Tensor, ""]
+    """Largest |log ratio|, nats; 0 if no token counts. Unlike the one above it has no bound where the ratio falls."""
 
 
 @dataclass(frozen=True)
@@ -518,6 +520,7 @@ def policy_loss(
         approx_kl=masked_sum(_k3(log_ratio), mask),
         ratio_max=_largest(ratio, mask),
         ratio_error=_largest((ratio - 1).abs(), mask),
+        log_ratio_error=_largest(log_ratio.abs(), mask),
     )
 
 

@@ -6,7 +6,6 @@ Knows torch, the C library and the libraries' switches; knows no config, no mode
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import random
 import resource
@@ -26,16 +25,16 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
 
 
-def tune_process() -> None:
+def tune_process(matmul_precision: str = "medium") -> None:
     """Call once at the start of a command, before tensors are made. Safe to call again, and where it has no effect.
 
     - Kept pages: by default glibc takes every large tensor from the kernel (mmap) and gives it back when it is freed,
       so each training step faults all its activations in again, 4 KiB at a time. With no mmap and no trimming the
       pages stay with the process (mallopt(3), "M_MMAP_MAX", "M_TRIM_THRESHOLD", "M_TOP_PAD").
-    - oneDNN matmuls: "medium" lets fp32 matmuls on a CPU go through oneDNN instead of MKL, the faster one with AVX-512;
-      with AVX2 both settings lead to the same kernel. Where the CPU has bf16 units, oneDNN may round the factors to
-      bf16, as TF32 does on a GPU (torch.set_float32_matmul_precision); so processes that need exact fp32 set "highest"
-      afterwards.
+    - Matmuls: `matmul_precision` is that of torch.set_float32_matmul_precision. "medium" lets fp32 matmuls on a CPU go
+      through oneDNN instead of MKL, the faster one with AVX-512; with AVX2 both settings lead to the same kernel. Where
+      the CPU has bf16 units, oneDNN may round the factors to bf16, as a GPU to TF32. "highest" does not;
+      `product_error` measures what came of it.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
@@ -43,7 +42,7 @@ def tune_process() -> None:
             mallopt(_M_MMAP_MAX, 0)
             mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
             mallopt(_M_TOP_PAD, 64 * 2**20)
-    torch.set_float32_matmul_precision("medium")
+    torch.set_float32_matmul_precision(matmul_precision)
 
 
 def peak_resident_mib() -> float:
@@ -94,11 +93,27 @@ def computes_in_bf16(device: torch.device) -> bool:
     return within not in _WITHOUT_BF16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-@functools.cache
+# Of `product_error`, between what was measured or follows: fp32 3e-7, TF32 5e-4 (11 bits of a factor), bf16 4e-3 (8).
+_EXACT, _TF32 = 1e-5, 1.5e-3
+
+
 def multiplies_exactly(device: torch.device) -> bool:
     """Whether fp32 matrix products on the device are true fp32 with this process's settings, and not rounded to TF32 or
     bf16 on their way through faster units (`tune_process` allows that)."""
+    return product_error(device) < _EXACT
+
+
+def product_arithmetic(error: float) -> str:
+    """What fp32 factors are rounded to where `product_error` is this: `fp32` for not at all, `TF32` or `bf16`."""
+    return "fp32" if error < _EXACT else "TF32" if error < _TF32 else "bf16"
+
+
+def product_error(device: torch.device) -> float:
+    """The largest error of an fp32 matrix product on the device against fp64, as a share of the largest product.
+
+    Measured anew in each call, in some 10 ms: it depends on settings of the process that may change.
+    """
     left, right = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
     exact = left.double() @ right.double()
     error = ((left.to(device) @ right.to(device)).cpu() - exact).abs().max()
-    return bool(error < 1e-5 * exact.abs().max())  # fp32: 3e-7 of it; TF32: 5e-4
+    return float(error / exact.abs().max())

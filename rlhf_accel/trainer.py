@@ -26,7 +26,7 @@ from rlhf_accel.keeper import Keeper
 from rlhf_accel.metrics import Progressline, Stopwatch
 from rlhf_accel.reward import Reward, RewardError, RewardFunction, load_golds, load_reward, reward_of
 from rlhf_accel.rollout import WITHOUT_PARTS, FailedScoring, Sampler
-from rlhf_accel.runtime import computes_in_bf16, multiplies_exactly, reseed
+from rlhf_accel.runtime import computes_in_bf16, product_arithmetic, product_error, reseed
 from rlhf_accel.tokens import Tokens
 from rlhf_accel.types import Experience, LossStats, PromptBatch, Rollout
 from rlhf_accel.vigil import STOPPED, StopRequest, is_lost_contact, who_is_missing
@@ -35,6 +35,7 @@ _MINIBATCHES = 4  # stream of random numbers, beside those of data.py
 _CALIBRATION_STEP = 0  # training steps count from 1
 _STEP, _EVALUATION = 0, 1  # global random numbers, by what draws them
 _PROBED = 32  # prompts whose tokens are compared with the tokenizer's own
+_LOOKED_AT = 16  # responses whose logits tell the limits of step 1
 _SHOWN = 10  # held-out samples that the summary shows before and after
 
 
@@ -106,14 +107,17 @@ class PPOTrainer:
         optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
         self.runtime.prepare(module, optimizer, self.resume_from)
         # On all ranks alike, whatever hardware each has: they have to run the same passes.
-        self._exact = not self.runtime.anywhere(not self._is_exact())
+        own = self._rounds_to()
+        found = [dtype for dtype in (torch.bfloat16, torch.float16) if self.runtime.anywhere(own == dtype)]
+        self._dtype = (*found, torch.float32)[0]
         self.sampler = Sampler(
             config=config.rollout,
             runtime=self.runtime,
             tokens=self.tokens,
             reference=None if reference is None else self.runtime.prepare_frozen(reference),
             pass_tokens=config.ppo.micro_batch_tokens,
-            keeps_said=config.rollout.logprobs == "sampled" or (config.rollout.logprobs == "auto" and self._exact),
+            keeps_said=config.rollout.logprobs == "sampled"
+            or (config.rollout.logprobs == "auto" and self._dtype == torch.float32),
             fast_kernels=config.run.fast_kernels,
         )
         self.kl_controller = self._kl_controller()
@@ -132,7 +136,7 @@ class PPOTrainer:
         """
         with StopRequest() as self._stop:
             try:
-                self.line.say(f"run folder {self.folder}\n{self._what_runs}")
+                self.line.say(f"run folder {self.folder}\n{self._what_runs}\n{self.keeper.products.message}")
                 self._warn_of_emulation()
                 self._prepare()
                 self.keeper.open(self.progress, self.resume_from)
@@ -228,10 +232,12 @@ class PPOTrainer:
         self._stop_if_asked()
         experience = make_experience(rollout, self.config.ppo, self.config.reward, self.kl_controller.coef)
         fault = rollout_fault(rollout, step)
+        limits = self._first_limits(rollout) if step == 1 and fault is None else None
         with watch("update"):
             losses = self.update(experience, step) if fault is None else self._learn_nothing(fault, experience)
         metrics = self._metrics(step, rollout, experience, losses, watch)
-        self._check_first_step(metrics)
+        if limits is not None:
+            self._check_first_step(metrics, losses, *limits)
         if math.isfinite(metrics["objective/kl"]):
             self.kl_controller = self.kl_controller.updated(metrics["objective/kl"], len(rollout))
         self.progress = replace(
@@ -340,7 +346,7 @@ class PPOTrainer:
                 total = total - config.entropy_coef * ppo.masked_sum(new.entropy, mask)
             noted = (policy.loss, value.loss, total, policy.approx_kl, policy.clipped, value.clipped)
             sums.append(torch.stack([figure.detach().float().cpu() for figure in noted]))
-            maxima.append(torch.stack([policy.ratio_max, policy.ratio_error]).float().cpu())
+            maxima.append(torch.stack([policy.ratio_max, policy.ratio_error, policy.log_ratio_error]).float().cpu())
             return total / tokens
 
         return loss
@@ -393,33 +399,50 @@ class PPOTrainer:
             "perf/peak_memory_mib": self.runtime.peak_memory_mib(),
         }
 
-    def _check_first_step(self, metrics: dict[str, float]) -> None:
-        """At step 1 policy and reference are the same model, and so are the sampling and the current policy."""
-        if metrics["step"] != 1:
-            return
-        # One pass gives policy and reference the same rounding; sampling, token by token, rounds in another way.
-        limit = 1e-3 if self._exact or not self.sampler.keeps_said else 0.1
-        if abs(metrics["objective/kl_k3"]) > limit:
-            raise RuntimeError(
-                f"objective/kl_k3 is {metrics['objective/kl_k3']:.4g} at step 1, where policy and reference are the "
-                "same model: the reference differs in weights, dropout or adapter"
-            )
-        # bf16 keeps 8 bits: a logit of 16 is off by up to 0.06, and a ratio with it.
-        limit = 1e-3 if self._exact else 0.5
-        if self.config.lora.dropout == 0 and metrics["policy/first_ratio_error"] > limit:
-            raise RuntimeError(
-                f"policy/first_ratio_error is {metrics['policy/first_ratio_error']:.4g} at step 1, where the ratio is "
-                "1: the update computes other log-probabilities than the rollout (dropout, padding or positions)"
-            )
+    def ratio_limits(self, rollout: Rollout, *, of_one_pass: bool = False) -> probes.RatioLimits:
+        """What rounding explains of the first log-ratios, from the logits of a few responses; `of_one_pass` where both
+        sides come from passes of the same shape, which round alike. Called by all ranks."""
+        if self._dtype == torch.float32 or of_one_pass:
+            return probes.ratio_limits(None, self._dtype)
+        most = max(self.config.ppo.micro_batch_tokens // int(rollout.sequences.lengths.max()), 1)
+        few = rollout.sequences.select(torch.arange(min(_LOOKED_AT, most, len(rollout)))).trimmed()
+        with self.runtime.gathered(), self.runtime.autocast():
+            sizes = models.logit_sizes(self.runtime.plain_module, few.to(self.runtime.device))
+        spacing = probes.logit_spacing(sizes, self._dtype) / self.config.rollout.temperature
+        return probes.ratio_limits(spacing, self._dtype)
 
-    def _is_exact(self) -> bool:
-        """Whether the policy computes in fp32 throughout, so that two ways to one figure agree up to rounding."""
-        return (
-            self.runtime.precision == "fp32"
-            and models.resolve_dtype(self.config, self.runtime.device) == torch.float32
-            and not self.config.model.load_in_4bit
-            and multiplies_exactly(self.runtime.device)
-        )
+    def _first_limits(self, rollout: Rollout) -> tuple[probes.RatioLimits, probes.RatioLimits]:
+        """Of log-ratios to the rollout's probabilities and to the reference's. Asked for before the update: after it,
+        logits are others."""
+        return self.ratio_limits(rollout), self.ratio_limits(rollout, of_one_pass=not self.sampler.keeps_said)
+
+    def _check_first_step(
+        self,
+        metrics: Mapping[str, float],
+        losses: LossStats,
+        ratios: probes.RatioLimits,
+        references: probes.RatioLimits,
+    ) -> None:
+        """At step 1 policy and reference are the same model, and so are the sampling and the current policy."""
+        found = {}
+        rms, largest = losses.first_log_ratio_rms, losses.first_log_ratio_max
+        if self.config.lora.dropout == 0 and math.isfinite(rms):  # else no minibatch had a finite loss, and was skipped
+            recomputed = not self.sampler.keeps_said
+            found["policy/first_ratio_error"] = probes.sampled_is_learnt(rms, largest, ratios, recomputed=recomputed)
+        kl, tokens = metrics["objective/kl_k3"], metrics["rollout/response_tokens"]
+        found["objective/kl_k3"] = probes.reference_is_policy(kl, tokens, references)
+        for metric, finding in found.items():
+            if not finding.passed:
+                raise RunFailed(f"{metric} is {metrics[metric]:.4g} at step 1: {finding.message}")
+
+    def _rounds_to(self) -> torch.dtype:
+        """The coarsest arithmetic on the policy's way to a log-probability, so fp32 if two ways agree up to its
+        rounding; fp16 also stands for TF32, which has as many bits."""
+        own = models.resolve_dtype(self.config, self.runtime.device)
+        products = product_arithmetic(product_error(self.runtime.device))
+        if "bf16" in (self.runtime.precision, products) or own == torch.bfloat16 or self.config.model.load_in_4bit:
+            return torch.bfloat16
+        return torch.float16 if products == "TF32" or own == torch.float16 else torch.float32
 
     def _reward_path(self) -> str | None:
         name = self.config.reward.model
@@ -684,7 +707,7 @@ class _UpdateTotals:
         # What was not finite was skipped and counted; the others say how the update went.
         taken = [number for number, means in enumerate(self.means) if means.isfinite().all()]
         means = torch.stack([self.means[number] for number in taken]) if taken else torch.full((1, 6), torch.nan)
-        maxima = torch.stack([self.maxima[number] for number in taken]) if taken else torch.full((1, 2), torch.nan)
+        maxima = torch.stack([self.maxima[number] for number in taken]) if taken else torch.full((1, 3), torch.nan)
         policy, value, total, approx_kl, clipped, value_clipped = means.mean(0).tolist()
         return LossStats(
             policy=policy,
@@ -695,6 +718,8 @@ class _UpdateTotals:
             value_clip_fraction=value_clipped,
             ratio_max=float(maxima[:, 0].max()),
             first_ratio_error=float(maxima[0, 1]),
+            first_log_ratio_rms=math.sqrt(2 * max(float(means[0, 3]), 0.0)),  # k3 is half the square of a small one
+            first_log_ratio_max=float(maxima[0, 2]),
             grad_norm=float(np.mean(self.norms)) if self.norms else float("nan"),
             skipped=self.skipped,
         )

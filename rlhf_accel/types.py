@@ -209,6 +209,8 @@ class LossStats:
     value_clip_fraction: float
     ratio_max: float
     first_ratio_error: float  # max |ratio - 1| before the first optimizer step
+    first_log_ratio_rms: float  # nats, over the tokens of the first minibatch, before that step
+    first_log_ratio_max: float  # the largest of them without its sign
     grad_norm: float
     skipped: int
 

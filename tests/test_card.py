@@ -35,6 +35,12 @@ def test_the_front_matter_is_the_hubs():
     assert "lora" in lora.tags
 
 
+def test_the_card_says_what_fp32_products_were():
+    card = model_card(hub_config(), {}, VERSIONS, "fp32 matrix products on cpu are bf16: off by 4.0e-03 of the largest")
+    assert "While it was trained, fp32 matrix products on cpu are bf16" in card
+    assert "While it was trained" not in model_card(hub_config(), {}, VERSIONS)
+
+
 def test_names_that_the_hub_does_not_know_stay_out_of_the_front_matter(tiny):
     """A folder as the base, a file as the data: the hub refuses cards with such names."""
     data = ModelCard(model_card(tiny(), {}, VERSIONS)).data

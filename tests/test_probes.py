@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,23 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from rlhf_accel import decoding, models, ppo
 from rlhf_accel.models import load_export, logits_of
-from rlhf_accel.probes import Finding, export_is_memory, prompt_tokens, rounding_limit
+from rlhf_accel.probes import (
+    Finding,
+    RatioLimits,
+    export_is_memory,
+    logit_spacing,
+    prompt_tokens,
+    ratio_limits,
+    reference_is_policy,
+    rounding_limit,
+    sampled_is_learnt,
+)
 from rlhf_accel.tokens import Tokens
+from rlhf_accel.types import Sequences
 from tests.test_tokens import with_template
 
 IDS = torch.tensor([[40, 41, 42, 43], [7, 8, 9, 10]])
@@ -103,3 +116,110 @@ def test_other_tokens_for_the_policy_are_found(single: str, fault: str, wrong: i
     assert not found.passed and found.difference == wrong
     assert found.message.startswith(f"prompt tokens: {wrong} of 4 texts reach the policy in other tokens")
     assert part in found.message and len(found.message.splitlines()) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampled = learnt
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def little_gpt2(offset: float) -> GPT2LMHeadModel:
+    """With logits of a few units around `offset`, as GPT-2's are around -35 to -112: softmax does not see it."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        **{"vocab_size": 300, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.2},
+        **{"tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 0},
+    )
+    model = models._without_dropout(GPT2LMHeadModel(config)).eval()
+    with torch.no_grad():
+        model.transformer.ln_f.bias[0] = 10.0
+        model.lm_head.weight[:, 0] = offset / 10
+    return model
+
+
+@pytest.fixture(scope="module", params=[(torch.float32, 0.0), (torch.bfloat16, 0.0), (torch.bfloat16, -100.0)])
+def sampled(request: pytest.FixtureRequest) -> tuple:
+    """A model, its dtype, what it sampled of padded prompts, and the limits."""
+    dtype, offset = request.param
+    model = little_gpt2(offset).to(dtype)
+    queries = torch.randint(1, 300, (32, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(32, 6, dtype=torch.bool)
+    mask[::2, :3] = False
+    said = decoding.sample(
+        *(model, queries, mask, decoding.uniforms(0, 1, range(32), 10)),
+        decoding.SamplingSettings(max_new_tokens=10),
+        pad_id=0,
+        ended=lambda tokens: torch.zeros(len(tokens), dtype=torch.bool),
+    )
+    sequences = Sequences(queries=queries, query_mask=mask, responses=said.responses, response_mask=said.response_mask)
+    module = models.PolicyWithValue(model, None, 1.0)
+    spacing = None if dtype == torch.float32 else logit_spacing(models.logit_sizes(module, sequences), dtype)
+    return module, dtype, sequences, said.logprobs, ratio_limits(spacing, dtype)
+
+
+def of_another_pass(sampled: tuple) -> tuple[Finding, torch.Tensor]:
+    module, _, sequences, logprobs, limits = sampled
+    with torch.no_grad():
+        new = module(*models.model_inputs(sequences)).logprobs
+    log_ratios = (new - logprobs)[sequences.response_mask]
+    rms, largest = float(log_ratios.square().mean().sqrt()), float(log_ratios.abs().max())
+    return sampled_is_learnt(rms, largest, limits, recomputed=False), log_ratios
+
+
+def test_what_rounds_differently_passes(sampled: tuple) -> None:
+    found, log_ratios = of_another_pass(sampled)
+    assert found.passed, found.message
+    kl = float(ppo.masked_row_sum(ppo._k3(-log_ratios.view(32, -1)), torch.ones(32, 10, dtype=torch.bool)).mean())
+    assert reference_is_policy(kl, 10.0, sampled[-1]).passed
+
+
+def test_dropout_positions_and_temperature_that_differ_are_caught(
+    sampled: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, positions = sampled[0], models.position_ids
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "position_ids", lambda mask: positions(mask) + 1)
+        shifted, _ = of_another_pass(sampled)
+    with monkeypatch.context() as patch:  # of padding
+        patch.setattr(models, "position_ids", lambda mask: torch.arange(mask.shape[1]).expand(mask.shape))
+        padded, _ = of_another_pass(sampled)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "temperature", 0.6)
+        tempered, _ = of_another_pass(sampled)
+    with monkeypatch.context() as patch:
+        patch.setattr(module.policy.transformer.drop, "p", 0.1)
+        module.train()
+        dropped, _ = of_another_pass(sampled)
+        module.eval()
+    for name, found in {"shifted": shifted, "padded": padded, "tempered": tempered, "dropped": dropped}.items():
+        assert not found.passed, name
+        assert "try rollout.logprobs=recomputed" in found.message
+    assert of_another_pass(sampled)[0].passed  # put back
+
+
+def test_the_limits_follow_from_the_spacing_of_logits() -> None:
+    sizes = torch.tensor([100.0, 35.0])
+    spacing = logit_spacing(sizes, torch.bfloat16)
+    assert spacing.tolist() == [0.5, 0.25]
+    rms = math.sqrt((0.25 + 0.0625) / 2)
+    limits = ratio_limits(spacing, torch.bfloat16)
+    assert (limits.rms, limits.largest) == pytest.approx((0.75 * rms, 0.9 + 1.0))
+    half = ratio_limits(logit_spacing(sizes, torch.float16), torch.float16)  # three bits more
+    assert (half.rms, half.largest) == pytest.approx((limits.rms / 8, limits.largest / 8))
+    # One logit of -100 that two passes round to different neighbours: the ratio is off by 0.65, and nothing is wrong.
+    assert math.exp(0.5) - 1 > 0.5 and sampled_is_learnt(0.05, 0.5, limits, recomputed=False).passed
+    assert ratio_limits(None, torch.float32) == RatioLimits(rms=1e-3, largest=1e-3)
+    assert ratio_limits(torch.zeros(3), torch.bfloat16).rms == 0.15
+
+
+def test_one_token_at_fault_is_caught_among_many_and_nothing_finite_is_no_pass() -> None:
+    limits = ratio_limits(torch.tensor([0.125]), torch.bfloat16)
+    for largest in (-5.0, 5.0):  # of 10,000 tokens: the rms is within its limit
+        rms = abs(largest) / 100
+        assert rms < limits.rms and not sampled_is_learnt(rms, abs(largest), limits, recomputed=True).passed
+    assert not sampled_is_learnt(math.nan, 0.0, limits, recomputed=True).passed
+    assert "recomputed" not in sampled_is_learnt(9.0, 9.0, limits, recomputed=True).message
+    # 500 tokens of sound bf16, each off by 0.06 nats rms, have a k3 of 0.9; two models that differ have more.
+    assert reference_is_policy(500 * 0.06**2 / 2, 500.0, limits).passed
+    assert not reference_is_policy(8.0, 500.0, limits).passed
+    assert not reference_is_policy(2e-3, 500.0, ratio_limits(None, torch.float32)).passed

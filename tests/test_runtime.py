@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 import resource
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
-from rlhf_accel import runtime
+from rlhf_accel import probes, runtime
 
 
 def drawn() -> tuple[float, float, float]:
@@ -35,18 +36,40 @@ def test_peak_memory_holds_what_was_taken_and_given_back() -> None:
     assert runtime.peak_resident_mib() > before + 100
 
 
-@pytest.mark.usefixtures("exact_fp32")
-def test_exact_products_are_told_from_rounded_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, exact = torch.device("cpu"), torch.Tensor.__matmul__
+def rounding(bits: int, allowed: Callable[[], bool] = lambda: True) -> Callable[..., torch.Tensor]:
+    """An fp32 matrix product whose factors keep so many bits, as faster units do, while it is allowed."""
+    exact = torch.Tensor.__matmul__
 
-    def rounded(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        if left.dtype == torch.float32:  # as bf16 units do
-            left, right = left.bfloat16().float(), right.bfloat16().float()
+    def rounded(number: torch.Tensor) -> torch.Tensor:
+        mantissa, exponent = torch.frexp(number)
+        return torch.ldexp((mantissa * 2**bits).round() / 2**bits, exponent)
+
+    def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        if left.dtype == torch.float32 and allowed():
+            left, right = rounded(left), rounded(right)
         return exact(left, right)
 
-    runtime.multiplies_exactly.cache_clear()
-    assert runtime.multiplies_exactly(cpu)
-    runtime.multiplies_exactly.cache_clear()
-    monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
-    assert not runtime.multiplies_exactly(cpu)
-    runtime.multiplies_exactly.cache_clear()
+    return product
+
+
+@pytest.mark.usefixtures("exact_fp32")
+@pytest.mark.parametrize(("bits", "arithmetic"), [(24, "fp32"), (11, "TF32"), (8, "bf16")])
+def test_exact_products_are_told_from_rounded_ones(monkeypatch: pytest.MonkeyPatch, bits: int, arithmetic: str) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounding(bits))
+    assert runtime.product_arithmetic(runtime.product_error(cpu)) == arithmetic
+    assert runtime.multiplies_exactly(cpu) == (arithmetic == "fp32")
+    found = probes.fp32_products(cpu)
+    assert found.passed == (arithmetic == "fp32") and f"are {arithmetic}:" in found.message
+    assert ("run.matmul_precision=highest" in found.message) != found.passed
+
+
+def test_what_products_are_is_measured_again_when_the_setting_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where "medium" means bf16 units: the answer under one setting must not stand for another."""
+    setting: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", setting.append)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounding(8, lambda: setting[-1] == "medium"))
+    runtime.tune_process()
+    assert not runtime.multiplies_exactly(torch.device("cpu"))
+    runtime.tune_process("highest")
+    assert runtime.multiplies_exactly(torch.device("cpu"))

@@ -116,6 +116,17 @@ def test_metrics_are_those_of_the_contract(fit):
     assert 1 < first["rollout/response_tokens"] < 8
 
 
+def test_what_fp32_products_are_is_printed_and_kept(fit, capsys, monkeypatch):
+    allowed = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", allowed.append)
+    trainer, _ = fit(run={"total_steps": 1, "matmul_precision": "highest"})
+    assert allowed == ["highest"]
+    kept = json.loads((trainer.folder / "environment.json").read_text())["fp32_products"]
+    assert (kept["arithmetic"], kept["matmul_precision"]) == ("fp32", "highest") and kept["relative_error"] < 1e-5
+    said = "fp32 matrix products on cpu are fp32"
+    assert said in capsys.readouterr().out and said in (trainer.folder / "final" / "README.md").read_text()
+
+
 def test_without_evaluation_its_keys_are_absent(fit):
     _, rows = fit()
     assert all(set(row) == KEYS for row in rows)
@@ -603,6 +614,17 @@ def test_other_log_probabilities_in_the_update_are_noticed_at_step_1(tiny):
     trainer.runtime.plain_module.policy.transformer.drop.p = 0.5
     with pytest.raises(RuntimeError, match=r"policy/first_ratio_error .* at step 1"):
         trainer.step(["The film", "A dull"] * 4)
+
+
+def test_in_bf16_a_fault_is_told_from_rounding_and_the_message_names_what_to_try(tiny):
+    """Also with log-probabilities of sampling, which round differently from the update's."""
+    sections = {"run": {"precision": "bf16"}, "rollout": {"logprobs": "sampled"}, "ppo": {"ppo_epochs": 1}}
+    prompts = ["The film", "A dull"] * 4
+    assert PPOTrainer(tiny(**sections)).step(prompts)["policy/first_ratio_error"] > 1e-3
+    trainer = PPOTrainer(tiny(**sections))
+    trainer.runtime.plain_module.temperature = 0.6  # in the update, while sampling has 1
+    with pytest.raises(RunFailed, match=r"policy/first_ratio_error .* at step 1: .*; try rollout\.logprobs=recomputed"):
+        trainer.step(prompts)
 
 
 def test_the_module_is_back_in_evaluation_mode_after_an_exception(tiny, monkeypatch):
