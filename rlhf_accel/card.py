@@ -30,7 +30,15 @@ _LABELS = {
     "seconds": "seconds of training",
 }
 # Of a machine or of a single process, so no news for others.
-_LOCAL_KEYS = ("run.output_dir", "run.resume", "run.changes", "run.trackers", "run.project", "run.push_to_hub")
+_LOCAL_KEYS = (
+    "reward.import_from",
+    "run.output_dir",
+    "run.resume",
+    "run.changes",
+    "run.trackers",
+    "run.project",
+    "run.push_to_hub",
+)
 
 _CITATIONS = """```bibtex
 @misc{schulman2017proximal,

@@ -516,12 +516,14 @@ def export(
     tokens: Tokens,
     card: str,
     fault: Callable[[Path], str | None] = lambda _: None,
+    base: str | None = None,
 ) -> str | None:
     """Write the policy in Hugging Face form (full model, or peft adapter), the value head beside it, and a model card.
 
     `weights` are the module's whole weights, as `Runtime.learned_weights` gives them; main process only. `fault` is
     asked what is wrong with the folder that is to take the place: if anything, that is returned and `folder` stays as
-    it was, as it does until the new one is whole. Raises `OSError` or safetensors' own error if the disk refuses.
+    it was, as it does until the new one is whole. `base` is what an adapter's config then calls its base, where that is
+    not the path that was loaded. Raises `OSError` or safetensors' own error if the disk refuses.
     """
     policy = {name.removeprefix("policy."): value for name, value in weights.items() if name.startswith("policy.")}
     policy_model: Any = module.policy
@@ -535,9 +537,12 @@ def export(
         critic = {name: value.contiguous() for name, value in weights.items() if not name.startswith("policy.")}
         save_file(critic, beside / VALUE_HEAD)
         (beside / "README.md").write_text(card, encoding="utf-8")
-        flush_all(beside, like=beside / "README.md")
         found = fault(beside)
         if found is None:
+            for settings in beside.rglob("adapter_config.json") if base is not None else ():
+                tree = json.loads(settings.read_bytes())
+                settings.write_text(json.dumps({**tree, "base_model_name_or_path": base}, indent=2), encoding="utf-8")
+            flush_all(beside, like=beside / "README.md")
             replace_folder(beside, folder)
     return found
 

@@ -45,6 +45,9 @@ Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 Strings = Annotated[tuple[str, ...], BeforeValidator(_tuple_of_one)]
 Floats = Annotated[tuple[Number, ...], BeforeValidator(_tuple_of_one)]
 
+# Keys of local paths: a run keeps them absolute, older versions kept them as they were given.
+_PATHS = ("model.name_or_path", "lora.adapter", "data.source", "data.eval_split", "reward.model")
+
 # Keys that a run which goes on may change: what it has learnt and will learn does not depend on them but for rounding,
 # except that total_steps is part of the learning rate's schedule, which people mean when they raise it.
 MAY_CHANGE = frozenset(
@@ -55,7 +58,14 @@ MAY_CHANGE = frozenset(
         *("run.push_to_hub", "run.hub_private", "run.report", "reward.gold"),
         *("run.fast_kernels", "rollout.logprobs"),
         *("model.gradient_checkpointing", "rollout.gather_parameters", "rollout.forward_batch_size"),
-        *("reward.batch_size", "reward.timeout", "reward.retries", "reward.retry_wait", "ppo.micro_batch_tokens"),
+        *(
+            "reward.import_from",
+            "reward.batch_size",
+            "reward.timeout",
+            "reward.retries",
+            "reward.retry_wait",
+            "ppo.micro_batch_tokens",
+        ),
     ]
 )
 
@@ -278,6 +288,9 @@ class RewardConfig:
     A token for it goes into the environment variable RLHF_ACCEL_REWARD_TOKEN, never into a config."""
     function: Strings = ()
     """Import path(s) `package.module:callable` of `(prompts, responses, **columns) -> list[float]`."""
+    import_from: str | None = None
+    """Folder that reward.function and reward.gold are imported from, beside PYTHONPATH; by default the working folder,
+    which the run's config.yaml keeps."""
     gold: Strings = ()
     """Import path(s) of functions like reward.function that evaluations measure beside the reward and training never
     sees, so that a policy which learns the reward's weaknesses shows; neither weighted, calibrated nor clipped."""
@@ -745,8 +758,20 @@ def changed_keys(before: Config, now: Config) -> list[str]:
     return [
         f"{key} (was {_short(was[key])}, is {_short(is_now[key])})"
         for key in key_names(Config)
-        if key not in allowed and was[key] != is_now[key]
+        if key not in allowed and was[key] != is_now[key] and not (key in _PATHS and _leads_to(was[key], is_now[key]))
     ]
+
+
+def _leads_to(relative: str | None, path: str | None) -> bool:
+    """Whether a relative path, from whatever folder it was given, may be this absolute one.
+
+    >>> _leads_to("./models/a", "/home/me/models/a"), _leads_to("a", "/home/me/models/b"), _leads_to("/a", "/b/a")
+    (True, False, False)
+    """
+    if relative is None or path is None or Path(relative).is_absolute() or not Path(path).is_absolute():
+        return False
+    parts = [part for part in Path(relative).parts if part != ".."]
+    return bool(parts) and list(Path(path).parts[-len(parts) :]) == parts
 
 
 def for_a_look(config: Config, place: Path) -> Config:

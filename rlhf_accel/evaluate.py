@@ -151,6 +151,7 @@ class Judge:
 def main(arguments: list[str]) -> None:
     """The command; raises `ConfigError` for a folder or options that cannot work, `RunFailed` if the reward fails."""
     options, overrides = _parse(arguments)
+    options.run = options.run.absolute()
     config = _config(options, overrides)
     names = _names(options, config.lora)
     judge = Judge.of(options.run, config, prompts=options.prompts)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from rlhf_accel import assets, decoding
 from rlhf_accel.checkpoint import model_folder, reward_scale
 from rlhf_accel.config import Config, ConfigError, RolloutConfig, load_run, parse
-from rlhf_accel.loading import adapter_config, pretrained
+from rlhf_accel.loading import adapted, adapter_config, pretrained
 from rlhf_accel.metrics import plain
 from rlhf_accel.models import check_prompts, end_of_text_ids
 from rlhf_accel.reward import Reward, RewardError, load_reward
@@ -130,7 +130,9 @@ def _writers(options: argparse.Namespace) -> tuple[Config | None, list[Writer]]:
     adapter = (folder / "adapter_config.json").is_file()
     kind = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
     tokens = Tokens.load(path, trust_remote_code=trust)
-    trained = Writer(name="trained", model=_load(kind, path, trust), tokens=tokens, rollout=rollout)
+    # The run's config knows where its base lies; in the adapter's it is as the user wrote it, relative perhaps.
+    known = None if config is None or not adapter else assets.resolve_model(config.model.name_or_path)
+    trained = Writer(name="trained", model=_load(kind, path, trust, known), tokens=tokens, rollout=rollout)
     if not options.compare:
         return config, [trained]
     if adapter:
@@ -141,9 +143,11 @@ def _writers(options: argparse.Namespace) -> tuple[Config | None, list[Writer]]:
     return config, [replace(trained, name="base", model=base), trained]
 
 
-def _load(kind: Any, path: str, trust_remote_code: bool) -> Any:
+def _load(kind: Any, path: str, trust_remote_code: bool, base: str | None = None) -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if base is not None:
+            return adapted(_load(AutoModelForCausalLM, base, trust_remote_code), path).eval().to(device)
         if kind is AutoPeftModelForCausalLM:
             adapter_config(path)
         return pretrained(kind, path, trust_remote_code=trust_remote_code).eval().to(device)

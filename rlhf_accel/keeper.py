@@ -36,8 +36,10 @@ _RETRY = 60.0  # seconds until what a run is for is written again, in which some
 class Keeper:
     """Writes a run's folder: rows, checkpoints, models, dumps, and each process's log."""
 
-    def __init__(self, config: Config, folder: Path, runtime: Runtime, line: Progressline) -> None:
+    def __init__(self, config: Config, folder: Path, runtime: Runtime, line: Progressline, given: Config) -> None:
+        """`given` is the config as its user wrote it: what leaves this machine names paths like that."""
         self.config = config
+        self._given = given
         self.folder = folder
         self.runtime = runtime
         self.line = line
@@ -62,7 +64,7 @@ class Keeper:
         self.is_open = True
         self._saved = progress if ours else None
         self.heartbeat.open(self.folder / "logs" / f"rank-{self.runtime.rank}.log")
-        settings = flatten(asdict(self.config))
+        settings = flatten(asdict(self._given))
         told = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in settings.items()}
         # Of a step whose evaluation was due at the checkpoint, no figures were logged before it.
         next_step = progress.step + (progress.unrecorded is None)
@@ -164,13 +166,15 @@ class Keeper:
         module, arithmetic = self.runtime.plain_module, self.products.message.partition(";")[0]
         card = model_card(self.config, results, checkpoint.versions(), arithmetic)
         memory = logits_of(module.policy, probe.ids.to(self.runtime.device))  # by all ranks: with ZeRO-3 they share it
+        given = self._given.model.name_or_path
+        base = given if given != self.config.model.name_or_path else None
         faults: list[str | None] = []
 
         def fault(folder: Path) -> str | None:
             return probe.fault(folder, module.policy, memory, weights, f"{name}/")
 
         self._all_or_none(
-            lambda: faults.append(checkpoint.export(self.folder / name, module, weights, tokens, card, fault))
+            lambda: faults.append(checkpoint.export(self.folder / name, module, weights, tokens, card, fault, base))
         )
         found = self.runtime.first_failure(faults[0] if faults else None)
         if found is not None:

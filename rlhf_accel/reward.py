@@ -328,7 +328,7 @@ def load_reward(
         functions.append(RemoteReward(config.url, config.timeout))
     for target in config.function:
         names.append(f"reward.function={target}")
-        functions.append(import_function(target))
+        functions.append(import_function(target, folder=config.import_from))
     if not functions:
         raise ConfigError(
             "no reward is given; set reward.model, reward.url or reward.function, or pass PPOTrainer(reward=…)",
@@ -350,7 +350,7 @@ def load_golds(config: RewardConfig) -> dict[str, Reward]:
     are. Raises `ConfigError` if one cannot be imported."""
     golds = {}
     for target in config.gold:
-        terms = ((f"reward.gold={target}", 1.0, import_function(target, "reward.gold")),)
+        terms = ((f"reward.gold={target}", 1.0, import_function(target, "reward.gold", config.import_from)),)
         golds[gold_name(target)] = replace(reward_of(config, terms), clip=None)
     return golds
 
@@ -375,16 +375,18 @@ def _vader_analyzer() -> Any:
     return SentimentIntensityAnalyzer()
 
 
-def import_function(target: str, key: str = "reward.function") -> RewardFunction:
-    """The callable at `package.module:callable`; the working folder is on the path, as for `python -m`.
+def import_function(target: str, key: str = "reward.function", folder: str | None = None) -> RewardFunction:
+    """The callable at `package.module:callable`; `folder`, or else the working folder, is on the path, as for
+    `python -m`.
 
     Raises `ConfigError` naming `key`, the config's key that it came from, if there is none.
     """
+    place = folder or str(Path.cwd())
     module_name, colon, name = target.partition(":")
     if not colon or not module_name or not name:
         raise ConfigError(f"{key}={target}: expected package.module:callable", key=key)
-    if not is_ours(target) and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+    if not is_ours(target) and place not in sys.path:
+        sys.path.insert(0, place)
     try:
         with restored_globals(f"{key}={target}: importing {module_name}"):
             module = importlib.import_module(module_name)
@@ -393,7 +395,7 @@ def import_function(target: str, key: str = "reward.function") -> RewardFunction
     except BaseException as error:  # whatever the module does when it is imported, as ending the process
         reason = " ".join(_in_words(error).split())
         raise ConfigError(
-            f"{key}={target}: {module_name} cannot be imported ({reason}) from {Path.cwd()} or PYTHONPATH", key=key
+            f"{key}={target}: {module_name} cannot be imported ({reason}) from {place} or PYTHONPATH", key=key
         ) from error
     if not hasattr(module, name):
         raise ConfigError(f"{key}={target}: the module {module_name} has no {name}", key=key)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from rlhf_accel import assets, checkpoint, data, hub, models, ppo, probes, report
+from rlhf_accel import assets, checkpoint, data, hub, models, places, ppo, probes, report
 from rlhf_accel.checkpoint import Progress, SaveError
 from rlhf_accel.config import BatchSizes, Config, ConfigError, OptimConfig, RunFailed, check_trainable
 from rlhf_accel.distributed import Runtime, cut_micro_batches, missing
@@ -52,6 +52,7 @@ class PPOTrainer:
 
     def __init__(self, config: Config, reward: RewardFunction | None = None) -> None:
         check_trainable(config)
+        given, config = config, places.absolute(config)
         self.config = config
         self.sizes = BatchSizes.of(config)
         self.runtime = Runtime(
@@ -67,7 +68,7 @@ class PPOTrainer:
             )
         folder = self.runtime.from_main(lambda: checkpoint.choose_folder(config))
         self.line = Progressline(config.run.total_steps, enabled=self.runtime.is_main)
-        self.keeper = Keeper(config, folder, self.runtime, self.line)
+        self.keeper = Keeper(config, folder, self.runtime, self.line, given)
         self.runtime.from_main(self.keeper.claim)
         if config.run.push_to_hub is not None:
             self.runtime.from_main(lambda: hub.check(config))
