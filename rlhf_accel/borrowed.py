@@ -226,7 +226,7 @@ class _Never(Warning):
 def _write_filters(before: tuple[Any, ...]) -> None:
     kept = [entry for entry in warnings.filters if not _hides_all(entry) or entry in before]
     kept[:0] = [entry for entry in before if entry not in kept]
-    warnings.filters[:] = kept  # type: ignore[index]
+    warnings.filters[:] = kept  # type: ignore[index]  # typeshed calls it a sequence
     warnings.simplefilter("default", _Never, append=True)  # has Python forget what it decided by the others
 
 

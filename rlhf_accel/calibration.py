@@ -154,9 +154,11 @@ def agreement(predictions: Float[np.ndarray, " N"], targets: Float[np.ndarray, "
 
 def _right(logits: Float[np.ndarray, "N K"], classes: Int[np.ndarray, " N"]) -> np.ndarray:
     alone = (logits == logits.max(axis=1, keepdims=True)).sum(axis=1) == 1
-    return (logits.argmax(axis=1) == classes) & alone
+    right: np.ndarray = (logits.argmax(axis=1) == classes) & alone
+    return right
 
 
 def _log_sum_exp(logits: Float[np.ndarray, "N K"]) -> Float[np.ndarray, " N"]:
     top = logits.max(axis=1)
-    return top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
+    sums: np.ndarray = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
+    return sums

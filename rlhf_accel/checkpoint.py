@@ -369,8 +369,11 @@ def save_checkpoint(folder: Path, progress: Progress, runtime: Runtime, config: 
         return failure(work) if runtime.is_main else None
 
     try:
-        for part in (lambda: on_main(begin), lambda: runtime.save_state(beside), lambda: on_main(finish)):
-            problem = runtime.first_failure(part())
+        stages: list[Callable[[], str | None]] = [
+            *(lambda: on_main(begin), lambda: runtime.save_state(beside), lambda: on_main(finish))
+        ]
+        for stage in stages:
+            problem = runtime.first_failure(stage())
             if problem is not None:
                 raise SaveError(problem)
     except SaveError:

@@ -1101,7 +1101,7 @@ def _message(error: Mapping[str, Any]) -> str:
     """What pydantic found, in the words of a YAML file."""
     if error["type"] == "missing":
         return "too few items"
-    message = error["msg"].removeprefix("Value error, ").replace(" after validation", "")
+    message: str = error["msg"].removeprefix("Value error, ").replace(" after validation", "")
     message = (message[0].lower() + message[1:]).replace("tuple", "list")
     if error["type"] in ("string_type", "tuple_type") and not isinstance(error["input"], (Mapping, list)):
         return f"{message}; put a text that YAML reads otherwise in quotes of its own"

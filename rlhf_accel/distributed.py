@@ -113,25 +113,26 @@ class Runtime:
 
     @property
     def rank(self) -> int:
-        return self._accelerator.process_index
+        return int(self._accelerator.process_index)
 
     @property
     def world_size(self) -> int:
-        return self._accelerator.num_processes
+        return int(self._accelerator.num_processes)
 
     @property
     def is_main(self) -> bool:
-        return self._accelerator.is_main_process
+        return bool(self._accelerator.is_main_process)
 
     @property
     def device(self) -> torch.device:
-        return self._accelerator.device
+        return torch.device(self._accelerator.device)
 
     @property
     def module(self) -> nn.Module:
         """The prepared module: call it for anything that needs gradients."""
-        assert self._module is not None, "prepare() first"
-        return self._module
+        module: nn.Module | None = self._module
+        assert module is not None, "prepare() first"
+        return module
 
     @property
     def plain_module(self) -> Any:
@@ -178,7 +179,7 @@ class Runtime:
         import deepspeed
 
         self._shard(module)
-        engine, *_ = deepspeed.initialize(model=module, config=self._frozen_config())
+        engine: nn.Module = deepspeed.initialize(model=module, config=self._frozen_config())[0]
         return engine
 
     def set_lr_factor(self, factor: float) -> None:
@@ -318,12 +319,14 @@ class Runtime:
     def sum(self, values: Tensor) -> Tensor:
         """Elementwise sum over ranks, on the CPU."""
         with self._waiting():
-            return self._accelerator.reduce(values.to(self.device), "sum").cpu()
+            total: Tensor = self._accelerator.reduce(values.to(self.device), "sum")
+        return total.cpu()
 
     def max(self, values: Tensor) -> Tensor:
         """Elementwise maximum over ranks, on the CPU."""
         with self._waiting():
-            return self._accelerator.gather(values.to(self.device)[None]).amax(0).cpu()
+            rows: Tensor = self._accelerator.gather(values.to(self.device)[None])
+        return rows.amax(0).cpu()
 
     def peak_memory_mib(self) -> float:
         """The largest peak of any rank in MiB: of allocated GPU memory, or of the process's resident memory."""
@@ -368,7 +371,8 @@ class Runtime:
             files = self._module.checkpoint_engine
             files.failure = None
             self._module.save_checkpoint(str(folder), tag=_ENGINE, save_latest=False, exclude_frozen_parameters=True)
-            return files.failure
+            problem: str | None = files.failure
+            return problem
         weights, moments = each_once(self.learned_weights()), self._whole_moments()
         if not self.is_main:
             return None
@@ -477,7 +481,8 @@ class Runtime:
                 broadcast_object_list(outcome)
         if isinstance(outcome[0], ConfigError):
             raise outcome[0]
-        return outcome[0]
+        made: B = outcome[0]
+        return made
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
@@ -542,7 +547,7 @@ class Runtime:
         problems = []
         for tracker in self._accelerator.trackers if self.is_main else ():
             try:
-                problem = failure(lambda tracker=tracker: work(tracker))  # type: ignore[misc]
+                problem = failure(lambda tracker=tracker: work(tracker))  # type: ignore[misc]  # a default binds it
             except Exception as error:  # trackers are many, each with errors of its own
                 problem = f"{type(error).__name__}: {error}"
             if problem is not None and tracker.name not in self._failed_trackers:
@@ -615,7 +620,7 @@ class Runtime:
     def _frozen_config(self) -> dict[str, Any]:
         """DeepSpeed's config for a module without an optimizer."""
         assert self._deepspeed is not None
-        config = copy.deepcopy(self._deepspeed.deepspeed_config)
+        config: dict[str, Any] = copy.deepcopy(self._deepspeed.deepspeed_config)
         config["zero_optimization"].pop("offload_optimizer", None)
         return config
 
@@ -723,7 +728,7 @@ def _store() -> Any:
 def first_of_all(what: str) -> bool:
     """Whether no process of the launch has asked this before; True too when those that could tell are gone."""
     try:
-        return _store().add(f"rlhf_accel/{what}", 1) == 1
+        return int(_store().add(f"rlhf_accel/{what}", 1)) == 1
     except RuntimeError:
         return True
 
@@ -809,7 +814,7 @@ def _deepspeed_plugin(precision: str, max_grad_norm: float | None, minibatch: in
 def _deepspeed_file(path: str, owned: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:
     """The DeepSpeed config in a file; raises `ConfigError` if it says of an owned key something else than the run."""
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         where = (
             "" if Path(path).is_absolute() else f" from {Path.cwd()}; launch from the checkout, or name its whole path"
@@ -911,7 +916,7 @@ def _shard_files() -> Any:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    class ShardFiles(TorchCheckpointEngine):
+    class ShardFiles(TorchCheckpointEngine):  # type: ignore[misc]  # DeepSpeed has no types
         failure: str | None = None
 
         def makedirs(self, path: str, exist_ok: bool = False) -> None:

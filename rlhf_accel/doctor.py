@@ -145,7 +145,8 @@ class Doctor:
     @staticmethod
     def _drop(tree: dict[str, Any], error: ConfigError) -> str | None:
         """Take the first of the error's keys that is set out of the tree; its name."""
-        for key in filter(None, (error.key, *error.facts.get("others", ()))):
+        keys: list[str | None] = [error.key, *error.facts.get("others", ())]
+        for key in filter(None, keys):
             *sections, name = key.split(".")
             place: Any = tree
             for section in sections:

@@ -73,7 +73,8 @@ class VocabularyLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if _matrix(self) is None or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
-        return _OneDNNLinear.apply(x, self.weight, self.bias)
+        product: Tensor = _OneDNNLinear.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]  # torch's
+        return product
 
 
 def quicken(layer: nn.Module) -> None:
@@ -101,7 +102,8 @@ class _OneDNNLinear(torch.autograd.Function):
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
 
 
 def _matrix(layer: nn.Module) -> Tensor | None:
@@ -111,4 +113,5 @@ def _matrix(layer: nn.Module) -> Tensor | None:
     weight: Any = layer.weight
     if weight.dtype != torch.float32 or weight.device.type != "cpu" or weight.ndim != 2 or weight.numel() == 0:
         return None
-    return weight.t() if isinstance(layer, Conv1D) else weight
+    matrix: Tensor = weight.t() if isinstance(layer, Conv1D) else weight
+    return matrix

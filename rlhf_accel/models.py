@@ -104,9 +104,12 @@ class PolicyWithValue(nn.Module):
         """The values alone, of a critic that has a pass of its own."""
         inputs = (queries, query_mask, responses, response_mask)
         if self.critic is not None:
-            return self.value_head(response_hidden(self.critic, *inputs))
-        with adapter(self.policy, CRITIC):
-            return self.value_head(response_hidden(self.policy.get_base_model().base_model, *inputs))
+            hidden = response_hidden(self.critic, *inputs)
+        else:
+            with adapter(self.policy, CRITIC):
+                hidden = response_hidden(self.policy.get_base_model().base_model, *inputs)
+        values: Tensor = self.value_head(hidden)
+        return values
 
 
 class Reference(nn.Module):
@@ -210,7 +213,8 @@ def response_hidden(
     """The last hidden state before each response token, from a transformer without a head."""
     length = responses.shape[1]
     inputs = _trunk_inputs(trunk, queries, query_mask, responses, response_mask)
-    return trunk(**inputs, use_cache=False).last_hidden_state[:, -length - 1 : -1]
+    hidden: Tensor = trunk(**inputs, use_cache=False).last_hidden_state
+    return hidden[:, -length - 1 : -1]
 
 
 def load_policy(config: Config, path: str, device: torch.device) -> LanguageModel:
@@ -266,7 +270,8 @@ def logits_of(model: LanguageModel, ids: Int[Tensor, "B L"]) -> Tensor:
     a language model, (B, K) of a classifier."""
     with torch.no_grad():
         mask = torch.ones_like(ids)
-        return model(input_ids=ids, **accepted(model, attention_mask=mask, use_cache=False)).logits
+        logits: Tensor = model(input_ids=ids, **accepted(model, attention_mask=mask, use_cache=False)).logits
+    return logits
 
 
 def load_export(

@@ -459,7 +459,7 @@ def _cache_bytes(settings: Any, dtype: torch.dtype) -> int:
     """Keys and values of one token of one sample."""
     heads = getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads
     width = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
-    return 2 * settings.num_hidden_layers * heads * width * dtype.itemsize
+    return int(2 * settings.num_hidden_layers * heads * width * dtype.itemsize)
 
 
 def _reward_sizes(config: Config, path: str | None, device: str) -> tuple[int, int]:

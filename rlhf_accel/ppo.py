@@ -54,7 +54,8 @@ def token_logprobs(
 
     Source: Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO", for dividing by the temperature.
     """
-    return _TokenLogprobs.apply(tempered(logits, temperature), tokens)
+    logprobs: Tensor = _TokenLogprobs.apply(tempered(logits, temperature), tokens)  # type: ignore[no-untyped-call]  # torch's
+    return logprobs
 
 
 def log_normalizer(logits: Float32[Tensor, "*B V"], probabilities: Float32[Tensor, "*B V"]) -> Float32[Tensor, "*B"]:
@@ -120,7 +121,8 @@ def token_entropy(logits: Float[Tensor, "B R V"], temperature: float = 1.0) -> F
     """
     logprobs = tempered(logits, temperature).log_softmax(dim=-1).clamp(min=_LOWEST)
     with torch.autocast(logits.device.type, enabled=False):  # it would take the dot product in half precision
-        return -torch.linalg.vecdot(logprobs.exp(), logprobs)
+        dots: Tensor = torch.linalg.vecdot(logprobs.exp(), logprobs)
+    return -dots
 
 
 def tempered(logits: Float[Tensor, "*B V"], temperature: float) -> Float32[Tensor, "*B V"]:

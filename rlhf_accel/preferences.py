@@ -327,7 +327,7 @@ class _Reader:
         # The reward reads text, and the tokenizer puts BOS before every text: once is enough.
         bos = self.tokenizer.bos_token
         own = bos is not None and self.tokenizer("a")["input_ids"][:1] == [self.tokenizer.bos_token_id]
-        return text.removeprefix(bos) if own else text
+        return str(text.removeprefix(bos) if own else text)
 
     def _numbers(
         self, rows: datasets.Dataset, source: str, key: str, field: str, at_least: float = -math.inf

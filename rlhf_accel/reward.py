@@ -399,7 +399,7 @@ def import_function(target: str, key: str = "reward.function", folder: str | Non
         ) from error
     if not hasattr(module, name):
         raise ConfigError(f"{key}={target}: the module {module_name} has no {name}", key=key)
-    function = getattr(module, name)
+    function: RewardFunction = getattr(module, name)
     if not callable(function):
         raise ConfigError(f"{key}={target}: {name} is not callable", key=key)
     return function

@@ -96,7 +96,7 @@ def _train(config: RewardTrainingConfig, output: Path) -> dict[str, float]:
     return metrics
 
 
-class FeedbackTrainer(Trainer):
+class FeedbackTrainer(Trainer):  # type: ignore[misc]  # mypy skips transformers, whose types are not whole
     """transformers' loop with the losses of the three objectives, and evaluation by the scores of texts."""
 
     def __init__(
@@ -210,7 +210,7 @@ class _Collator:
         return {**self.tokenizer.pad({"input_ids": ids}, return_tensors="pt"), "labels": labels}
 
 
-class _Progress(transformers.TrainerCallback):
+class _Progress(transformers.TrainerCallback):  # type: ignore[misc]  # as FeedbackTrainer
     """A line for each tenth of the steps, and for each evaluation."""
 
     def __init__(self, objective: str = "ratings") -> None:

@@ -84,7 +84,7 @@ def computes_in_bf16(device: torch.device) -> bool:
     For a CPU, `RLHF_ACCEL_CPU_BF16` in the environment, 0 or 1, decides what is assumed whatever the CPU has.
     """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     assumed = os.environ.get("RLHF_ACCEL_CPU_BF16", "")
     if device.type != "cpu" or assumed in ("0", "1"):
         return device.type == "cpu" and assumed == "1"

@@ -164,7 +164,7 @@ class Tokens:
         return [i for i in ids if i not in self.hidden]
 
     def _decoded(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 class StopCondition:

@@ -6,7 +6,7 @@ Knows the trackers' own libraries, each imported where it is asked for; knows no
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ def _remembered(folder: Path) -> dict[str, str]:
     return {}
 
 
-_ID = {
+_ID: dict[str, Callable[[Any], Any]] = {
     "tensorboard": lambda writer: writer.log_dir,
     "wandb": lambda run: run.id,
     "mlflow": lambda run: run.info.run_id,

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +37,8 @@ _STEP, _EVALUATION = 0, 1  # global random numbers, by what draws them
 _PROBED = 32  # prompts whose tokens are compared with the tokenizer's own
 _LOOKED_AT = 16  # responses whose logits tell the limits of step 1
 _SHOWN = 10  # held-out samples that the summary shows before and after
+
+T = TypeVar("T")
 
 
 class _Stop(Exception):
@@ -678,7 +680,7 @@ class PPOTrainer:
             said = " and ".join(f"{key}=bf16" for key in keys)
             self.line.say(f"warning: {said}: this device only emulates bf16, which takes many times longer than fp32")
 
-    def _on_main_first(self, make: Callable[[], Any]) -> Any:
+    def _on_main_first(self, make: Callable[[], T]) -> T:
         with self.runtime.main_first():
             return make()
 

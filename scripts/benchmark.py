@@ -52,6 +52,7 @@ from rlhf_accel.rollout import Sampler
 from rlhf_accel.runtime import computes_in_bf16, quiet_libraries, tune_process
 from rlhf_accel.tokens import Tokens
 from rlhf_accel.trainer import PPOTrainer
+from rlhf_accel.types import PromptBatch
 
 PEER = "trl==1.12.0"
 PHASES = ("sampling", "scoring", "update", "total")
@@ -168,7 +169,7 @@ def work(job: dict[str, Any]) -> None:
             (folder / f"{job['name']}.txt").write_text(table)
 
 
-def _prompts_in_turn(tokens: Tokens, job: dict[str, Any]) -> Iterator[data.PromptBatch]:
+def _prompts_in_turn(tokens: Tokens, job: dict[str, Any]) -> Iterator[PromptBatch]:
     ids, size = job["prompts"], job["batch"]
     while True:
         for start in range(0, len(ids) - size + 1, size):

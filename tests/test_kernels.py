@@ -15,7 +15,10 @@ from rlhf_accel import kernels
 from rlhf_accel.decoding import SamplingSettings, sample, uniforms
 from tests.conftest import TEXTS
 
-pytestmark = pytest.mark.skipif(not kernels.has_onednn(), reason="this torch has no oneDNN")
+pytestmark = [
+    pytest.mark.skipif(not kernels.has_onednn(), reason="this torch has no oneDNN"),
+    pytest.mark.cpu_kinds,
+]
 
 
 class Layers(nn.Module):

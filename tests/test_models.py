@@ -95,6 +95,7 @@ def shake_head(module):
         module.value_head.bias.fill_(0.5)
 
 
+@pytest.mark.cpu_kinds
 @pytest.mark.parametrize("family", ["gpt2_folder", "llama_folder"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_forward_agrees_with_plain_transformers(family, temperature, request):

@@ -47,6 +47,7 @@ def logits_one_by_one(folder, texts, max_tokens=64):
         )
 
 
+@pytest.mark.cpu_kinds
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_classifier_agrees_with_plain_transformers_one_by_one(classifier_folder, batch_size):
     expected = logits_one_by_one(classifier_folder, [p + r for p, r in zip(PROMPTS, RESPONSES, strict=True)])[:, 1]

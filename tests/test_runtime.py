@@ -36,6 +36,30 @@ def test_peak_memory_holds_what_was_taken_and_given_back() -> None:
     assert runtime.peak_resident_mib() > before + 100
 
 
+@pytest.mark.parametrize("has_bf16", [True, False])
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, None),
+        ({"ONEDNN_MAX_CPU_ISA": "avx2"}, False),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"}, None),
+        ({"RLHF_ACCEL_CPU_BF16": "1", "ONEDNN_MAX_CPU_ISA": "AVX2"}, True),
+        ({"RLHF_ACCEL_CPU_BF16": "0"}, False),
+    ],
+)
+def test_a_kind_of_cpu_can_be_forced(
+    monkeypatch: pytest.MonkeyPatch, has_bf16: bool, variables: dict[str, str], expected: bool | None
+) -> None:
+    """None: what the CPU has."""
+    for name in ("RLHF_ACCEL_CPU_BF16", "ONEDNN_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bf16)
+    assert runtime.computes_in_bf16(torch.device("cpu")) == (has_bf16 if expected is None else expected)
+    assert not runtime.computes_in_bf16(torch.device("meta"))
+
+
 def rounding(bits: int, allowed: Callable[[], bool] = lambda: True) -> Callable[..., torch.Tensor]:
     """An fp32 matrix product whose factors keep so many bits, as faster units do, while it is allowed."""
     exact = torch.Tensor.__matmul__

@@ -26,14 +26,15 @@ def test_two_processes_under_zero3_say_what_one_says(gpt2_folder: Path, prompts_
     }
     PPOTrainer(parse(Config, tree(gpt2_folder, prompts_file, settings))).fit()
     names = ("evaluation.json", "frontier.json")
-    arguments = ["--which", "final", "--frontier", "5"]
+    arguments = ["--which", "final", "--frontier", "5", "--trust_code"]
     evaluate.main([str(folder), *arguments])
     alone = [json.loads((folder / name).read_text(encoding="utf-8")) for name in names]
     for name in names:
         (folder / name).unlink()
     options = truly_cut(tmp_path, "zero3")
     script = ROOT / "scripts" / "evaluate.py"
-    done = run(launched("zero3", 2, script, str(folder), *arguments, options=options))
+    # Without bf16 units, which the script would use, since it is compared digit by digit.
+    done = run(launched("zero3", 2, script, str(folder), *arguments, options=options), ONEDNN_MAX_CPU_ISA="AVX2")
     assert done.returncode == 0, done.stderr[-5000:]
     assert done.stdout.count("evaluating final on 3 held-out prompts") == 1, "one process speaks"
     together = [json.loads((folder / name).read_text(encoding="utf-8")) for name in names]
