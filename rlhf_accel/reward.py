@@ -251,7 +251,7 @@ class RemoteReward:
         try:
             try:
                 with opener.open(request, timeout=self.timeout) as answer:
-                    text = answer.read(LARGEST_ANSWER + 1)
+                    text: bytes = answer.read(LARGEST_ANSWER + 1)
             except HTTPError as error:
                 said = " ".join(error.read(200).decode(errors="replace").split())
                 raise RuntimeError(f"the server answered {error.code} {error.reason} ({said})") from None
@@ -288,7 +288,7 @@ class _Https(HTTPSHandler):
 
 
 def _noted(kind: Any, sockets: list[socket.socket]) -> Any:
-    class Connection(kind):
+    class Connection(kind):  # type: ignore[misc]  # one of two classes
         def connect(self) -> None:
             super().connect()
             sockets.append(self.sock)
