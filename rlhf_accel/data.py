@@ -270,7 +270,8 @@ def _load_file(source: str, key: str, most: int | None) -> Table:
 def _load_hub(source: str, split: str, source_key: str, split_key: str) -> Table:
     try:
         with _quiet_readers():
-            return datasets.load_dataset(source, split=split)
+            rows: Table = datasets.load_dataset(source, split=split)
+            return rows
     except Exception as error:  # network, permission and format errors come in many kinds
         reason = _first_line(error)
         if isinstance(error, ValueError) and reason.startswith(("Unknown split", "Unrecognized instruction")):

@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TextIO, overload
+from typing import Any, Protocol, TextIO, TypeVar, overload
 
 import datasets
 import pyarrow.parquet
+
+T = TypeVar("T")
 
 _LONGEST_FIELD = 2**31 - 1  # of a CSV file, in characters; Python's own limit of 131,072 is shorter than many texts
 
@@ -102,7 +104,8 @@ def _parquet(path: Path, most: int | None) -> Table:
     # Not read_table, which makes columns of folders that are called like key=value.
     table = pyarrow.parquet.ParquetFile(path).read()
     # A Dataset knows the names of labels that a file written by `datasets` carries.
-    return datasets.Dataset(table.slice(0, most))
+    rows: Table = datasets.Dataset(table.slice(0, most))
+    return rows
 
 
 def _json(path: Path, most: int | None) -> Rows:
@@ -214,7 +217,7 @@ def _truth(cell: str) -> bool:
     return _same(cell == "True", cell)
 
 
-def _same(value: Any, cell: str) -> Any:
+def _same(value: T, cell: str) -> T:
     if str(value) != cell:
         raise ValueError(cell)
     return value

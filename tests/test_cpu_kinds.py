@@ -27,10 +27,8 @@ def exact_fp32() -> Iterator[None]:
     """In the place of the one of all other tests: `tune_process` decides how fp32 is multiplied, as in a command."""
     before = torch.get_float32_matmul_precision()
     AcceleratorState._reset_state(reset_partial_state=True)
-    multiplies_exactly.cache_clear()
     yield
     torch.set_float32_matmul_precision(before)
-    multiplies_exactly.cache_clear()
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -104,5 +102,5 @@ def test_a_run_whose_products_are_rounded_is_not_refused_as_one_that_computes_so
 ):
     assert not multiplies_exactly(CPU)
     trainer, rows = fitted(tiny, tmp_path / "run")
-    assert not trainer._is_exact()
+    assert trainer._dtype == torch.bfloat16, "the limits of step 1 are those of what the products are"
     assert_ratio_starts_at_one(rows, exact=False)
