@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from rlhf_accel.config import DEFAULT_RECIPE, Config, ConfigError, Finished, RunFailed, from_command_line, recipe_names
+from rlhf_accel.terminal import guard_messages, say
 
 _OTHERS_WAIT = 20.0  # seconds; other processes of the launch may still be importing torch
 _SPEAKER_NEEDS = 2.0  # seconds, to say it once it is known who does
@@ -99,6 +100,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 def run(command: Callable[[list[str]], None], arguments: list[str]) -> None:
     """Run a command and leave with its status: 0 done, 1 crash, 2 bad config or input, 130 Ctrl-C, 143 stopped."""
+    guard_messages()
     try:
         command(arguments)
     except Finished as done:
@@ -108,7 +110,7 @@ def run(command: Callable[[list[str]], None], arguments: list[str]) -> None:
     except RunFailed as error:
         _leave(f"error: {error}", 1)
     except KeyboardInterrupt as stop:
-        print(str(stop) or "stopped by Ctrl-C", file=sys.stderr)
+        say(str(stop) or "stopped by Ctrl-C", error=True)
         sys.exit(130)
 
 
@@ -129,17 +131,17 @@ def _leave(said: str, status: int) -> NoReturn:
     if not speaks:
         time.sleep(_SPEAKER_NEEDS if silent else _OTHERS_WAIT)
     if not silent:
-        print(said, file=sys.stderr, flush=True)
+        say(said, error=True)
     sys.exit(status)
 
 
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
+        say(USAGE)
         return
     if arguments[0] not in COMMANDS:
-        print(f"error: unknown command {arguments[0]!r}; commands are {', '.join(COMMANDS)}", file=sys.stderr)
+        say(f"error: unknown command {arguments[0]!r}; commands are {', '.join(COMMANDS)}", error=True)
         sys.exit(2)
     run(COMMANDS[arguments[0]], arguments[1:])
 

@@ -27,6 +27,7 @@ import pyarrow.parquet
 from rlhf_accel.config import ConfigError, RewardTrainingConfig, load
 from rlhf_accel.files import flush_all
 from rlhf_accel.loading import pretrained
+from rlhf_accel.terminal import say
 
 MOVIE_REVIEWS = Path(__file__).parent / "movie_reviews" / "movie_reviews.parquet"
 SPLITS = ("train", "validation", "heldout")
@@ -275,4 +276,4 @@ def _built_once(folder: Path, key: str, room: int) -> Iterator[Path | None]:
 
 
 def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    say(message, error=True)

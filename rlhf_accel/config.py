@@ -18,6 +18,8 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from rlhf_accel.terminal import say, visible
+
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "movie_reviews"
 
@@ -112,7 +114,7 @@ def key_in(named: str) -> str:
 
 
 def _one_line(message: str) -> str:
-    return " ".join(line.strip() for line in message.splitlines())
+    return visible(" ".join(line.strip() for line in message.splitlines()))
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -619,14 +621,14 @@ def from_command_line(cls: type[C], arguments: Sequence[str], default: str) -> C
     """
     rest = list(arguments)
     if "-h" in rest or "--help" in rest:
-        print(f"options: --config RECIPE_OR_FILE (default {default}), --print_config, and any of\n\n{describe(cls)}")
+        say(f"options: --config RECIPE_OR_FILE (default {default}), --print_config, and any of\n\n{describe(cls)}")
         sys.exit(0)
     print_config = "--print_config" in rest
     rest = [argument for argument in rest if argument != "--print_config"]
     source = take_option(rest, "config", "RECIPE_OR_FILE") or default
     config = load(cls, source, rest)
     if print_config:
-        print(to_yaml(config), end="")
+        say(to_yaml(config), end="")
         sys.exit(0)
     return config
 

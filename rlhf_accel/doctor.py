@@ -36,6 +36,7 @@ from rlhf_accel.config import (
 )
 from rlhf_accel.reward import TOKEN_VARIABLE, Classifier, RewardError
 from rlhf_accel.rollout import WITHOUT_PARTS
+from rlhf_accel.terminal import say
 from rlhf_accel.tokens import Tokens
 from rlhf_accel.trainer import PPOTrainer, check_prompt_tokens
 from rlhf_accel.types import Experience, Responses, Rollout
@@ -83,7 +84,7 @@ class Finding:
 class Doctor:
     """Examines a config; `findings` has one line for each check so far, and `say` gets each as it is found."""
 
-    def __init__(self, say: Callable[[str], None] = print, *, processes: int = 1) -> None:
+    def __init__(self, say: Callable[[str], None] = say, *, processes: int = 1) -> None:
         self.findings: list[Finding] = []
         self.processes = processes
         self.base: int | None = None  # bytes of the process before there are any models
@@ -690,7 +691,7 @@ def _listed(values: Sequence[str] | None) -> str:
 
 
 def diagnose(
-    source: str | Path, overrides: Sequence[str] = (), *, say: Callable[[str], None] = print, processes: int = 1
+    source: str | Path, overrides: Sequence[str] = (), *, say: Callable[[str], None] = say, processes: int = 1
 ) -> tuple[Doctor, Config | None]:
     """All checks of a run's config; the doctor with its findings, and the config that the plan may be made from."""
     doctor = Doctor(say, processes=processes)
@@ -717,7 +718,7 @@ def show_plan(
     *,
     launch: plan.Launch,
     memory: int,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = say,
 ) -> None:
     """The memory plan of this launch, of each stage beside it, and what fits `memory` bytes of each GPU, or of this
     machine; a launch that does not fit is a problem."""
@@ -753,7 +754,7 @@ else 2. --gpu_memory plans for GPUs of that size, also on a machine without one.
 def main(arguments: list[str]) -> None:
     """The command: prints findings and plan, and leaves with status 2 if anything is a problem."""
     if "-h" in arguments or "--help" in arguments:
-        print(f"{USAGE}\n\n{describe(Config)}")
+        say(f"{USAGE}\n\n{describe(Config)}")
         return
     started = time.perf_counter()
     rest = list(arguments)
@@ -779,7 +780,7 @@ def main(arguments: list[str]) -> None:
             show_plan(config, doctor, launch=launch, memory=memory)
     problems = sum(finding.level == "problem" for finding in doctor.findings)
     cautions = sum(finding.level == "warning" for finding in doctor.findings)
-    print(f"\n{problems} problem(s), {cautions} warning(s) in {time.perf_counter() - started:.0f} s")
+    say(f"\n{problems} problem(s), {cautions} warning(s) in {time.perf_counter() - started:.0f} s")
     if problems:
         sys.exit(2)
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from peft import AutoPeftModelForCausalLM
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
@@ -26,6 +25,7 @@ from rlhf_accel.reward import Reward, RewardError, load_reward
 from rlhf_accel.rollout import sampling_settings
 from rlhf_accel.rows import text_lines
 from rlhf_accel.runtime import quiet_libraries, tune_process
+from rlhf_accel.terminal import Terminal
 from rlhf_accel.tokens import Tokens
 from rlhf_accel.trust import add_flag, require_trust
 from rlhf_accel.types import Sequences
@@ -221,4 +221,4 @@ def _show(prompts: list[str], writers: list[Writer], reward: Reward | None, seed
         for name, texts in written.items():
             cells += [texts[i], *([f"{scores[name][i]:+.2f}"] if reward else [])]
         table.add_row(*map(plain, cells))
-    Console().print(table)
+    Terminal().print(table)

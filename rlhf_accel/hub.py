@@ -20,6 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from rlhf_accel.card import base_model, is_hub_id
 from rlhf_accel.config import Config, ConfigError, RunFailed, load_run
+from rlhf_accel.terminal import say
 
 _ADAPTER = "adapter_config.json"
 
@@ -138,4 +139,4 @@ def main(arguments: list[str]) -> None:
         if named is None or not is_hub_id(named):
             raise ConfigError(f"{folder}: the adapter's base, {named}, is no hub id; name it with --base", key="--base")
     _check_access(f"push {options.repo_id}", None, options.repo_id)
-    print(push(folder, options.repo_id, private=options.private, base=base))
+    say(push(folder, options.repo_id, private=options.private, base=base))

@@ -6,14 +6,20 @@ every call does. Knows transformers' and peft's ways to load; knows no config bu
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
 from peft import PeftConfig, PeftModel
+from transformers import dynamic_module_utils
 
 from rlhf_accel.config import ConfigError
 
 TRUST_KEY = "model.trust_remote_code"
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}
 
 
 def pretrained(kind: Any, path: Any, *, trust_remote_code: bool, **settings: Any) -> Any:
@@ -47,9 +53,28 @@ def adapted(model: Any, path: str, **settings: Any) -> PeftModel:
     return PeftModel.from_pretrained(model, path, **settings)
 
 
+def _name_cache(error: BaseException | None, path: Any) -> None:
+    """Raises `ConfigError` if the error, or what it comes from, is a hub cache that cannot be written."""
+    caches = [Path(constants.HF_HOME), Path(constants.HF_HUB_CACHE), Path(dynamic_module_utils.HF_MODULES_CACHE)]
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _REFUSED and error.filename is not None:
+            place = Path(os.fsdecode(error.filename))
+            if any(place.is_relative_to(cache) or cache.is_relative_to(place) for cache in caches):
+                raise ConfigError(
+                    f"{path}: the cache of the Hugging Face hub cannot be written ({place}: {error.strerror}); set "
+                    "HF_HOME to a folder that can",
+                    key="HF_HOME",
+                    cache=str(place),
+                ) from None
+        error = error.__cause__ or error.__context__
+
+
 def _without_asking(load: Callable[[], Any], path: Any) -> Any:
     try:
         return load()
+    except OSError as error:
+        _name_cache(error, path)
+        raise
     except ValueError as error:
         if isinstance(error, ConfigError) or "trust_remote_code=True" not in str(error):
             raise

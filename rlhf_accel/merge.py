@@ -15,6 +15,7 @@ from rlhf_accel.distributed import failure
 from rlhf_accel.loading import adapted, adapter_config
 from rlhf_accel.models import CRITIC, DTYPES, load_pretrained, scaled_adapter
 from rlhf_accel.runtime import quiet_libraries
+from rlhf_accel.terminal import say
 from rlhf_accel.tokens import Tokens
 from rlhf_accel.trust import add_flag, require_trust
 
@@ -44,7 +45,7 @@ def main(arguments: list[str]) -> None:
         base, trust = base or model.name_or_path, model.trust_remote_code
         folder = model_folder(folder, options.which)
     merge(folder, options.output, base=base, dtype=options.dtype, trust_remote_code=trust, scale=options.scale)
-    print(f"merged into {options.output}")
+    say(f"merged into {options.output}")
 
 
 def merge(

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from rlhf_accel.files import replace_text
+from rlhf_accel.terminal import Terminal
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ class Progressline:
     def __init__(self, total: int, *, enabled: bool, unit: str = "step") -> None:
         self.enabled = enabled
         self._unit = unit
-        self.console = Console(soft_wrap=True, quiet=not enabled, emoji=False)
+        self.console = Terminal(soft_wrap=True, quiet=not enabled, emoji=False)
         self._total = total
         self._started = time.perf_counter()
         self._first: int | None = None

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from rlhf_accel import assets
@@ -19,6 +18,7 @@ from rlhf_accel.metrics import plain
 from rlhf_accel.models import model_inputs
 from rlhf_accel.reward import RewardError, load_reward
 from rlhf_accel.runtime import quiet_libraries, tune_process
+from rlhf_accel.terminal import Terminal
 from rlhf_accel.trainer import PPOTrainer
 from rlhf_accel.trust import add_flag, require_trust
 from rlhf_accel.types import Experience, Sequences
@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
     of_model = bool(dump.experience) and dump.facts["phase"] != "score"
     keys = () if of_model else ("reward.function", "reward.url")
     require_trust(dump.config, options.dump, options.trust_code, (*keys, "model.trust_remote_code"))
-    console = Console(soft_wrap=True, emoji=False)
+    console = Terminal(soft_wrap=True, emoji=False)
     console.print(f"the run said: {dump.facts['message']}", highlight=False, markup=False)
     if "traceback" in dump.facts:
         console.print(dump.facts["traceback"], highlight=False, markup=False)
@@ -97,7 +97,7 @@ def experience_of(dump: Dump) -> Experience:
     return Experience(sequences=sequences, **rest)
 
 
-def _show(console: Console, rows: list[dict[str, Any]]) -> None:
+def _show(console: Terminal, rows: list[dict[str, Any]]) -> None:
     bad = [row for row in rows if any(isinstance(v, float) and not math.isfinite(v) for v in row.values())]
     table = Table(show_lines=True)
     for key in rows[0] if rows else ():

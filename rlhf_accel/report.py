@@ -26,6 +26,7 @@ from rlhf_accel.config import Config, ConfigError, flatten, to_yaml
 from rlhf_accel.files import replace_text
 from rlhf_accel.frontier import Frontier, share_of_optimum
 from rlhf_accel.metrics import METRICS, Metric, read_rows
+from rlhf_accel.terminal import say as tell
 
 if TYPE_CHECKING:
     from rlhf_accel import charts
@@ -96,8 +97,8 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     page, notes = write(options.runs, options.output)
     for note in notes:
-        print(f"note: {note}")
-    print(f"wrote {page} and {page.with_suffix('')}/*.png")
+        tell(f"note: {note}")
+    tell(f"wrote {page} and {page.with_suffix('')}/*.png")
 
 
 def after_training(folder: Path, say: Callable[[str], None]) -> None:

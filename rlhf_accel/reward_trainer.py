@@ -31,6 +31,7 @@ from rlhf_accel.distributed import release_accelerate
 from rlhf_accel.lock import hold
 from rlhf_accel.preferences import Feedback, Sets
 from rlhf_accel.runtime import computes_in_bf16, quiet_libraries, tune_process
+from rlhf_accel.terminal import say
 
 # Texts that mean and variance of the scores are taken over, drawn with random numbers of their own.
 _NORMALIZED_TEXTS, _NORMALIZED_SEED = 2048, 7
@@ -91,8 +92,8 @@ def _train(config: RewardTrainingConfig, output: Path) -> dict[str, float]:
             if output.exists():
                 output.rmdir()  # empty: _free_folder looked
             finished.rename(output)
-            print("\n".join([*notes, *(f"{name:28} {value:.4g}" for name, value in metrics.items())]))
-            print(f"wrote {output}, which reward.model takes")
+            say("\n".join([*notes, *(f"{name:28} {value:.4g}" for name, value in metrics.items())]))
+            say(f"wrote {output}, which reward.model takes")
     return metrics
 
 
@@ -184,7 +185,7 @@ class FeedbackTrainer(Trainer):  # type: ignore[misc]  # mypy skips transformers
                 key="data.max_tokens",
             )
         if len(different) < len(pairs) and _is_main():
-            print(
+            say(
                 f"{len(pairs) - len(different)} of {len(pairs)} pairs are left out: their texts are the same in their "
                 f"first data.max_tokens={self.max_tokens} tokens"
             )
@@ -228,7 +229,7 @@ class _Progress(transformers.TrainerCallback):  # type: ignore[misc]  # as Feedb
         for key, place in (("loss", ""), ("eval_loss", " on the tuning rows")):
             if state.is_world_process_zero and logs and key in logs:
                 what = f"{self.loss}{place} {float(logs[key]):.3f}"
-                print(f"step {state.global_step}/{state.max_steps}  {what}", flush=True)
+                say(f"step {state.global_step}/{state.max_steps}  {what}")
 
 
 def tuning_loss(objective: str, tuning: Feedback, scores: np.ndarray) -> float:
@@ -325,7 +326,7 @@ def _alone(output: Path) -> Iterator[None]:
         yield
         return
     try:
-        held = hold(output.parent / f".{output.name}.lock", f"run.output_dir={output}", "run.output_dir", print)
+        held = hold(output.parent / f".{output.name}.lock", f"run.output_dir={output}", "run.output_dir", say)
     except OSError as error:
         raise ConfigError(
             f"run.output_dir={output}: {output.parent} cannot be written ({error.strerror}); name another folder",

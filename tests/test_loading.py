@@ -161,6 +161,16 @@ def test_code_of_a_model_or_an_adapters_base(policy, gpt2_folder, tmp_path, mark
     assert mark.exists()
 
 
+def test_a_cache_that_cannot_be_written_is_named(policy, tiny, tmp_path, mark, monkeypatch) -> None:
+    (tmp_path / "file").touch()
+    place = str(tmp_path / "file" / "modules")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", place)
+    config = tiny(model={"name_or_path": policy, "trust_remote_code": True})
+    with pytest.raises(ConfigError, match=rf"cache .* cannot be written \({tmp_path}/file.*; set HF_HOME to") as error:
+        PPOTrainer(config)
+    assert error.value.key == "HF_HOME" and not mark.exists()
+
+
 @pytest.mark.parametrize(
     "changes",
     [

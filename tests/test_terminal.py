@@ -1,0 +1,128 @@
+"""Escape sequences in what models, data and files hold are shown on a terminal and never obeyed."""
+
+import ast
+import io
+import json
+import logging
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from rich.table import Table
+from rich.text import Text
+
+import rlhf_accel
+from rlhf_accel import __main__ as command_line
+from rlhf_accel import terminal
+from rlhf_accel.config import ConfigError, RunFailed
+from rlhf_accel.metrics import Progressline
+from rlhf_accel.terminal import Terminal, guard_messages, say, visible
+from rlhf_accel.trainer import PPOTrainer
+
+EVIL = "a\x1b]0;owned\x07\x1b[2J\x1b[1A\rb\x9b31mc\u202ed\u2028"
+SHOWN = r"a\x1b]0;owned\x07\x1b[2J\x1b[1A\rb\x9b31mc\u202ed\u2028"
+
+
+def obeyed(text: str) -> set[str]:
+    return set(text) & set("\x1b\x07\r\x9b\u202e\u2028")
+
+
+def test_control_characters_are_shown_and_letters_stay() -> None:
+    assert visible(EVIL) == SHOWN == visible(SHOWN)
+    for text in ("two\nlines\tand a tab", "naïve café", "中\u3000文", "می\u200cخواهم", "👩\u200d🔬", "\xa0", ""):
+        assert visible(text) == text
+    assert visible("\udc80") == "\\udc80"
+
+
+def test_every_print_goes_through_one_place() -> None:
+    """No other can forget it."""
+    found = set()
+    for path in Path(rlhf_accel.__file__).parent.rglob("*.py"):
+        if path.name == "terminal.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Name) and node.id in ("print", "Console"):
+                found.add(f"{path.name}:{node.lineno} {node.id}")
+            if isinstance(node, ast.Attribute) and node.attr == "write" and "sys.std" in ast.unparse(node):
+                found.add(f"{path.name}:{node.lineno} {ast.unparse(node)}")
+    assert not found
+
+
+@pytest.mark.parametrize("tty", [False, True])
+def test_whatever_rich_prints_is_shown_and_its_own_colours_work(tty) -> None:
+    out = io.StringIO()
+    console = Terminal(file=out, force_terminal=tty, width=200)
+    table = Table(title=EVIL)
+    table.add_column(EVIL, header_style="red")
+    table.add_row(Text(EVIL))
+    for renderable in (EVIL, table):
+        console.print(renderable, markup=False, style="red")
+    text = out.getvalue()
+    assert r"\x1b]0;owned" in text and r"\x1b[2J" in text
+    assert "\x1b]0" not in text and "\x1b[2J" not in text and not obeyed(text) - {"\x1b"}
+    assert ("\x1b[31m" in text) == tty
+
+
+def test_a_runs_live_line(capsys) -> None:
+    with Progressline(2, enabled=True) as line:
+        line.say(f"warning: {EVIL}")
+        line.advance(1, EVIL)
+        line.table(EVIL, [{"prompt": EVIL, "score": 1.0}])
+    assert not obeyed(capsys.readouterr().out)
+
+
+def test_errors_warnings_logs_and_tracebacks(capsys, monkeypatch) -> None:
+    for kind in (ConfigError, RunFailed):
+        assert not obeyed(str(kind(f"prompt {EVIL} is too long")))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    factory = logging.getLogRecordFactory()
+    try:
+        guard_messages()
+        guard_messages()
+        sys.stderr.write(warnings.formatwarning(EVIL, UserWarning, "f.py", 1))
+        handler = logging.StreamHandler(sys.stderr)
+        log = logging.getLogger("tests.terminal")
+        log.addHandler(handler)
+        log.warning("%s is odd", EVIL)
+        log.removeHandler(handler)
+        try:
+            raise OSError(EVIL)
+        except OSError as error:
+            sys.excepthook(type(error), error, error.__traceback__)
+    finally:
+        logging.setLogRecordFactory(factory)
+    say(EVIL)
+    said = capsys.readouterr()
+    assert said.out == f"{SHOWN}\n"
+    assert said.err.count(SHOWN) == 3 and "Traceback" in said.err
+    assert not obeyed(said.err)
+
+
+def test_a_dump_from_elsewhere(tiny, tmp_path, capsys) -> None:
+    """Its message, its traceback, its prompts and what its reward raises."""
+    PPOTrainer(tiny(run={"total_steps": 1, "output_dir": str(tmp_path / "run"), "eval_samples": 0})).fit()
+    dump = tmp_path / "run" / "dumps" / "step-000001"
+    dump.mkdir(parents=True)
+    shutil.copy(tmp_path / "run" / "config.yaml", dump)
+    facts = {"phase": "score", "message": EVIL, "traceback": EVIL, "rows": [0], "prompts": [EVIL], "responses": [EVIL]}
+    (dump / "dump.json").write_text(json.dumps(facts))
+    capsys.readouterr()
+    command_line.main(["replay", str(dump), "--trust_code"])
+    output = capsys.readouterr()
+    assert r"\x1b]0;owned" in output.out
+    assert not obeyed(output.out + output.err)
+    # And a file that is not read.
+    (dump / "config.yaml").write_text(f"run: {{'{EVIL[:2]}': 1}}")
+    with pytest.raises(SystemExit):
+        command_line.main(["replay", str(dump)])
+    assert not obeyed(capsys.readouterr().err)
+
+
+@pytest.fixture(autouse=True)
+def unguarded(monkeypatch):
+    """Commands that run in this process guard its messages for good."""
+    monkeypatch.setattr(command_line, "guard_messages", lambda: None)
+    assert terminal.visible is visible
