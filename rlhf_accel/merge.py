@@ -5,19 +5,27 @@ from __future__ import annotations
 import argparse
 import shutil
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from rlhf_accel import assets, files
 from rlhf_accel.checkpoint import VALUE_HEAD, model_folder
 from rlhf_accel.config import ConfigError, load_run
 from rlhf_accel.distributed import failure
+from rlhf_accel.exports import ExportError
 from rlhf_accel.loading import adapted, adapter_config
-from rlhf_accel.models import CRITIC, DTYPES, load_pretrained, scaled_adapter
+from rlhf_accel.models import CRITIC, DTYPES, load_export, load_pretrained, logits_of, scaled_adapter
+from rlhf_accel.probes import Finding, export_is_memory
 from rlhf_accel.runtime import quiet_libraries
 from rlhf_accel.terminal import say
 from rlhf_accel.tokens import Tokens
 from rlhf_accel.trust import add_flag, require_trust
+
+# What base with adapter and the merged model both read: that they say the same of it is checked.
+_READ = "A dull film about a brilliant idea, which nobody who has seen it would call wrong."
 
 
 def main(arguments: list[str]) -> None:
@@ -59,8 +67,9 @@ def merge(
 ) -> None:
     """Write base and adapter as one model to `output`, with the tokenizer and the value head that lie beside it.
 
-    The sum is taken in fp32 and rounded once; `scale` is that of the adapter in it. Raises `ConfigError` if there is no
-    adapter, if it has no scale, or if `output` is taken or cannot be written.
+    The sum is taken in fp32 and rounded once; `scale` is that of the adapter in it. Tied embeddings of which the
+    adapter changes one become two. Raises `ConfigError` if there is no adapter, if it has no scale, or if `output` is
+    taken or cannot be written, and `ExportError` if what was written would not be the base with the adapter.
     """
     if not 0 < scale <= 1:
         raise ConfigError(f"--scale {scale:g}: expected a number above 0 and up to 1", key="--scale")
@@ -85,25 +94,64 @@ def merge(
         both = adapted(model, str(adapter))
         if scale != 1:
             both.load_state_dict(scaled_adapter(both.state_dict(), scale))
+        _untie(both)
+        both.eval()
+        tokens = Tokens.load(str(adapter), trust_remote_code=trust_remote_code)
+        ids = torch.tensor(tokens.encode([_READ]))
+        before = logits_of(both, ids)
         merged = both.merge_and_unload(safe_merge=True)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"{adapter} does not fit the base {name} ({str(error).splitlines()[0]})") from error
-    tokens = Tokens.load(str(adapter), trust_remote_code=trust_remote_code)
-    beside = output.with_name(f".{output.name}")
-    shutil.rmtree(beside, ignore_errors=True)
+    found = export_is_memory(before, logits_of(merged, ids), dtype=DTYPES["fp32"])
+    if not found.passed:
+        raise ExportError(
+            f"{adapter} added into the weights of {name} is not that adapter on that base: logits differ by "
+            f"{found.difference:.2g} (limit {found.limit:.2g}); nothing is written"
+        )
+    merged = merged.to(DTYPES[dtype])
 
     def write() -> None:
-        beside.mkdir(parents=True)
-        merged.to(DTYPES[dtype]).save_pretrained(beside)
-        tokens.save(beside)
-        if (adapter / VALUE_HEAD).is_file():
-            shutil.copy(adapter / VALUE_HEAD, beside)
-        if (adapter / CRITIC).is_dir():  # an adapter of the critic's own, on the base as it was
-            shutil.copytree(adapter / CRITIC, beside / CRITIC)
-        files.flush_all(beside, like=beside / "config.json")
-        beside.rename(output)
+        with files.work_folder(output) as beside:
+            merged.save_pretrained(beside)
+            tokens.save(beside)
+            if (adapter / VALUE_HEAD).is_file():
+                shutil.copy(adapter / VALUE_HEAD, beside)
+            if (adapter / CRITIC).is_dir():  # an adapter of the critic's own, on the base as it was
+                shutil.copytree(adapter / CRITIC, beside / CRITIC)
+            files.flush_all(beside, like=beside / "config.json")
+            found = _as_loaded(beside, merged, ids, trust_remote_code, str(output))
+            if not found.passed:
+                raise ExportError(f"{found.message}; nothing is written")
+            beside.rename(output)
 
     problem = failure(write)
     if problem is not None:
-        shutil.rmtree(beside, ignore_errors=True)
         raise ConfigError(f"{output} cannot be written ({problem}); name another folder")
+
+
+def _untie(both: Any) -> None:
+    """Give the vocabulary layer a matrix of its own if it shares that of the embedding and the adapter changes one of
+    the two: with one matrix, what is added for the one would be added for the other too."""
+    base = both.get_base_model()
+    ends = base.get_input_embeddings(), base.get_output_embeddings()
+    plain = [getattr(end, "base_layer", getattr(end, "original_module", end)) for end in ends]
+    changed = any(end is not layer for end, layer in zip(ends, plain, strict=True))
+    if not changed or plain[0].weight is not plain[1].weight:
+        return
+    plain[1].weight = nn.Parameter(plain[1].weight.detach().clone())
+    for config in (base.config, base.config.get_text_config()):
+        config.tie_word_embeddings = False
+
+
+def _as_loaded(folder: Path, merged: Any, ids: Tensor, trust_remote_code: bool, what: str) -> Finding:
+    """What others load from the folder, against the model in memory."""
+    loaded, lacking = load_export(str(folder), dtype=merged.dtype, trust_remote_code=trust_remote_code)
+    return export_is_memory(
+        logits_of(merged, ids),
+        logits_of(loaded, ids),
+        dtype=merged.dtype,
+        ours=merged.state_dict(),
+        theirs=loaded.state_dict(),
+        lacking=lacking,
+        what=what,
+    )

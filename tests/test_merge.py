@@ -13,8 +13,10 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_accel import merge
+from rlhf_accel import merge, models
 from rlhf_accel.config import ConfigError
+from rlhf_accel.exports import ExportError
+from rlhf_accel.probes import export_is_memory
 from rlhf_accel.tokens import Tokens
 from rlhf_accel.trainer import PPOTrainer
 
@@ -68,6 +70,54 @@ def test_the_critic_goes_with_it(trained: Path, tmp_path: Path) -> None:
         one, other = load_file(trained / "final" / name), load_file(tmp_path / "merged" / name)
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("lora", "scale"),
+    [
+        ({"target_modules": ["q_proj", "embed_tokens"]}, 0.5),
+        ({"target_modules": ["q_proj", "lm_head"]}, 1.0),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, 1.0),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "use_dora": True}, 1.0),
+        ({"target_modules": ["q_proj"], "use_rslora": True}, 0.5),
+    ],
+    ids=["embedding", "head", "whole embedding", "whole head and DoRA", "neither"],
+)
+def test_tied_embeddings_of_which_one_is_trained_become_two(
+    tiny, llama_folder: Path, tmp_path: Path, lora: dict, scale: float
+) -> None:
+    trainer = PPOTrainer(tiny(model={"name_or_path": str(llama_folder)}, lora={"r": 4, **lora}))
+    torch.manual_seed(0)
+    for parameter in trainer.runtime.plain_module.policy.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.2)
+    trainer.keeper.export("final", {}, trainer.tokens, trainer._export_probe)
+    adapted = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    adapted.load_state_dict(models.scaled_adapter(adapted.state_dict(), scale))
+    for dtype in ("fp32", "bf16"):
+        merge.merge(tmp_path / "run" / "final", tmp_path / dtype, scale=scale, dtype=dtype)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "fp32", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), logits(adapted), atol=2e-5, rtol=1e-5)
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == ("use_rslora" in lora)
+    rounded = AutoModelForCausalLM.from_pretrained(tmp_path / "bf16", dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(weight.bfloat16(), rounded[name]) for name, weight in merged.state_dict().items())
+
+
+def test_a_merge_that_is_not_base_and_adapter_is_no_model(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merge, "_as_loaded", lambda *args: export_is_memory(torch.zeros(1), torch.ones(1), **FP32))
+    (tmp_path / ".merged").mkdir()
+    with pytest.raises(ExportError, match=r"logits differ by 1 .*; nothing is written"):
+        merge.merge(trained / "final", tmp_path / "merged")
+    said = iter((torch.zeros(1), torch.ones(1)))
+    monkeypatch.setattr(merge, "logits_of", lambda model, ids: next(said))
+    with pytest.raises(ExportError, match=r"is not that adapter on that base: logits differ by 1 .*; nothing is writ"):
+        merge.merge(trained / "final", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists() and (tmp_path / ".merged").is_dir(), "which merge did not make"
+
+
+FP32 = {"dtype": torch.float32, "what": "merged"}
 
 
 def test_a_place_that_takes_no_model_is_named(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
