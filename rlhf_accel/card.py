@@ -19,6 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from rlhf_accel.assets import WHEELS
 from rlhf_accel.config import Config, flatten
+from rlhf_accel.distribution import in_words
 
 _LABELS = {
     "score": "score",
@@ -155,6 +156,9 @@ def _results(results: Mapping[str, Any]) -> str:
         names = [name for name in after if _is_figure(after[name])]
         rows = [f"| {_LABELS.get(n, n)} | {_figure(before.get(n))} | {_figure(after[n])} |" for n in names]
         tables.append("\n".join(["| on held-out prompts | before | after |", "| --- | --- | --- |", *rows]))
+    drawn_from = results.get("sampling")
+    if isinstance(drawn_from, Mapping) and tables:
+        tables.append(f"Responses were drawn at {in_words(drawn_from)}.")
     rows = [f"| {_LABELS.get(name, name)} | {_figure(value)} |" for name, value in results.items() if _is_figure(value)]
     if rows:
         tables.append("\n".join(["| | |", "| --- | --- |", *rows]))

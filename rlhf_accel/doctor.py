@@ -34,11 +34,13 @@ from rlhf_accel.config import (
     read_tree,
     take_option,
 )
+from rlhf_accel.distribution import truncated
+from rlhf_accel.experience import make_experience
 from rlhf_accel.reward import TOKEN_VARIABLE, Classifier, RewardError
 from rlhf_accel.rollout import WITHOUT_PARTS
 from rlhf_accel.terminal import say
 from rlhf_accel.tokens import Tokens
-from rlhf_accel.trainer import PPOTrainer, check_prompt_tokens
+from rlhf_accel.trainer import PPOTrainer, check_prompt_tokens, values_in_reach
 from rlhf_accel.types import Experience, Responses, Rollout
 
 Level = Literal["ok", "warning", "problem"]
@@ -180,6 +182,9 @@ class Doctor:
         self.base = psutil.Process().memory_info().rss
         self._check("batch sizes", _look_at_sizes, config, self.processes)
         self._check("learning rate", _look_at_rates, config)
+        said = truncated(config.rollout)
+        if said is not None:
+            self.note("warning", "sampling", f"{said}, in the penalty, ppo.kl_target and evaluations; sample plainly")
 
     def _look_at_prompts(self, config: Config, rows: Any, tokens: Tokens) -> None:
         with warnings.catch_warnings(record=True) as caught:
@@ -287,6 +292,9 @@ class Doctor:
                 self._look_at_reference(trainer, rollout)
             with self._checking("ratio"):
                 self._look_at_ratio(trainer, rollout)
+            if not trainer.config.reward.calibrate:  # else scores will be on another scale
+                with self._checking("values"):
+                    self._look_at_values(trainer, rollout)
             self._check("gradient", _look_at_gradient, trainer, rollout)
 
     def _sample(self, trainer: PPOTrainer) -> Responses:
@@ -430,6 +438,12 @@ class Doctor:
         limits = trainer.ratio_limits(rollout, of_one_pass=not trainer.sampler.keeps_said)
         finding = probes.reference_is_policy(float(kl.mean()), float(mask.sum(1).float().mean()), limits)
         self.note("ok" if finding.passed else "problem", "KL", finding.message)
+
+    def _look_at_values(self, trainer: PPOTrainer, rollout: Rollout) -> None:
+        config = trainer.config
+        experience = make_experience(rollout, config.ppo, config.reward, config.ppo.kl_coef)
+        finding = values_in_reach(experience, config.ppo.cliprange_value)
+        self.note("ok" if finding.passed else "warning", "values", finding.message)
 
     def _look_at_ratio(self, trainer: PPOTrainer, rollout: Rollout) -> None:
         config = trainer.config

@@ -22,6 +22,7 @@ from rlhf_accel import frontier
 from rlhf_accel.checkpoint import CHECKPOINTS, model_folder, read_summary, reward_scale, write_json
 from rlhf_accel.config import Config, ConfigError, LoraConfig, RunFailed, changed_keys, for_a_look, key_in, load_run
 from rlhf_accel.distributed import check_portable, failure, portable_weights
+from rlhf_accel.distribution import distribution, in_words, truncated
 from rlhf_accel.evaluation import EVALUATION_SEED, Evaluation, evaluate, mean_interval
 from rlhf_accel.metrics import Progressline, read_rows
 from rlhf_accel.models import CRITIC, exported_weights, scaled_adapter
@@ -35,6 +36,8 @@ from rlhf_accel.types import PromptBatch
 FRONTIER_STEP = 3 * 2**30
 FRONTIER_SAMPLES = 64
 BASE = "base"
+# What a run may be judged by though it was not trained so: its figures name it.
+_DRAWN_FROM = ("rollout.temperature", "rollout.top_k", "rollout.top_p")
 
 # Rows of the table: what it says, the figure, the half-width of its interval if it has one, and how it is written.
 _ROWS = (
@@ -162,6 +165,7 @@ def main(arguments: list[str]) -> None:
             with Progressline(options.frontier, enabled=main_only, unit="sample") as line:
                 reference = judge.reference_scores(options.frontier, line)
             curves = frontier.estimate(reference.double().numpy())
+            curves = replace(curves, no_share=truncated(config.rollout) or curves.no_share)
         if names is not None:
             total = (len(names) + 1) * options.samples
             with Progressline(total, enabled=main_only, unit="evaluation") as line:
@@ -174,11 +178,13 @@ def main(arguments: list[str]) -> None:
     said = Progressline(1, enabled=main_only)
     if evaluations:
         _write(judge, "evaluation.json", evaluation_tree(judge, options.samples, evaluations), said)
-        said.console.print(_table(evaluations))
+        said.console.print(_table(evaluations, in_words(distribution(config.rollout))))
     if curves is not None and reference is not None:
         points = frontier_points(judge, curves, reference, evaluations, said.say)
         _write(judge, "frontier.json", {**curves.to_json(), "points": points}, said)
         said.console.print(_frontier_table(curves, points))
+        if curves.no_share is not None:
+            said.say(f"no share of the optimum is stated: {curves.no_share}")
     judge.trainer.runtime.anywhere(False)  # the main process has written: all leave together
     judge.trainer.runtime.close()
 
@@ -188,6 +194,7 @@ def evaluation_tree(judge: Judge, samples: int, evaluations: Mapping[str, Evalua
     return {
         "prompts": len(judge.prompts),
         "samples": samples,
+        "sampling": distribution(judge.config.rollout),
         "reward": [name for name, _, _ in judge.reward.terms],
         "gold": list(judge.trainer.golds),
         "calibration": {"mean": judge.reward.mean, "std": judge.reward.std},
@@ -216,6 +223,10 @@ def frontier_points(
     held_out, usual = judge.trainer.held_out, judge.config.run.eval_samples
     if held_out is not None and len(judge.prompts) != min(usual, len(held_out)):
         say(f"evaluations while training had other prompts (run.eval_samples={usual}) and are not set beside these")
+        rows = []
+    then, now = (distribution(config.rollout) for config in (load_run(judge.run / "config.yaml"), judge.config))
+    if rows and then != now:
+        say(f"evaluations while training drew from {in_words(then)}, not from {in_words(now)}, and are left out")
         rows = []
     for row in rows:
         if row.get("eval/score") is None or row.get("eval/kl") is None:  # none was due, or its figures were not finite
@@ -264,7 +275,8 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         prog="rlhf_accel evaluate",
         description=__doc__,
         allow_abbrev=False,
-        epilog="Keys of the run's config that change no result, and reward.gold, may be given as --section.key value.",
+        epilog="Keys of the run's config that change no result, reward.gold, and what responses are drawn from "
+        f"({', '.join(_DRAWN_FROM)}) may be given as --section.key value.",
     )
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument(
@@ -309,10 +321,11 @@ def _config(options: argparse.Namespace, overrides: Sequence[str]) -> Config:
     if options.batch is not None:
         overrides = [*overrides, "--rollout.forward_batch_size", str(options.batch)]
     config = load_run(path, overrides)
-    changed = changed_keys(before, config)
+    changed = [change for change in changed_keys(before, config) if key_in(change) not in _DRAWN_FROM]
     if changed:
         raise ConfigError(
-            f"{', '.join(changed)}: a run is evaluated as it was; only keys that change no result differ",
+            f"{', '.join(changed)}: a run is evaluated as it was; only {', '.join(_DRAWN_FROM)} and keys that change "
+            "no result may differ",
             key=key_in(changed[0]),
         )
     # What the command line names is the user's own.
@@ -371,8 +384,9 @@ def _write(judge: Judge, name: str, tree: Mapping[str, Any], line: Progressline)
     line.say(f"wrote {path}")
 
 
-def _table(evaluations: Mapping[str, Evaluation]) -> Table:
-    table = Table(title="held-out prompts, ± half of a 95 % interval", title_justify="left")
+def _table(evaluations: Mapping[str, Evaluation], drawn_from: str) -> Table:
+    title = f"held-out prompts, responses at {drawn_from}, ± half of a 95 % interval"
+    table = Table(title=title, title_justify="left")
     table.add_column("")
     for name in evaluations:
         table.add_column(name, justify="right")
@@ -390,7 +404,8 @@ def _cell(figures: Mapping[str, float], name: str, half: str, form: str) -> str:
 
 
 def _frontier_table(curves: frontier.Frontier, points: Sequence[Mapping[str, Any]]) -> Table:
-    title = f"gain over the reference's {curves.score:+.3f}; the optimum is known up to {curves.reliable_kl:.2f} nats"
+    known = "not known" if curves.no_share is not None else f"known up to {curves.reliable_kl:.2f} nats"
+    title = f"gain over the reference's {curves.score:+.3f}; the optimum is {known}"
     table = Table(title=title, title_justify="left")
     for column in ("", "KL, nats", "gain", "share of the optimum at that KL"):
         table.add_column(column, justify="right" if column else "left")

@@ -259,3 +259,29 @@ def reference_is_policy(kl_k3: float, tokens: float, limits: RatioLimits) -> Fin
     if not abs(kl_k3) <= limit:
         found += "; they are the same model, so it should be 0: the reference differs in weights, dropout or adapter"
     return Finding(probe="reference = policy", difference=abs(kl_k3), limit=limit, unit="nats", message=found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values that can reach their returns
+# ---------------------------------------------------------------------------------------------------------------------
+
+_PATIENCE = 25.0  # PPO steps; calibrated scores need 5 at the default cliprange_value
+_USUAL_CLIPRANGE = 0.2  # where values are not clipped
+
+
+def values_in_reach(distance: float, cliprange_value: float | None) -> Finding:
+    """Whether the critic can learn the returns soon, beside the policy.
+
+    `distance` is the root mean square of returns less values before anything is learnt. A value that has moved
+    `cliprange_value` from the rollout's gets no more gradient in that step, so the critic needs at least
+    distance / cliprange_value steps. Until then the value loss, its square, outweighs the policy's in the weights that
+    both share and in the norm that is clipped: scores a hundred times as large halved what 40 steps learnt, with values
+    clipped or not, and a vf_coef of 1e-5 gave it back.
+    """
+    steps = distance / (cliprange_value or _USUAL_CLIPRANGE)
+    found = f"returns are {distance:.3g} from the values (rms), {steps:.0f} times "
+    found += f"ppo.cliprange_value={cliprange_value:g}" if cliprange_value else f"the usual {_USUAL_CLIPRANGE:g}"
+    if not steps <= _PATIENCE:
+        found += ": the critic needs that many steps or more, and its loss drowns the policy's meanwhile; set "
+        found += "reward.calibrate=true, which gives scores a variance of 1, or lower ppo.vf_coef by far"
+    return Finding(probe="values reach returns", difference=steps, limit=_PATIENCE, unit="steps", message=found)

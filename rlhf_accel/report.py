@@ -23,6 +23,7 @@ from markupsafe import Markup
 
 from rlhf_accel import __version__
 from rlhf_accel.config import Config, ConfigError, flatten, to_yaml
+from rlhf_accel.distribution import in_words
 from rlhf_accel.files import replace_text
 from rlhf_accel.frontier import Frontier, share_of_optimum
 from rlhf_accel.metrics import METRICS, Metric, read_rows
@@ -402,16 +403,17 @@ def frontier_charts(runs: Sequence[Run]) -> list[charts.FrontierChart]:
             )
     samples = f"{found.samples} samples of the reference for each of {found.prompts} prompts"
     shared = f"; the curves are those of {first.name}" if len(runs) > 1 else ""
+    unknown = "" if found.no_share is None else f"; what lies beyond is not known: {found.no_share}"
     return [
         charts.FrontierChart(
             name="frontier",
             title="What the KL bought",
             caption=f"gain in score over the reference against KL, beside best-of-n and the best that any policy "
-            f"reaches at that KL; from {samples}; bars and bands are 95 % intervals{shared}",
+            f"reaches at that KL; from {samples}; bars and bands are 95 % intervals{shared}{unknown}",
             best_of_n=_curve([vars(point) for point in found.best_of_n]),
             sizes=[point.n for point in found.best_of_n],
             optimum=_curve([vars(point) for point in found.optimum]),
-            bound=_curve([vars(point) for point in found.bound]),
+            bound=_curve([vars(point) for point in found.bound] if found.no_share is None else []),
             reliable_kl=found.reliable_kl,
             paths=tuple(paths),
         )
@@ -540,6 +542,9 @@ def _headline(run: Run) -> dict[str, str]:
         cells["Gain, in standard deviations of the base"] = _figure(summary["gain"], "+.2f")
     kl = trained.get("kl", run.rows[-1].get("objective/kl"))
     cells["KL to the reference, nats per response"] = _figure(kl, ".2f")
+    drawn_from = summary.get("sampling")
+    if isinstance(drawn_from, Mapping):
+        cells["Responses drawn at"] = in_words(drawn_from)
     share = _share(run)
     if share:
         cells["Share of the best gain at that KL"] = share
@@ -578,6 +583,8 @@ def _share(run: Run) -> str:
     last = next((point for point in run.points if point.get("name") == "final"), path[-1] if path else None)
     if run.frontier is None or last is None:
         return ""
+    if run.frontier.no_share is not None:
+        return f"not known: {run.frontier.no_share}"
     share = share_of_optimum(run.frontier, last["kl"], last["gain"])
     if share is None:
         return ""
@@ -614,15 +621,17 @@ def shown_samples(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], int]:
     return shown, len(rows) - len(shown)
 
 
-def _models(runs: Sequence[Run]) -> list[tuple[Run, list[str], list[tuple[str, list[Any]]]]]:
-    """evaluation.json of each run as a table: names of the models, and rows of figures."""
+def _models(runs: Sequence[Run]) -> list[tuple[Run, list[str], list[tuple[str, list[Any]]], str]]:
+    """evaluation.json of each run as a table: names of the models, rows of figures, and what they were drawn from."""
     tables = []
     for run in runs:
         models = (run.evaluation or {}).get("models")
         if isinstance(models, dict) and all(isinstance(figures, dict) for figures in models.values()):
             keys = [k for k in dict.fromkeys(k for figures in models.values() for k in figures) if not _is_interval(k)]
             rows = [(key, [(f.get(key), f.get(_interval_of(key))) for f in models.values()]) for key in keys]
-            tables.append((run, list(models), rows))
+            drawn_from = (run.evaluation or {}).get("sampling")
+            said = f", drawn at {in_words(drawn_from)}" if isinstance(drawn_from, dict) else ""
+            tables.append((run, list(models), rows, said))
     return tables
 
 

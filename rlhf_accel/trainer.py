@@ -18,6 +18,7 @@ from rlhf_accel import assets, checkpoint, data, hub, models, places, ppo, probe
 from rlhf_accel.checkpoint import Progress, SaveError
 from rlhf_accel.config import BatchSizes, Config, ConfigError, OptimConfig, RunFailed, check_trainable
 from rlhf_accel.distributed import Runtime, cut_micro_batches, missing
+from rlhf_accel.distribution import distribution, truncated
 from rlhf_accel.evaluation import Evaluation, compare, evaluate, first_samples, sample_pairs
 from rlhf_accel.experience import make_experience
 from rlhf_accel.exports import ExportError, ExportProbe
@@ -141,6 +142,7 @@ class PPOTrainer:
             try:
                 self.line.say(f"run folder {self.folder}\n{self._what_runs}\n{self.keeper.products.message}")
                 self._warn_of_emulation()
+                self._warn_of_truncation()
                 self._prepare()
                 self.keeper.open(self.progress, self.resume_from)
                 return self._train()
@@ -235,7 +237,10 @@ class PPOTrainer:
         self._stop_if_asked()
         experience = make_experience(rollout, self.config.ppo, self.config.reward, self.kl_controller.coef)
         fault = rollout_fault(rollout, step)
-        limits = self._first_limits(rollout) if step == 1 and fault is None else None
+        limits = None
+        if step == 1 and fault is None:
+            limits = self._first_limits(rollout)
+            self._warn_of_values(experience)
         with watch("update"):
             losses = self.update(experience, step) if fault is None else self._learn_nothing(fault, experience)
         metrics = self._metrics(step, rollout, experience, losses, watch)
@@ -535,7 +540,8 @@ class PPOTrainer:
             return
         if budget is not None and not kl <= budget:
             return
-        results = {"steps": self.progress.step, **compare(self.progress.base, evaluation)}
+        drawn_from = distribution(self.config.rollout)
+        results = {"steps": self.progress.step, "sampling": drawn_from, **compare(self.progress.base, evaluation)}
         try:
             self.keeper.export("best", results, self.tokens, self._export_probe)
         except SaveError as error:
@@ -644,6 +650,7 @@ class PPOTrainer:
             "steps": self.progress.step,
             "seconds": self.keeper.seconds(self.progress),
             "calibration": {"mean": self.reward.mean, "std": self.reward.std},
+            "sampling": distribution(self.config.rollout),
         }
         if last is not None and self.progress.base is not None:
             summary |= compare(self.progress.base, last)
@@ -679,6 +686,20 @@ class PPOTrainer:
         if keys and not computes_in_bf16(self.runtime.device):
             said = " and ".join(f"{key}=bf16" for key in keys)
             self.line.say(f"warning: {said}: this device only emulates bf16, which takes many times longer than fp32")
+
+    def _warn_of_truncation(self) -> None:
+        said = truncated(self.config.rollout)
+        if said is not None:
+            self.line.say(
+                f"warning: {said}; so are the penalty, ppo.kl_target, eval/kl and run.best_kl_budget, which follow it. "
+                f"The policy's own: python -m rlhf_accel evaluate {self.folder} --rollout.top_k 0 --rollout.top_p 1"
+            )
+
+    def _warn_of_values(self, experience: Experience) -> None:
+        """At step 1, whose returns are the first that are known."""
+        finding = values_in_reach(experience, self.config.ppo.cliprange_value)
+        if not finding.passed:
+            self.line.say(f"warning: {finding.message}")
 
     def _on_main_first(self, make: Callable[[], T]) -> T:
         with self.runtime.main_first():
@@ -759,6 +780,13 @@ def logged_samples(rollout: Rollout, count: int) -> list[dict[str, Any]]:
     rows = zip(rollout.prompts, rollout.texts, rollout.scores.tolist(), kl.tolist(), strict=True)
     names = ("prompt", "response", "score", "kl")
     return [dict(zip(names, row, strict=True)) for row in rows][:count]
+
+
+def values_in_reach(experience: Experience, cliprange_value: float | None) -> probes.Finding:
+    """The probe of this name, of an experience before anything is learnt."""
+    mask = experience.sequences.response_mask
+    distance = ppo.masked_mean((experience.returns - experience.old_values).square(), mask).sqrt()
+    return probes.values_in_reach(float(distance), cliprange_value)
 
 
 def _due(step: int, every: int) -> bool:

@@ -107,6 +107,7 @@ def test_pad_is_eos_and_nothing_stops(examined):
     assert problems(findings) == set()
     assert "0% of 64 responses end" in findings["warning", "stops"]
     assert "PAD = EOS, no rollout.stop" in findings["warning", "stops"]
+    assert "rollout.top_k=5" in findings["warning", "sampling"]
     punished = examined(rollout={"top_k": 5}, reward={"missing_eos_penalty": 1.0})
     assert "reward.missing_eos_penalty=1" in punished["problem", "stops"]
 
@@ -115,6 +116,18 @@ def test_constant_reward(examined):
     assert "constant" in examined(reward={"function": "tests.test_doctor:always_one"})["problem", "reward"]
     findings = examined(reward={"function": "tests.test_doctor:nearly_always_one"})
     assert "63 of them the same" in findings["warning", "reward"]
+
+
+def hundreds(prompts, responses, **columns):
+    return [1000.0 * response.count("o") / max(len(response), 1) for response in responses]
+
+
+def test_scores_that_values_cannot_reach(examined):
+    reward = {"function": "tests.test_doctor:hundreds"}
+    assert "ppo.cliprange_value=0.2" in examined(reward=reward)["warning", "values"]
+    # Calibrated scores are not there yet; on their scale nothing is out of reach.
+    assert not {"values"} & {check for _, check in examined(reward={**reward, "calibrate": True})}
+    assert ("ok", "values") in examined()
 
 
 def test_adapter_on_the_head_only(examined):

@@ -163,6 +163,24 @@ def test_the_frontier_is_that_of_the_runs_reference_on_its_own_scale(fitted) -> 
     assert points[3]["gain"] - points[3]["low"] == pytest.approx(half, abs=1e-5)
 
 
+def test_another_distribution_may_be_judged_and_is_named(fitted, capsys) -> None:
+    """Also that of a run which was trained with a truncated one, whose own KL is that of no policy."""
+    run = fitted(rollout={"top_k": 3}).folder
+    options = [str(run), "--trust_code", "--which", "final"]
+    evaluate.main([*options, "--frontier", "3"])
+    told, truncated = tree(run / "evaluation.json"), tree(run / "frontier.json")
+    assert told["sampling"] == {"temperature": 1.0, "top_k": 3, "top_p": 1.0}
+    assert "responses at temperature 1, top_k 3" in capsys.readouterr().out
+    assert truncated["no_share"].startswith("rollout.top_k=3") and truncated["points"][-1]["share"] is None
+    evaluate.main([*options, "--frontier", "3", "--rollout.top_k", "0"])
+    plain, curves = tree(run / "evaluation.json"), tree(run / "frontier.json")
+    assert plain["sampling"]["top_k"] == 0 and plain["models"]["final"]["kl"] != told["models"]["final"]["kl"]
+    assert [point["name"] for point in curves["points"]] == ["final"]  # those of training were drawn otherwise
+    assert "do not show their upper tail" in curves["no_share"]
+    said = capsys.readouterr().out
+    assert "evaluations while training drew from temperature 1, top_k 3" in said and "no share of the optimum" in said
+
+
 def test_other_prompts_than_the_runs_are_not_set_beside_its_evaluations(fitted, capsys) -> None:
     run = fitted().folder
     evaluate.main([str(run), "--trust_code", "--frontier", "3", "--prompts", "2"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 
@@ -245,12 +246,60 @@ def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
         estimate(np.zeros(shape))
 
 
+def around(draw, spread: float):
+    """Scores of 200 prompts that are better or worse by themselves, 64 each."""
+    return lambda rng: draw(rng, (200, 64)) + spread * rng.normal(size=(200, 1))
+
+
+KNOWN = {
+    "normal": around(lambda rng, shape: rng.normal(size=shape), 1.0),
+    "logistic": around(lambda rng, shape: rng.logistic(size=shape), 0.0),
+    "logistic around prompts": around(lambda rng, shape: rng.logistic(size=shape), 1.8),
+    "uneven": lambda rng: rng.normal(size=(200, 64)) * rng.lognormal(sigma=0.7, size=(200, 1)),
+    "uniform": lambda rng: rng.random((200, 64)),
+    "bounded": lambda rng: np.tanh(KNOWN["normal"](rng)),
+    "probability": lambda rng: 1 / (1 + np.exp(3 - 2 * KNOWN["normal"](rng))),
+    "rarely 1": lambda rng: (rng.random((200, 64)) < 0.05).astype(float),
+    "ratings": lambda rng: np.clip(np.round(3 + KNOWN["normal"](rng)), 1, 5),
+}
+HEAVY = {df: around(lambda rng, shape, df=df: rng.standard_t(df, size=shape), 0.0) for df in (2, 3, 4, 5)}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_tail_that_is_known_is_seldom_called_heavy(name: str) -> None:
+    rng = np.random.default_rng(1)
+    assert sum(frontier.unknown_tail(KNOWN[name](rng)) is not None for _ in range(25)) <= 1
+
+
+@pytest.mark.parametrize(("df", "least"), [(2, 25), (3, 25), (4, 23), (5, 17)])
+def test_heavy_tails_are_found(df: int, least: int) -> None:
+    rng = np.random.default_rng(1)
+    assert sum(frontier.unknown_tail(HEAVY[df](rng)) is not None for _ in range(25)) >= least
+
+
+def test_of_heavy_tails_no_share_is_stated_for_it_would_be_above_the_truth() -> None:
+    rng = np.random.default_rng(0)
+    rewards = rng.standard_t(3, size=(200, 4096))  # all that the reference writes, of which 64 are seen
+    found = estimate(np.stack([rng.choice(row, 64) for row in rewards]))
+    assert found.no_share is not None and "heavy upper tail" in found.no_share
+    kl, gain = exact(np.full(rewards.shape, 1 / 4096), rewards, beta=8.0)
+    assert share_of_optimum(found, kl, gain) is None
+    claimed = share_of_optimum(dataclasses.replace(found, no_share=None), kl, gain)
+    assert claimed is not None and claimed.value > 1.2  # of a policy that is the optimum itself: 1 at most is true
+
+
+def test_few_scores_do_not_show_their_tail() -> None:
+    found = estimate(np.random.default_rng(0).normal(size=(20, 64)))
+    assert found.no_share is not None and "1280 scores do not show" in found.no_share
+    assert share_of_optimum(found, 1.0, 1.0) is None and found.gain_at(1.0) is not None
+
+
 def test_json_holds_everything_and_reads_back() -> None:
     _, _, scores = discrete(prompts=20, samples=64)
     found = estimate(scores)
     told = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert set(told) == {
-        *("prompts", "samples", "reference", "best_of_n", "optimum", "reliable_kl", "bound", "points"),
+        *("prompts", "samples", "reference", "best_of_n", "optimum", "reliable_kl", "bound", "no_share", "points"),
     }
     assert told["points"] == [] and told["reference"]["score"] == found.score
     assert Frontier.from_json({**told, "points": [{"kl": 1}]}) == found

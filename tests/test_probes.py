@@ -25,6 +25,7 @@ from rlhf_accel.probes import (
     reference_is_policy,
     rounding_limit,
     sampled_is_learnt,
+    values_in_reach,
 )
 from rlhf_accel.tokens import Tokens
 from rlhf_accel.types import Sequences
@@ -223,3 +224,12 @@ def test_one_token_at_fault_is_caught_among_many_and_nothing_finite_is_no_pass()
     assert reference_is_policy(500 * 0.06**2 / 2, 500.0, limits).passed
     assert not reference_is_policy(8.0, 500.0, limits).passed
     assert not reference_is_policy(2e-3, 500.0, ratio_limits(None, torch.float32)).passed
+
+
+def test_values_that_cannot_reach_the_returns_in_time_are_told() -> None:
+    for unclipped in (0.2, None):
+        assert values_in_reach(1.0, unclipped).passed and values_in_reach(4.9, unclipped).passed
+        found = values_in_reach(100.0, unclipped)
+        assert (found.passed, found.difference) == (False, 500.0)
+        assert "500 times" in found.message and "set reward.calibrate=true" in found.message
+    assert values_in_reach(100.0, 20.0).passed and not values_in_reach(math.nan, 0.2).passed

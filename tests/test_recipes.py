@@ -23,6 +23,14 @@ def test_every_recipe_is_a_config():
         load(RewardTrainingConfig if name.endswith("_reward") else Config, name)
 
 
+def test_no_recipe_has_scores_that_values_cannot_reach():
+    """A classifier's logits may lie anywhere, so they are calibrated."""
+    for name in recipe_names():
+        if not name.endswith("_reward"):
+            config = load(Config, name)
+            assert config.reward.calibrate or config.reward.output == "probability", name
+
+
 def test_the_reference_job_is_what_the_issue_says():
     config = load(Config, "imdb_sentiment")
     assert config.model.name_or_path == "lvwerra/gpt2-imdb"

@@ -233,6 +233,16 @@ def test_skipped_updates_are_marked_where_the_count_grows(folder: Path) -> None:
     assert marked == set(report._UPDATES)
 
 
+def test_of_a_tail_that_is_not_known_neither_share_nor_bound_is_shown(folder: Path) -> None:
+    tree = json.loads((folder / "frontier.json").read_text())
+    tree["no_share"] = "the scores have a heavy upper tail"
+    (folder / "frontier.json").write_text(json.dumps(tree))
+    run = report.read_run(folder)
+    assert report._share(run) == "not known: the scores have a heavy upper tail"
+    (chart,) = report.frontier_charts([run])
+    assert len(chart.bound.kl) == 0 and "is not known: the scores have a heavy" in chart.caption
+
+
 def test_several_runs_share_their_charts_and_keep_their_colours(folder: Path, tmp_path: Path) -> None:
     other = make_run(tmp_path / "second", steps=4)
     (other / "frontier.json").unlink()
@@ -323,7 +333,7 @@ def test_a_gold_reward_of_any_name_is_shown(folder: Path, gold: str) -> None:
     shown = {chart.title: chart for chart in report.panels([run])}
     assert [title for title in shown if title.startswith("Gold") or "ci" in title.split()] == [f"Gold reward: {gold}"]
     assert shown[f"Gold reward: {gold}"].lines[0].half == [0.25]
-    ((_, _, rows),) = report._models([run])
+    ((_, _, rows, _),) = report._models([run])
     assert rows == [(f"gold/{gold}", [(0.5, 0.25)])]
 
 

@@ -127,6 +127,24 @@ def test_what_fp32_products_are_is_printed_and_kept(fit, capsys, monkeypatch):
     assert said in capsys.readouterr().out and said in (trainer.folder / "final" / "README.md").read_text()
 
 
+def thousandfold(prompts, responses, **columns):
+    return [1000.0 * score for score in share_of_o(prompts, responses)]
+
+
+def test_a_kl_of_no_policy_and_values_out_of_reach_are_warned_of_once(fit, capsys):
+    reward = {"function": "tests.test_trainer:thousandfold"}
+    trainer, _ = fit(rollout={"top_p": 0.5}, reward=reward, run={"eval_every": 1, "eval_samples": 4})
+    said = capsys.readouterr().out
+    assert said.count("warning: rollout.top_p=0.5: responses are drawn from a part") == 1
+    assert said.count("set reward.calibrate=true") == 1 and "ppo.cliprange_value=0.2" in said
+    drawn_from = {"temperature": 1.0, "top_k": 0, "top_p": 0.5}
+    assert json.loads((trainer.folder / "summary.json").read_text())["sampling"] == drawn_from
+    for name in ("final", "best"):
+        assert "drawn at temperature 1, top_p 0.5" in (trainer.folder / name / "README.md").read_text()
+    fit(reward={**reward, "calibrate": True}, run={"output_dir": str(trainer.folder.parent / "calibrated")})
+    assert "warning: " not in capsys.readouterr().out
+
+
 def test_without_evaluation_its_keys_are_absent(fit):
     _, rows = fit()
     assert all(set(row) == KEYS for row in rows)
