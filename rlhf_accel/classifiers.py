@@ -63,14 +63,51 @@ def known_labels(config: RewardTrainingConfig) -> tuple[str, ...]:
     return tuple(found[i] for i in sorted(found))
 
 
+def settle_padding(model: Classifier, tokenizer: Any) -> None:
+    """Let model and tokenizer pad alike, on the side where a text's padding cannot change its score, whatever their
+    files say: on the right, since absolute positions count from the left."""
+    for part in _configs(model.config):
+        part.pad_token_id = tokenizer.pad_token_id
+    # XLNet's head reads the last place, padding or not; its positions are relative.
+    tokenizer.padding_side = "left" if getattr(model.config, "summary_type", None) == "last" else "right"
+
+
 def most_tokens(model: Classifier, tokenizer: Any) -> int:
     """How many tokens of a text the model can read, special ones included."""
-    config = model.config
-    positions = getattr(config, "max_position_embeddings", 10**9)
-    if "roberta" in config.model_type:
-        # RoBERTa counts positions from its padding id on; those up to it are not for tokens.
-        positions -= config.pad_token_id + 1
-    return int(min(tokenizer.model_max_length, positions))
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))
+    if not isinstance(positions, int) or positions <= 0:  # relative positions, without a limit; XLNet has -1
+        return int(tokenizer.model_max_length)
+    return int(min(tokenizer.model_max_length, positions - _first_position(model)))
+
+
+def _first_position(model: Classifier) -> int:
+    """The position of a text's first token: RoBERTa and its kin (XLM-R, CamemBERT, MPNet, Longformer, ESM, …) count
+    from the padding id on, and a position table that has a padding row shows it."""
+    tables = (layer for name, layer in model.named_modules() if name.endswith("position_embeddings"))
+    padding = next((layer.padding_idx for layer in tables if hasattr(layer, "padding_idx")), None)
+    return 0 if padding is None else padding + 1
+
+
+def stored_dtype(path: str) -> torch.dtype | None:
+    """The dtype that the weights at `path` are stored in, as config.json says; None where it says nothing."""
+    try:
+        tree = transformers.PreTrainedConfig.get_config_dict(path)[0]
+    except Exception:  # whoever loads the model says what is wrong with it
+        return None
+    inner = tree.get("text_config")
+    for part in (tree, inner if isinstance(inner, dict) else {}):
+        for key in ("dtype", "torch_dtype"):
+            found = getattr(torch, str(part.get(key)), None)
+            if isinstance(found, torch.dtype):
+                return found
+    return None
+
+
+def _configs(config: Any) -> list[Any]:
+    """The config, and those inside of it that know a padding id: Gemma 3 looks for it in its text_config."""
+    inner = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+    return [config, config.get_text_config(), *(part for part in inner if hasattr(part, "pad_token_id"))]
 
 
 def load(config: RewardTrainingConfig, tokenizer: Any, labels: Sequence[str]) -> Classifier:
@@ -120,12 +157,12 @@ def finish(
     Adapters are added into the weights, shift and scale are folded into the output layer; one without a bias is scaled
     only. For one process.
     """
-    if config.lora.r == 0 and (shift, scale) == (0.0, 1.0):
-        return
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-        unset_hf_deepspeed_config()  # ZeRO-3 would cut the model that is loaded here
+        unset_hf_deepspeed_config()  # ZeRO-3 would cut the model that is loaded here, and later from the folder
+    if config.lora.r == 0 and (shift, scale) == (0.0, 1.0):
+        return
     if config.lora.r:
         model = adapted(_load(config, tokenizer, labels)[0], str(folder)).merge_and_unload(safe_merge=True)
     else:
@@ -159,7 +196,7 @@ def _load(config: RewardTrainingConfig, tokenizer: Any, labels: Sequence[str]) -
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    model.config.pad_token_id = tokenizer.pad_token_id
+    settle_padding(model, tokenizer)
     # One epoch over ratings does not overfit, and attention without dropout takes torch's fast path on a CPU.
     for layer in model.modules():
         if isinstance(layer, nn.Dropout):

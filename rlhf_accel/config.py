@@ -281,8 +281,15 @@ class RewardConfig:
     """Score a text by the label's logit or by its probability."""
     text: Literal["full", "response"] = "full"
     """What the classifier reads: prompt and response, or the response alone."""
+    format: Literal["auto", "plain", "chat"] = "auto"
+    """How the classifier's text is formed: prompt and response as they are, or as a turn of the user and one of the
+    assistant by its own chat template; auto is what its training recorded beside it, and plain where nothing is."""
+    chat_field: str | None = None
+    """With the format chat: column of the data that holds the prompt for it, a text or a list of {role, content}; by
+    default it is the prompt that the policy reads, which then must be plain text."""
     dtype: Dtype = "auto"
-    """Dtype of the frozen classifier; auto is fp16 on a GPU, bf16 on a CPU with bf16 units, else fp32."""
+    """Dtype of the frozen classifier; auto is fp16 on a GPU, but bf16 for a model that is stored or was trained in
+    bf16; on a CPU bf16 if it has bf16 units, else fp32."""
     batch_size: PositiveInt = 64
     """Texts that the classifier reads at once; a memory matter only."""
     url: str | None = None
@@ -933,6 +940,24 @@ def _scoring_contradictions(config: Config) -> Iterator[ConfigError]:
             "reward.label is set without reward.model; name the model or remove the label",
             key="reward.label",
             others=("reward.model",),
+        )
+    if reward.model is None and reward.format != "auto":
+        yield ConfigError(
+            f"reward.format={reward.format} is set without reward.model; name the model or remove the format",
+            key="reward.format",
+            others=("reward.model",),
+        )
+    if reward.model is None and reward.chat_field is not None:
+        yield ConfigError(
+            "reward.chat_field is set without reward.model; name the model or remove the field",
+            key="reward.chat_field",
+            others=("reward.model",),
+        )
+    if reward.format == "plain" and reward.chat_field is not None:
+        yield ConfigError(
+            "reward.chat_field is set, and reward.format=plain reads no turns; remove one of them",
+            key="reward.chat_field",
+            others=("reward.format",),
         )
 
 

@@ -36,7 +36,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rlhf_accel import trackers
 from rlhf_accel.config import ConfigError, RunConfig
-from rlhf_accel.runtime import computes_in_bf16, peak_resident_mib, quiet_libraries, tune_process
+from rlhf_accel.runtime import computes_in_bf16, has_gpu, peak_resident_mib, quiet_libraries, tune_process
 
 B = TypeVar("B")
 
@@ -63,7 +63,7 @@ class Runtime:
         _check_precision_of_process()
         tune_process(run.matmul_precision)
         quiet_libraries()
-        no_gpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+        no_gpu = not has_gpu()
         precision = run.precision
         if precision == "auto":
             precision = "fp32" if no_gpu or not computes_in_bf16(torch.device("cuda")) else "bf16"

@@ -38,6 +38,7 @@ from rlhf_accel.distribution import truncated
 from rlhf_accel.experience import make_experience
 from rlhf_accel.reward import TOKEN_VARIABLE, Classifier, RewardError
 from rlhf_accel.rollout import WITHOUT_PARTS
+from rlhf_accel.runtime import has_gpu
 from rlhf_accel.terminal import say
 from rlhf_accel.tokens import Tokens
 from rlhf_accel.trainer import PPOTrainer, check_prompt_tokens, values_in_reach
@@ -248,7 +249,8 @@ class Doctor:
         if key == "reward.partial_every" and reward.partial_every:
             return replace(config, reward=replace(reward, partial_every=0)), "partial scores"
         if key.startswith("reward.") or key == TOKEN_VARIABLE:
-            if reward.dtype == "fp16" and "score" in found.facts:
+            # A classifier that overflows is found when it is loaded, or on the prompts that it is tried on.
+            if found.facts.get("dtype") == "float16" or (reward.dtype == "fp16" and "score" in found.facts):
                 return replace(config, reward=replace(reward, dtype="fp32")), "reward in fp16"
             tree = asdict(config)
             tree["reward"] = {"clip": reward.clip, "missing_eos_penalty": reward.missing_eos_penalty}
@@ -320,14 +322,8 @@ class Doctor:
                 said = f"{name}: the tokenizer has {len(term.tokenizer)} ids for {rows} embeddings"
                 mend = "; it is not this model's, save the right one beside it" if level == "problem" else ""
                 self.note(level, "reward tokenizer", said + mend)
-                longest = trainer.config.rollout.max_prompt_tokens + trainer.config.rollout.max_new_tokens
-                if longest > term.max_tokens:
-                    self.note(
-                        "warning",
-                        "reward window",
-                        f"{name} reads {term.max_tokens} tokens, and samples have up to {longest} of the policy's: the "
-                        "end may go unread; set reward.text=response or lower rollout.max_prompt_tokens",
-                    )
+        for check, said in trainer.cautions():
+            self.note("warning", check, said)
 
     def _look_at_scores(self, trainer: PPOTrainer, responses: Responses) -> Tensor:
         reward = replace(trainer.reward, clip=None)
@@ -336,12 +332,13 @@ class Doctor:
         if any(term is _stand_in for _, _, term in reward.terms):
             return torch.randn(len(responses), generator=torch.Generator().manual_seed(0))
         finite = scores.isfinite()
+        dtypes = {term.dtype for _, _, term in reward.terms if isinstance(term, Classifier)}
         if not finite.all():
             self.note(
                 "problem",
                 "reward",
                 f"{names}: {int((~finite).sum())} of {len(scores)} reference samples score no finite number"
-                + ("; reward.dtype=fp16 overflows, use fp32 or bf16" if trainer.config.reward.dtype == "fp16" else ""),
+                + ("; fp16 overflows, set reward.dtype to fp32 or bf16" if torch.float16 in dtypes else ""),
             )
             return scores.nan_to_num(0.0, 0.0, 0.0)
         std, mean = torch.std_mean(scores, correction=0)
@@ -597,7 +594,8 @@ def _look_at_ends(trainer: PPOTrainer, responses: Responses) -> Verdict:
 def _look_at_classifier(name: str, weight: float, term: Classifier) -> Verdict:
     names = term.model.config.id2label
     labels = {int(i): str(said).strip().lower() for i, said in names.items()}
-    chosen, by = labels[term.label], names[term.label]
+    chosen = labels[term.label]
+    by = f"{names[term.label]} (output {term.label}, {term.label_found})"
     if not (set(labels.values()) & _GOOD and set(labels.values()) & _BAD):
         return "ok", f"{name} scores by {by}"
     if chosen in _GOOD | _BAD and (chosen in _GOOD) != (weight > 0):
@@ -606,7 +604,9 @@ def _look_at_classifier(name: str, weight: float, term: Classifier) -> Verdict:
             f"reward.label={term.config.label} of {name} with weight {weight:g} rewards what is not {better}; swap it "
             f"if the policy should write what the model calls {better}"
         )
-    good, bad = (term([""] * len(_PROBES), side) for side in zip(*_PROBES, strict=True))
+    empty = [""] * len(_PROBES)
+    columns = {} if term.config.chat_field is None else {term.config.chat_field: empty}
+    good, bad = (term(empty, side, **columns) for side in zip(*_PROBES, strict=True))
     right = sum(weight * (one - other) > 0 for one, other in zip(good, bad, strict=True))
     said = f"{name} by {by} puts {right} of {len(_PROBES)} plainly good texts above bad"
     if right == 0:
@@ -779,7 +779,7 @@ def main(arguments: list[str]) -> None:
     if offload not in ("true", "false"):
         raise ConfigError(f"--offload {offload}: expected true or false", key="--offload")
     said = take_option(rest, "gpu_memory", "80GiB")
-    device = "cuda" if said is not None or torch.cuda.is_available() else "cpu"
+    device = "cuda" if said is not None or has_gpu() else "cpu"
     if said is not None:
         memory = plan.parse_memory(said)
     elif device == "cuda":

@@ -24,7 +24,7 @@ from rlhf_accel.models import check_prompts, end_of_text_ids
 from rlhf_accel.reward import Reward, RewardError, load_reward
 from rlhf_accel.rollout import sampling_settings
 from rlhf_accel.rows import text_lines
-from rlhf_accel.runtime import quiet_libraries, tune_process
+from rlhf_accel.runtime import has_gpu, quiet_libraries, tune_process
 from rlhf_accel.terminal import Terminal
 from rlhf_accel.tokens import Tokens
 from rlhf_accel.trust import add_flag, require_trust
@@ -144,7 +144,7 @@ def _writers(options: argparse.Namespace) -> tuple[Config | None, list[Writer]]:
 
 
 def _load(kind: Any, path: str, trust_remote_code: bool, base: str | None = None) -> Any:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if has_gpu() else "cpu"
     try:
         if base is not None:
             return adapted(_load(AutoModelForCausalLM, base, trust_remote_code), path).eval().to(device)
@@ -159,7 +159,7 @@ def _load(kind: Any, path: str, trust_remote_code: bool, base: str | None = None
 
 def _reward(config: Config | None, run: Path) -> Reward:
     assert config is not None, "checked with the options"
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if has_gpu() else "cpu")
     path = assets.resolve_model(config.reward.model) if config.reward.model else None
     reward = load_reward(config.reward, path, device, trust_remote_code=config.model.trust_remote_code)
     if not config.reward.calibrate:

@@ -8,16 +8,17 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import datasets
 import numpy as np
 from jaxtyping import Float, Int
 
-from rlhf_accel import data
+from rlhf_accel import data, reward_texts
 from rlhf_accel.calibration import PAIR_MARGIN
 from rlhf_accel.config import ConfigError, RewardDataConfig, key_in
+from rlhf_accel.reward_texts import Turns
 
 # Pairs are drawn from ratings with random numbers of their own, so that models of all seeds are compared on the same
 # ones. Each of so many rounds puts every text into two pairs: more to report on than to learn from, where each costs.
@@ -51,6 +52,19 @@ class Feedback:
         return Feedback(texts=texts, pairs=pairs.reshape(-1, 2), margins=self.margins[rows])
 
 
+@dataclass(kw_only=True)
+class Formed:
+    """Counts the contents of pairs that are texts, and conversations, of which the first is kept with its text."""
+
+    plain: int = 0
+    conversations: int = 0
+    first: tuple[Turns, str] | None = None
+
+    def chat(self, turns: Turns, text: str) -> None:
+        self.conversations += 1
+        self.first = self.first or ([{"role": turn["role"], "content": turn["content"]} for turn in turns], text)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sets:
     """What to learn from, what chooses checkpoint and temperature, and what the figures come from: no text of a pair is
@@ -63,6 +77,8 @@ class Sets:
     """Names of the model's outputs: the classes, or the one name of the score."""
     sources: tuple[str, str, str]
     """Where the three come from, in words."""
+    formed: Formed
+    """Which of the texts are conversations."""
     notes: tuple[str, ...] = ()
     """Lines to tell the user: what was left out."""
 
@@ -127,6 +143,7 @@ class _Reader:
     tokenizer: Any
     model_name: str
     known_labels: Sequence[str]
+    formed: Formed = field(default_factory=Formed)
 
     def sets(self) -> Sets:
         config = self.config
@@ -172,7 +189,15 @@ class _Reader:
             named = f"data.source={config.source}" if len(held) else f"data.eval_split={config.eval_split}"
             raise ConfigError(f"{named}: no rows are left to learn from and to report on; add rows", key=key_in(named))
         sources = (learned_from, tuned_on, held_from)
-        return Sets(learned=learned, tuning=tuning, held=held, labels=labels, sources=sources, notes=tuple(notes))
+        return Sets(
+            learned=learned,
+            tuning=tuning,
+            held=held,
+            labels=labels,
+            sources=sources,
+            formed=self.formed,
+            notes=tuple(notes),
+        )
 
     def _rows(self, split: str, key: str) -> tuple[datasets.Dataset, str]:
         limit = self.config.max_samples
@@ -298,10 +323,12 @@ class _Reader:
         texts = []
         for number, content in enumerate(rows[field], start=1):
             where = f"data.pair_fields: row {number} of {source} in the column {field}"
-            if _is_conversation(content):
+            if reward_texts.is_conversation(content):
                 texts.append(self._laid_out(content, where))
+                self.formed.chat(content, texts[-1])
             elif isinstance(content, str) and content.strip():
                 texts.append(content)
+                self.formed.plain += 1
             else:
                 raise ConfigError(
                     f"{where} has neither a text nor a conversation, a list of {{role, content}} (found "
@@ -310,7 +337,7 @@ class _Reader:
                 )
         return texts
 
-    def _laid_out(self, conversation: list[dict[str, str]], where: str) -> str:
+    def _laid_out(self, conversation: Turns, where: str) -> str:
         if not self.tokenizer.chat_template:
             raise ConfigError(
                 f"{where} is a conversation, and the tokenizer of model.name_or_path={self.model_name} has no chat "
@@ -318,16 +345,11 @@ class _Reader:
                 key="model.name_or_path",
             )
         try:
-            text = self.tokenizer.apply_chat_template(conversation, tokenize=False)
-        except Exception as error:  # a template may refuse in any way, such as roles in another order
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return reward_texts.lay_out(self.tokenizer, conversation)
+        except ValueError as error:
             raise ConfigError(
-                f"{where} does not fit the chat template of {self.model_name} ({reason})", key=key_in(where)
+                f"{where} does not fit the chat template of {self.model_name} ({error})", key="data.pair_fields"
             ) from error
-        # The reward reads text, and the tokenizer puts BOS before every text: once is enough.
-        bos = self.tokenizer.bos_token
-        own = bos is not None and self.tokenizer("a")["input_ids"][:1] == [self.tokenizer.bos_token_id]
-        return str(text.removeprefix(bos) if own else text)
 
     def _numbers(
         self, rows: datasets.Dataset, source: str, key: str, field: str, at_least: float = -math.inf
@@ -359,17 +381,6 @@ def _check_column(rows: datasets.Dataset, source: str, key: str, field: str) -> 
         raise ConfigError(
             f"data.{key}={field} is not a column of {source}; it has {', '.join(rows.column_names)}", key=f"data.{key}"
         )
-
-
-def _is_conversation(content: Any) -> bool:
-    return (
-        isinstance(content, list)
-        and len(content) > 0
-        and all(
-            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-            for turn in content
-        )
-    )
 
 
 def _halves(feedback: Feedback) -> tuple[Feedback, Feedback]:

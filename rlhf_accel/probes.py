@@ -7,7 +7,7 @@ message, or prints it. Knows models and token ids; knows no config, no rank and 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +89,64 @@ def tensors_are_memory(
     )
     difference = torch.inf if faults else 0.0
     return Finding(probe="export = memory", difference=difference, limit=0.0, unit="of a weight", message=found)
+
+
+def scored_alone(
+    score: Callable[[Sequence[Any]], Float[Tensor, "B K"]], texts: Sequence[Any], dtype: torch.dtype
+) -> Finding:
+    """Whether a classifier's logits of each text are the same beside longer and shorter texts as they are alone.
+
+    `dtype` is what it computes in; texts of different lengths tell most.
+    """
+    together, alone = score(texts), torch.cat([score([text]) for text in texts])
+    difference = largest_difference(together, alone)
+    return Finding(
+        probe="scored alone",
+        difference=difference,
+        limit=rounding_limit(alone, dtype),
+        unit="score",
+        message=f"a text's score changes by {difference:.3g} with the texts that it is padded with",
+    )
+
+
+def trained_scored(
+    texts: Sequence[str],
+    ids: Sequence[Sequence[int]],
+    scores: Float[Tensor, "B K"],
+    recorded_ids: Sequence[Sequence[int]],
+    recorded_scores: Float[Tensor, "B K"],
+    dtype: torch.dtype,
+) -> Finding:
+    """Whether training texts become the ids, and get the scores, that were recorded in training. Where ids differ, that
+    is the finding: the difference is the number of texts, and the scores are not compared."""
+    changed = [i for i, (now, then) in enumerate(zip(ids, recorded_ids, strict=True)) if list(now) != list(then)]
+    if changed:
+        now, then = ids[changed[0]], recorded_ids[changed[0]]
+        place = next((i for i, (a, b) in enumerate(zip(now, then, strict=False)) if a != b), min(len(now), len(then)))
+        return Finding(
+            probe="trained = scored",
+            difference=float(len(changed)),
+            limit=0.0,
+            unit="texts",
+            message=f"the training text {texts[changed[0]]!r:.40} becomes {len(now)} tokens where training made "
+            f"{len(then)}, of which number {place + 1} is the first that differs (has {list(now[place : place + 1])}, "
+            f"had {list(then[place : place + 1])})",
+        )
+    each = [largest_difference(now, then) for now, then in zip(scores, recorded_scores, strict=True)]
+    worst = max(range(len(each)), key=lambda i: torch.inf if each[i] != each[i] else each[i], default=None)
+    message = "no training text was recorded"
+    if worst is not None:
+        message = (
+            f"the training text {texts[worst]!r:.40} scores {scores[worst].tolist()}, and training left "
+            f"{recorded_scores[worst].tolist()}"
+        )
+    return Finding(
+        probe="trained = scored",
+        difference=0.0 if worst is None else each[worst],
+        limit=rounding_limit(scores, dtype),
+        unit="score",
+        message=message,
+    )
 
 
 def largest_difference(one: Tensor, other: Tensor) -> float:

@@ -30,10 +30,13 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
+from rlhf_accel import reward_texts
 from rlhf_accel.borrowed import restored_globals
-from rlhf_accel.classifiers import load_tokenizer, most_tokens
+from rlhf_accel.classifiers import load_tokenizer, most_tokens, settle_padding, stored_dtype
 from rlhf_accel.config import ConfigError, RewardConfig, gold_name, key_in
 from rlhf_accel.models import DTYPES, load_pretrained
+from rlhf_accel.probes import scored_alone, trained_scored
+from rlhf_accel.reward_texts import Record
 from rlhf_accel.runtime import computes_in_bf16
 from rlhf_accel.trust import is_ours
 
@@ -41,6 +44,7 @@ RewardFunction = Callable[..., Sequence[float]]
 T = TypeVar("T")
 
 TOKEN_VARIABLE = "RLHF_ACCEL_REWARD_TOKEN"
+_LONGEST_TRIED = 4096  # tokens; models that read more have no table of positions that ends
 LARGEST_ANSWER = 64 << 20  # bytes of a server's answer: a million scores fit many times
 
 logger = logging.getLogger(__name__)
@@ -139,43 +143,91 @@ class Reward:
 
 
 class Classifier:
-    """A sequence classifier that scores texts by one label's logit or probability."""
+    """A sequence classifier that scores texts by one label's logit or probability.
+
+    Texts are formed as they were in its training, where that is recorded beside it; what can be compared with the
+    training is compared when it is loaded. Raises `ConfigError` for whatever differs.
+    """
 
     def __init__(
         self, config: RewardConfig, path: str, device: torch.device, *, trust_remote_code: bool = False
     ) -> None:
         self.config = config
         self.device = device
-        self.dtype = reward_dtype(config, device)
         said = f"reward.model={config.model}"
+        self.record = reward_texts.read(path, said)
+        in_bf16 = self.record is not None and self.record.precision == "bf16"
+        self.dtype = reward_dtype(config, device, torch.bfloat16 if in_bf16 else stored_dtype(path))
         self.tokenizer = load_tokenizer(path, said, trust_remote_code=trust_remote_code)
         model = load_pretrained(
             AutoModelForSequenceClassification, path, said, trust_remote_code=trust_remote_code, dtype=self.dtype
         )
         self.model = model.to(device).eval().requires_grad_(False)
-        self.label = self._label_index()
-        self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.label, self.label_found = self._label_index()
+        settle_padding(self.model, self.tokenizer)
         self.max_tokens = most_tokens(self.model, self.tokenizer)
+        if self.record is not None:
+            self.max_tokens = min(self.max_tokens, self.record.max_tokens)
+            self.tokenizer.truncation_side = self.record.truncation_side
+        self.format = self._settled_format()
+        self._check()
+        self.read = self.cut = self.unread = 0  # texts; those cut; those of which nothing of the response was read
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Sequence[Any]) -> list[float]:
-        texts = [p + r if self.config.text == "full" else r for p, r in zip(prompts, responses, strict=True)]
+        texts = self.formed(prompts, responses, columns)
+        rows, cut = reward_texts.encode(self.tokenizer, texts, self.max_tokens)
+        self._count(prompts, columns, rows, cut)
         # Texts of like length together: less padding to read.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         scores = [0.0] * len(texts)
         for start in range(0, len(order), self.config.batch_size):
             chosen = order[start : start + self.config.batch_size]
-            inputs = self.tokenizer(
-                [texts[i] or " " for i in chosen],  # of an empty text some tokenizers make no token at all
-                padding=True,
-                truncation=True,
-                max_length=self.max_tokens,
-                return_tensors="pt",
-            ).to(self.device)
-            logits = self.model(**inputs).logits.float()
+            logits = self.logits([rows[i] for i in chosen])
             for i, score in zip(chosen, self._scores(logits).tolist(), strict=True):
                 scores[i] = score
         return scores
+
+    def formed(
+        self, prompts: Sequence[str], responses: Sequence[str], columns: Mapping[str, Sequence[Any]]
+    ) -> list[str]:
+        """The texts that the model reads, before they are encoded."""
+        alone = self.config.text == "response"
+        if self.format == "plain":
+            return [r if alone else p + r for p, r in zip(prompts, responses, strict=True)]
+        given: Sequence[Any] = prompts
+        if self.config.chat_field is not None and not alone:
+            given = columns.get(self.config.chat_field, ())
+            if not columns.get(self.config.chat_field) and len(prompts):
+                raise KeyError(f"{self.config.chat_field} (reward.chat_field) is not a column of the data")
+        turns = [reward_texts.answered([] if alone else p, r) for p, r in zip(given, responses, strict=True)]
+        return [reward_texts.lay_out(self.tokenizer, conversation) for conversation in turns]
+
+    @torch.no_grad()
+    def logits(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> Float[Tensor, "B K"]:
+        """All logits of these encoded texts, read as one batch, in fp32."""
+        # The reward trainer reads ids alone; for models from elsewhere, token types are their tokenizer's.
+        keys = ["input_ids"] if self.record is not None else list(rows[0])
+        batch = {key: [list(row[key]) for row in rows] for key in keys}
+        inputs = self.tokenizer.pad(batch, return_tensors="pt").to(self.device)
+        logits: Tensor = self.model(**inputs).logits
+        return logits.float()
+
+    def _count(
+        self,
+        prompts: Sequence[str],
+        columns: Mapping[str, Sequence[Any]],
+        rows: Sequence[Mapping[str, Sequence[int]]],
+        cut: Sequence[bool],
+    ) -> None:
+        self.read += len(rows)
+        self.cut += sum(cut)
+        if self.config.text == "full" and any(cut):
+            places = [i for i, is_cut in enumerate(cut) if is_cut]
+            few = {name: [column[i] for i in places] for name, column in columns.items()}
+            empty = self.formed([prompts[i] for i in places], [""] * len(places), few)
+            without, _ = reward_texts.encode(self.tokenizer, empty, self.max_tokens)
+            self.unread += sum(rows[i] == alone for i, alone in zip(places, without, strict=True))
 
     def _scores(self, logits: Float[Tensor, "B K"]) -> Float[Tensor, " B"]:
         if self.config.output == "logit":
@@ -183,23 +235,162 @@ class Classifier:
         probabilities = logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
         return probabilities[:, self.label]
 
-    def _label_index(self) -> int:
+    def _label_index(self) -> tuple[int, str]:
+        """The output that reward.label means, and how it was found: a name of any label goes before a number."""
         names = {int(i): name for i, name in self.model.config.id2label.items()}
         label = self.config.label
-        if len(names) == 1 and label in (None, names[0]):
-            return 0
-        listed = ", ".join(names[i] for i in sorted(names))
+        if label is None and len(names) == 1:
+            return 0, "the only one"
+        listed = ", ".join(str(names[i]) for i in sorted(names))
         if label is None:
             raise ConfigError(
                 f"reward.label is not set, and {self.config.model} has {len(names)} labels: {listed}",
                 key="reward.label",
             )
-        for i, name in names.items():
-            if label in (name, str(i)):
-                return i
+        by_name = [i for i in sorted(names) if str(names[i]) == label]
+        if len(by_name) > 1:
+            raise ConfigError(
+                f"reward.label={label} is the name of outputs {', '.join(map(str, by_name))} of {self.config.model}; "
+                "give the labels names of their own in its config.json (id2label)",
+                key="reward.label",
+            )
+        if by_name:
+            return by_name[0], "found by its name"
+        by_number = [i for i in sorted(names) if str(i) == label]
+        if by_number and len(names) > 1:
+            return by_number[0], "found by its number, as no label has that name"
         raise ConfigError(
             f"reward.label={label} is not a label of {self.config.model}; it has {listed}", key="reward.label"
         )
+
+    def _settled_format(self) -> str:
+        """plain or chat; raises `ConfigError` where that is not known, or cannot be had."""
+        asked, record, said = self.config.format, self.record, f"reward.model={self.config.model}"
+        if asked == "auto" and record is not None and record.format in ("mixed", "marked"):
+            what = f"texts with special tokens such as {record.marker}" if record.marker else "conversations and texts"
+            raise ConfigError(
+                f"{said} was trained on {what}, and the policy's texts have none of its marks; set reward.format=chat "
+                "for its chat template around prompt and response, or plain to score them as they are",
+                key="reward.format",
+            )
+        recorded = "plain" if record is None else record.format
+        found = recorded if asked == "auto" else asked
+        if found == "chat" and not self.tokenizer.chat_template:
+            raise ConfigError(
+                f"{said}: its tokenizer has no chat template, which reward.format={asked} needs; save one beside it",
+                key="reward.format",
+            )
+        if found == "plain" and self.config.chat_field is not None:
+            raise ConfigError(
+                f"reward.chat_field={self.config.chat_field} is set, and {said} reads plain text; set "
+                "reward.format=chat, or remove it",
+                key="reward.chat_field",
+            )
+        if found == "chat" and record is not None and record.turns:
+            alone = len(record.turns) == 1
+            if alone != (self.config.text == "response"):
+                other, what = ("response", "answers alone") if alone else ("full", "whole conversations")
+                raise ConfigError(
+                    f"reward.text={self.config.text}: {said} was trained on {what}; set reward.text={other}",
+                    key="reward.text",
+                )
+        return found
+
+    # What the model does here, against what it did in training and what it does with a text alone
+
+    def _check(self) -> None:
+        said = f"reward.model={self.config.model}"
+        if self.record is not None:
+            self._check_record(self.record, said)
+        texts = ["A film.", "The film is long, and it is worth every minute of it.", "It is dull. " * 12]
+        rows, _ = reward_texts.encode(self.tokenizer, texts, self.max_tokens)
+        self._check_longest(said)
+        self._check_finite(rows, said)
+        if self.config.batch_size > 1:
+            finding = scored_alone(self.logits, rows, self.dtype)
+            if not finding.passed:
+                raise ConfigError(
+                    f"{said}: {finding.message} (more than {finding.limit:.2g}): {type(self.model).__name__} reads "
+                    "padding; set reward.batch_size=1, or take another model",
+                    key="reward.batch_size",
+                    difference=finding.difference,
+                )
+
+    @property
+    def reads_prompts_as_turns(self) -> bool:
+        """Whether the policy's prompt becomes the user's turn of a conversation."""
+        return self.format == "chat" and self.config.chat_field is None and self.config.text == "full"
+
+    def _check_record(self, record: Record, said: str) -> None:
+        now_around = reward_texts.around(self.tokenizer)
+        if now_around != record.around:
+            raise ConfigError(
+                f"{said}: its tokenizer puts {now_around} around every text, and in training it put {record.around}; "
+                "put the tokenizer of the training back beside it",
+                key="reward.model",
+            )
+        if self.format == record.format == "chat" and record.turns is not None:
+            now = reward_texts.lay_out(self.tokenizer, record.turns)
+            if now != record.laid_out:
+                raise ConfigError(
+                    f"{said}: its chat template makes {now!r:.80} of a conversation of which training made "
+                    f"{record.laid_out!r:.80}; put the tokenizer of the training back beside it, or train again",
+                    key="reward.model",
+                )
+        texts = [probe.text for probe in record.probes]
+        rows, _ = reward_texts.encode(self.tokenizer, texts, self.max_tokens)
+        if any(len(probe.scores) != self.model.config.num_labels for probe in record.probes):
+            raise ConfigError(
+                f"{said} has {self.model.config.num_labels} outputs, and its {reward_texts.FILE} other numbers of "
+                "scores; put back what training wrote",
+                key="reward.model",
+            )
+        scores = torch.cat([self.logits([row]) for row in rows]) if rows else torch.zeros(0, 1)
+        then = torch.tensor([probe.scores for probe in record.probes]) if rows else scores
+        ids = [row["input_ids"] for row in rows]
+        finding = trained_scored(texts, ids, scores, [probe.ids for probe in record.probes], then, self.dtype)
+        if not finding.passed:
+            dtype = str(self.dtype).removeprefix("torch.")
+            of_weights = f"its weights are others, or {dtype} rounds too much"
+            why = "its tokenizer is another" if finding.unit == "texts" else of_weights
+            raise ConfigError(
+                f"{said}: {finding.message}: {why}; put back what training wrote, or set reward.dtype=fp32",
+                key="reward.model",
+                difference=finding.difference,
+            )
+
+    def _check_longest(self, said: str) -> None:
+        """A text of as many tokens as the model is taken to read; for a table of positions only, which has an end."""
+        if self.max_tokens > _LONGEST_TRIED:
+            return
+        rows, _ = reward_texts.encode(self.tokenizer, ["a film " * self.max_tokens], self.max_tokens)
+        try:
+            self._check_finite(rows, said)
+        except (IndexError, RuntimeError) as error:  # on a GPU an index out of range is a RuntimeError
+            known = self.model.get_input_embeddings().weight.shape[0]
+            if max(rows[0]["input_ids"]) >= known:
+                raise ConfigError(
+                    f"{said}: its tokenizer has {len(self.tokenizer)} ids and the model {known} embeddings: it is "
+                    "another model's; save the right one beside it",
+                    key="reward.model",
+                ) from error
+            raise ConfigError(
+                f"{said} cannot read a text of {self.max_tokens} tokens, as its files let expect "
+                f"({str(error).splitlines()[0]}); set model_max_length in its tokenizer_config.json to what it reads",
+                key="reward.model",
+                tokens=self.max_tokens,
+            ) from error
+
+    def _check_finite(self, rows: Sequence[Mapping[str, Sequence[int]]], said: str) -> None:
+        if not all(self.logits([row]).isfinite().all() for row in rows):
+            half = self.dtype == torch.float16
+            why = "which fp16 overflows; set reward.dtype to bf16 or fp32" if half else "so its weights are damaged"
+            dtype = str(self.dtype).removeprefix("torch.")
+            raise ConfigError(
+                f"{said}: the score of an ordinary text is not finite in {dtype}, {why}",
+                key="reward.dtype" if half else "reward.model",
+                dtype=dtype,
+            )
 
 
 class RemoteReward:
@@ -301,13 +492,50 @@ class _NoRedirection(HTTPRedirectHandler):
         return None
 
 
-def reward_dtype(config: RewardConfig, device: torch.device) -> torch.dtype:
-    """reward.dtype; auto is fp16 on a GPU; on a CPU, where fp16 is emulated, bf16 if it has the units, else fp32."""
+def reward_dtype(config: RewardConfig, device: torch.device, stored: torch.dtype | None = None) -> torch.dtype:
+    """reward.dtype; auto is fp16 on a GPU, and on a CPU, where fp16 is emulated, bf16 if it has the units, else fp32.
+
+    For weights that are `stored` or were trained in bf16 it is never fp16, in which their activations may overflow.
+    """
     if config.dtype != "auto":
         return DTYPES[config.dtype]
-    if device.type != "cpu":
+    if device.type != "cpu" and stored != torch.bfloat16:
         return torch.float16
     return torch.bfloat16 if computes_in_bf16(device) else torch.float32
+
+
+def cautions(reward: Reward, prompt_tokens: int, new_tokens: int) -> list[tuple[str, str]]:
+    """What a run should know of how its classifiers get their texts: (what was looked at, one line) for each.
+
+    The policy's prompts and responses have up to so many tokens.
+    """
+    found = []
+    for name, _, term in reward.terms:
+        if not isinstance(term, Classifier):
+            continue
+        longest = new_tokens + (prompt_tokens if term.config.text == "full" else 0)
+        if longest > term.max_tokens:
+            training = " (data.max_tokens of its training)" if term.record else ""
+            end = "beginning" if term.tokenizer.truncation_side == "left" else "end"
+            whole = (
+                ", and of the longest prompts' responses nothing is read" if prompt_tokens >= term.max_tokens else ""
+            )
+            fix = "lower rollout.max_prompt_tokens" + (", or train it again with more" if term.record else "")
+            fix = f"set reward.text=response, {fix}" if term.config.text == "full" else fix
+            said = f"{name} reads {term.max_tokens} tokens{training}, and samples have up to {longest} of the policy's"
+            found.append(("reward window", f"{said}: the {end} may go unread{whole}; {fix}"))
+        if term.record is None and term.tokenizer.chat_template and term.config.format == "auto":
+            found.append(
+                (
+                    "reward texts",
+                    f"{name} has a chat template and no record of how its texts were formed in training: they are "
+                    "scored plain; if it was trained on conversations set reward.format=chat, else plain",
+                )
+            )
+        if term.record is not None and term.record.format not in ("mixed", "marked", term.format):
+            said = f"reward.format={term.format}, but {name} was trained on {term.record.format} texts"
+            found.append(("reward texts", f"{said}: its scores mean little; set auto"))
+    return found
 
 
 def load_reward(

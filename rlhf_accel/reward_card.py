@@ -102,6 +102,7 @@ Gives a text {meaning}. Trained with `python -m rlhf_accel train-reward` from `{
 {_PROBABILITY[data.objective]}.
 `reward/ece_calibrated` is the same with the scores divided by `reward/temperature`, which is the likeliest one on
 {tuned_on}; the written scores are not divided by it. A dash is a figure that these data cannot tell.
+`reward_texts.json` records how the texts were formed, with four of the training texts and their scores.
 """
     if has_plot:
         card += f"\n![Share of right answers by their probability]({PLOT})\n"

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,16 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from rlhf_accel import assets, calibration, classifiers, files, preferences, reward_card
+from rlhf_accel import assets, calibration, classifiers, files, preferences, reward_card, reward_texts
 from rlhf_accel.calibration import preference_loss
-from rlhf_accel.config import ConfigError, RewardTrainingConfig, RunFailed, from_command_line
+from rlhf_accel.config import ConfigError, RewardConfig, RewardTrainingConfig, RunFailed, from_command_line
 from rlhf_accel.distributed import release_accelerate
 from rlhf_accel.lock import hold
 from rlhf_accel.preferences import Feedback, Sets
-from rlhf_accel.runtime import computes_in_bf16, quiet_libraries, tune_process
+from rlhf_accel.probes import trained_scored
+from rlhf_accel.reward import Classifier
+from rlhf_accel.reward_texts import Probe, Record
+from rlhf_accel.runtime import computes_in_bf16, has_gpu, quiet_libraries, tune_process
 from rlhf_accel.terminal import say
 
 # Texts that mean and variance of the scores are taken over, drawn with random numbers of their own.
@@ -80,14 +83,22 @@ def _train(config: RewardTrainingConfig, output: Path) -> dict[str, float]:
             "reward/train_rows": len(sets.learned),
             "reward/tuning_rows": len(sets.tuning),
             "reward/eval_rows": len(sets.held),
+            "reward/cut_texts": trainer.cut,
         }
         if config.run.eval_every:
             metrics["reward/best_step"] = trainer.state.best_global_step or trainer.state.global_step
+        kept = trainer.texts_to_keep(sets.learned)
+        left = torch.from_numpy((trainer.scores(kept) - shift) / scale).float()
         finished = work / "model"
         trainer.save_model(str(finished))
         if trainer.is_world_process_zero():
             classifiers.finish(finished, config, tokenizer, sets.labels, shift, scale)
-            notes = [*sets.notes, *reward_card.describe(finished, config, sets.labels, sets.sources, metrics, curves)]
+            write_record(finished, trainer.record(sets), sets.labels, kept, left, trust_remote_code=trusted)
+            notes = [
+                *sets.notes,
+                *trainer.cut_note(),
+                *reward_card.describe(finished, config, sets.labels, sets.sources, metrics, curves),
+            ]
             files.flush_all(finished, like=finished / "config.json")
             if output.exists():
                 output.rmdir()  # empty: _free_folder looked
@@ -103,9 +114,11 @@ class FeedbackTrainer(Trainer):  # type: ignore[misc]  # mypy skips transformers
     def __init__(
         self, config: RewardTrainingConfig, arguments: TrainingArguments, model: Any, tokenizer: Any, sets: Sets
     ) -> None:
+        self.config = config
         self.objective = config.data.objective
         self.tokenizer = tokenizer
         self.max_tokens = min(config.data.max_tokens, classifiers.most_tokens(model, tokenizer))
+        self.ids, self.cut = self._learned_ids(sets.learned)
         evaluated = self._numbered(sets.tuning.texts) if config.run.eval_every else None
 
         def loss(prediction: transformers.EvalPrediction) -> dict[str, float]:
@@ -167,10 +180,11 @@ class FeedbackTrainer(Trainer):  # type: ignore[misc]  # mypy skips transformers
 
     def _numbered(self, texts: tuple[str, ...]) -> list[dict[str, Any]]:
         """Texts with their places: the Trainer groups these sets by length too, so that rows come in another order."""
-        return [{"input_ids": ids, "labels": i} for i, ids in enumerate(self._encoded(texts))]
+        rows, _ = reward_texts.encode(self.tokenizer, texts, self.max_tokens)
+        return [{"input_ids": row["input_ids"], "labels": i} for i, row in enumerate(rows)]
 
     def _examples(self, learned: Feedback) -> list[dict[str, Any]] | datasets.Dataset:
-        ids = self._encoded(learned.texts)
+        ids = self.ids
         if learned.targets is not None:
             return [{"input_ids": row, "labels": t} for row, t in zip(ids, learned.targets.tolist(), strict=True)]
         pairs = [
@@ -194,8 +208,47 @@ class FeedbackTrainer(Trainer):  # type: ignore[misc]  # mypy skips transformers
         longer = [max(len(pair["input_ids"]), len(pair["rejected_ids"])) for pair in different]
         return datasets.Dataset.from_list(different).add_column("length", longer)
 
-    def _encoded(self, texts: tuple[str, ...]) -> list[list[int]]:
-        return self.tokenizer(list(texts), truncation=True, max_length=self.max_tokens)["input_ids"] if texts else []
+    def texts_to_keep(self, learned: Feedback) -> tuple[str, ...]:
+        """Texts of the training that go beside the model, to see later that they are scored as they are now."""
+        short = [len(text) <= reward_texts.LONGEST_PROBE for text in learned.texts]
+        return tuple(learned.texts[i] for i in reward_texts.spread([len(ids) for ids in self.ids], short))
+
+    def record(self, sets: Sets) -> Record:
+        """How the texts were formed; without the texts that are kept."""
+        formed, marker = sets.formed, reward_texts.special_token(self.tokenizer, self.ids)
+        kind: Any = "marked" if marker and not formed.conversations else "plain"
+        if formed.conversations:
+            kind = "mixed" if formed.plain else "chat"
+        turns, laid_out = formed.first if formed.first and kind == "chat" else (None, None)
+        return Record(
+            format=kind,
+            marker=marker if kind == "marked" else None,
+            turns=turns,
+            laid_out=laid_out,
+            max_tokens=self.max_tokens,
+            truncation_side=self.tokenizer.truncation_side,
+            around=reward_texts.around(self.tokenizer),
+            precision="bf16" if self.args.bf16 else "fp32",
+            texts=len(self.ids),
+            cut=self.cut,
+            probes=[],
+        )
+
+    def cut_note(self) -> list[str]:
+        """A line to tell the user, if texts were cut."""
+        if not self.cut:
+            return []
+        wanted = self.config.data.max_tokens
+        limit = f"data.max_tokens={wanted}" if wanted == self.max_tokens else f"the {self.max_tokens} of this model"
+        return [
+            f"{self.cut} of {len(self.ids)} texts to learn from ({self.cut / len(self.ids):.0%}) have more tokens than "
+            f"{limit} and were cut"
+        ]
+
+    def _learned_ids(self, learned: Feedback) -> tuple[list[list[int]], int]:
+        """Ids of each text to learn from, and how many texts were cut."""
+        rows, cut = reward_texts.encode(self.tokenizer, learned.texts, self.max_tokens)
+        return [row["input_ids"] for row in rows], sum(cut)
 
 
 @dataclass(frozen=True)
@@ -230,6 +283,49 @@ class _Progress(transformers.TrainerCallback):  # type: ignore[misc]  # as Feedb
             if state.is_world_process_zero and logs and key in logs:
                 what = f"{self.loss}{place} {float(logs[key]):.3f}"
                 say(f"step {state.global_step}/{state.max_steps}  {what}")
+
+
+def write_record(
+    folder: Path,
+    record: Record,
+    labels: tuple[str, ...],
+    kept: tuple[str, ...],
+    left: Tensor,
+    *,
+    trust_remote_code: bool = False,
+) -> None:
+    """Write how texts were formed beside the model, with the training texts `kept` and the scores that the model as
+    written gives them, formed and read as PPO will.
+
+    Raises `RunFailed` if these are not the scores `left` (N, K) that the model in memory gave.
+    """
+    reward_texts.write(folder, record)
+    alone = record.turns is not None and len(record.turns) == 1
+    config = RewardConfig(
+        model=str(folder),
+        label=labels[0],
+        dtype="fp32",
+        batch_size=1,
+        format="chat" if record.format == "chat" else "plain",
+        text="response" if alone else "full",
+    )
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # what is kept should not depend on this machine
+    try:
+        classifier = Classifier(config, str(folder), torch.device("cpu"), trust_remote_code=trust_remote_code)
+        rows, _ = reward_texts.encode(classifier.tokenizer, kept, classifier.max_tokens)
+        scores = torch.cat([classifier.logits([row]) for row in rows]) if rows else left
+    finally:
+        torch.set_float32_matmul_precision(before)
+    ids = [row["input_ids"] for row in rows]
+    rounded = record.precision == "bf16" or before != "highest"
+    finding = trained_scored(kept, ids, scores, ids, left, torch.bfloat16 if rounded else torch.float32)
+    if not finding.passed:
+        raise RunFailed(f"the written model is not the trained one: {finding.message}. Nothing is written")
+    probes = [
+        Probe(text=text, ids=row, scores=said) for text, row, said in zip(kept, ids, scores.tolist(), strict=True)
+    ]
+    reward_texts.write(folder, replace(record, probes=probes))
 
 
 def tuning_loss(objective: str, tuning: Feedback, scores: np.ndarray) -> float:
@@ -364,12 +460,12 @@ def _free_folder(config: RewardTrainingConfig) -> Path:
 
 
 def _arguments(config: RewardTrainingConfig, work: str) -> TrainingArguments:
-    cuda = torch.cuda.is_available()
+    cuda = has_gpu()
     bf16 = config.run.precision == "bf16" or (
         config.run.precision == "auto" and computes_in_bf16(torch.device("cuda" if cuda else "cpu"))
     )
     # One process with several GPUs runs DataParallel, which takes a batch for each.
-    devices = 1 if "LOCAL_RANK" in os.environ else max(1, torch.cuda.device_count())
+    devices = torch.cuda.device_count() if cuda and "LOCAL_RANK" not in os.environ else 1
     # The option was renamed after transformers 5.0.
     new_name = "train_sampling_strategy" in TrainingArguments.__dataclass_fields__
     grouped: dict[str, Any] = {"train_sampling_strategy": "group_by_length"} if new_name else {"group_by_length": True}

@@ -78,6 +78,13 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
 
 
+def has_gpu() -> bool:
+    """Whether this process computes on a GPU: there is one, and the launch does not keep it on the CPU
+    (`use_cpu: true`, as in accelerate_configs/cpu.yaml)."""
+    kept_off = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes", "on", "y", "t")
+    return torch.cuda.is_available() and not kept_off
+
+
 def computes_in_bf16(device: torch.device) -> bool:
     """Whether the device has bf16 arithmetic of its own; elsewhere it is emulated, on a CPU up to 100 times slower.
 

@@ -25,7 +25,17 @@ from rlhf_accel.exports import ExportError, ExportProbe
 from rlhf_accel.faults import Fault, explain, rollout_fault
 from rlhf_accel.keeper import Keeper
 from rlhf_accel.metrics import Progressline, Stopwatch
-from rlhf_accel.reward import Reward, RewardError, RewardFunction, load_golds, load_reward, reward_of
+from rlhf_accel.reward import (
+    Classifier,
+    Reward,
+    RewardError,
+    RewardFunction,
+    cautions,
+    load_golds,
+    load_reward,
+    reward_of,
+)
+from rlhf_accel.reward_texts import special_token
 from rlhf_accel.rollout import WITHOUT_PARTS, FailedScoring, Sampler
 from rlhf_accel.runtime import computes_in_bf16, product_arithmetic, product_error, reseed
 from rlhf_accel.tokens import Tokens
@@ -37,6 +47,7 @@ _CALIBRATION_STEP = 0  # training steps count from 1
 _STEP, _EVALUATION = 0, 1  # global random numbers, by what draws them
 _PROBED = 32  # prompts whose tokens are compared with the tokenizer's own
 _LOOKED_AT = 16  # responses whose logits tell the limits of step 1
+_READ = 64  # prompts, to see whether they hold special tokens
 _SHOWN = 10  # held-out samples that the summary shows before and after
 
 T = TypeVar("T")
@@ -102,6 +113,7 @@ class PPOTrainer:
         reference = models.load_reference(config, policy)
         reward_path = self._reward_path()
         self.reward = self._load_reward(reward, reward_path)
+        self._check_turns()
         self.golds = self._on_main_first(lambda: load_golds(config.reward))
         self._try_reward()
         module = models.build(config, policy, policy_path, reward_path)
@@ -143,6 +155,8 @@ class PPOTrainer:
                 self.line.say(f"run folder {self.folder}\n{self._what_runs}\n{self.keeper.products.message}")
                 self._warn_of_emulation()
                 self._warn_of_truncation()
+                for _, said in self.cautions():
+                    self.line.say(f"warning: {said}")
                 self._prepare()
                 self.keeper.open(self.progress, self.resume_from)
                 return self._train()
@@ -470,6 +484,44 @@ class PPOTrainer:
         name = f"reward={getattr(reward, '__name__', type(reward).__name__)}"
         return reward_of(self.config.reward, ((name, 1.0, reward),))
 
+    def cautions(self) -> list[tuple[str, str]]:
+        """What a run should know of the texts that its reward reads: (what was looked at, one line) for each."""
+        rollout = self.config.rollout
+        return cautions(self.reward, rollout.max_prompt_tokens, rollout.max_new_tokens)
+
+    def _check_turns(self) -> None:
+        """Raises `ConfigError` where prompts that a classifier would read as a user's turn are laid out themselves."""
+        for name, _, term in self.reward.terms:
+            if not isinstance(term, Classifier) or not term.reads_prompts_as_turns:
+                continue
+            few = self.prompts.fixed(_READ)
+            rows = [ids[mask].tolist() for ids, mask in zip(few.queries, few.query_mask, strict=True)]
+            marker = special_token(self.tokens.tokenizer, rows)
+            if marker is not None:
+                raise ConfigError(
+                    f"{name} reads conversations, and prompts of data.source={self.config.data.source} hold special "
+                    f"tokens such as {marker}, which do not reach it; name the column with the plain prompt, or the "
+                    "conversation, in reward.chat_field",
+                    key="reward.chat_field",
+                    marker=marker,
+                )
+
+    def _cut_texts(self) -> dict[str, dict[str, int]]:
+        """For each classifier that had to cut texts in this process's share or another's, how many; says so, too."""
+        found = {}
+        for name, _, term in self.reward.terms:
+            if isinstance(term, Classifier):
+                counts = torch.tensor([term.read, term.cut, term.unread])
+                read, cut, unread = self.runtime.sum(counts).tolist()
+                if cut:
+                    found[name] = {"read": read, "cut": cut, "unread": unread}
+                    nothing = f", of {unread} it read nothing of the response" if unread else ""
+                    self.line.say(
+                        f"warning: {name} cut {cut} of {read} texts ({cut / read:.1%}) to the {term.max_tokens} tokens "
+                        f"that it reads{nothing}"
+                    )
+        return found
+
     def _try_reward(self) -> None:
         """Score a few prompts as they are, and with empty responses if parts of these will be scored, so that a reward
         that cannot work fails before training."""
@@ -586,6 +638,7 @@ class PPOTrainer:
             "message": str(error),
             "traceback": "".join(traceback.format_exception(error.__cause__ or error)),
             "rows": [],
+            "arithmetic": self._arithmetic(),
             **error.inputs,
         }
         place = self.keeper.dump(facts, None)
@@ -613,7 +666,7 @@ class PPOTrainer:
         said += f"; {count} steps in a row were skipped (run.max_skipped_steps)"
         if not self.keeper.is_open:  # step() was called by itself, which writes nothing
             raise RunFailed(said)
-        facts: dict[str, Any] = {**asdict(fault), "message": said}
+        facts: dict[str, Any] = {**asdict(fault), "message": said, "arithmetic": self._arithmetic()}
         if self.rollout is not None:
             facts |= {"prompts": self.rollout.prompts, "responses": self.rollout.texts}
             facts |= {"scores": self.rollout.scores.tolist(), "columns": self._columns}
@@ -661,6 +714,9 @@ class PPOTrainer:
         if last is not None and best.best_score is None and self.config.run.best_kl_budget is not None:
             budget = self.config.run.best_kl_budget
             self.line.say(f"warning: no evaluation was within run.best_kl_budget={budget:g}: best/ is not written")
+        cut = self._cut_texts()
+        if cut:
+            summary["cut_texts"] = cut
         try:
             self.keeper.finish(summary, self.tokens, self._export_probe)
         except ExportError as error:
@@ -668,6 +724,19 @@ class PPOTrainer:
         if self.config.run.report and self.runtime.is_main:
             report.after_training(self.folder, self.line.say)
         return summary
+
+    def _arithmetic(self) -> dict[str, str]:
+        """What `auto` became on this device, for a dump to be run again in the same way."""
+        names = {dtype: name for name, dtype in models.DTYPES.items()}
+        found = {
+            "device": self.runtime.device.type,
+            "precision": self.runtime.precision,
+            "model_dtype": names[models.resolve_dtype(self.config, self.runtime.device)],
+        }
+        for _, _, term in self.reward.terms:
+            if isinstance(term, Classifier):
+                found["reward_dtype"] = names[term.dtype]
+        return found
 
     def _describe(self, module: models.PolicyWithValue) -> str:
         trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)

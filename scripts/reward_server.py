@@ -34,7 +34,7 @@ from rlhf_accel.__main__ import run
 from rlhf_accel.config import ConfigError, RewardConfig, parse
 from rlhf_accel.metrics import finite_or_none
 from rlhf_accel.reward import TOKEN_VARIABLE, Reward, RewardError, load_reward
-from rlhf_accel.runtime import quiet_libraries, tune_process
+from rlhf_accel.runtime import has_gpu, quiet_libraries, tune_process
 
 LOOPBACK = ("127.0.0.1", "localhost")
 
@@ -180,7 +180,7 @@ def read_batch(body: bytes) -> Batch:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description="A reward behind HTTP, for reward.url.")
-    for key in ("function", "model", "label", "output", "text"):
+    for key in ("function", "model", "label", "output", "text", "format", "chat_field"):
         parser.add_argument(f"--{key}", help=f"as reward.{key} in a run's config")
     parser.add_argument("--host", default=LOOPBACK[0], help="address to listen on; by default this machine only")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one, which is said")
@@ -197,7 +197,7 @@ def main(arguments: list[str]) -> None:
     tune_process()
     quiet_libraries()
     path = None if config.model is None else assets.resolve_model(config.model, "reward.model")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if has_gpu() else "cpu")
     reward = replace(load_reward(config, path, device, trust_remote_code=options.trust_remote_code), retries=0)
     try:
         server = RewardServer((options.host, options.port), reward, options.max_bytes, deadline=options.deadline)
