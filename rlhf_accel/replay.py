@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from rlhf_accel import assets
 from rlhf_accel.checkpoint import Dump, read_dump
 from rlhf_accel.config import RewardConfig, for_a_look
 from rlhf_accel.metrics import plain
-from rlhf_accel.models import model_inputs
+from rlhf_accel.models import DTYPES, model_inputs
 from rlhf_accel.reward import RewardError, load_reward
-from rlhf_accel.runtime import quiet_libraries, tune_process
+from rlhf_accel.runtime import has_gpu, quiet_libraries, tune_process
 from rlhf_accel.terminal import Terminal
 from rlhf_accel.trainer import PPOTrainer
 from rlhf_accel.trust import add_flag, require_trust
@@ -40,18 +41,43 @@ def main(arguments: list[str]) -> None:
     console.print(f"the run said: {dump.facts['message']}", highlight=False, markup=False)
     if "traceback" in dump.facts:
         console.print(dump.facts["traceback"], highlight=False, markup=False)
-    console.print("running each sample by itself", highlight=False)
-    tune_process()
+    dump, where = as_the_run_did(dump)
+    console.print(f"running each sample by itself, {where}", highlight=False)
+    tune_process(dump.config.run.matmul_precision)
     quiet_libraries()
     found = replay_model(dump, options.dump) if of_model else replay_reward(dump)
     _show(console, found)
+
+
+def as_the_run_did(dump: Dump) -> tuple[Dump, str]:
+    """The dump with the precision and dtypes that the run made of `auto`, and in words where it runs again.
+
+    A run on a CPU is run again on one, whatever this machine has; dumps of old versions do not say.
+    """
+    did = dump.facts.get("arithmetic", {})
+    config = dump.config
+    allowed = {"precision": ("fp32", "bf16"), "model_dtype": tuple(DTYPES), "reward_dtype": tuple(DTYPES)}
+    found = {key: did[key] for key, known in allowed.items() if did.get(key) in known}
+    config = replace(
+        config,
+        run=replace(config.run, precision=found.get("precision", config.run.precision)),
+        model=replace(config.model, dtype=found.get("model_dtype", config.model.dtype)),
+        reward=replace(config.reward, dtype=found.get("reward_dtype", config.reward.dtype)),
+    )
+    if did.get("device") == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    here = "cuda" if has_gpu() else "cpu"
+    where = f"on {here} in {', '.join(f'{key} {value}' for key, value in found.items()) or 'what the config says'}"
+    differs = did.get("device") not in (None, here)
+    return replace(dump, config=config), where + (f" (the run was on {did['device']})" if differs else "")
 
 
 def replay_reward(dump: Dump) -> list[dict[str, Any]]:
     """Score each text by itself: a row for each with the score, or with what the reward raised."""
     config, facts, trusted = dump.config.reward, dump.facts, dump.config.model.trust_remote_code
     path = None if config.model is None else assets.resolve_model(config.model, "reward.model")
-    reward = replace(load_reward(config, path, torch.device("cpu"), trust_remote_code=trusted), retries=0)
+    device = torch.device("cuda" if has_gpu() else "cpu")
+    reward = replace(load_reward(config, path, device, trust_remote_code=trusted), retries=0)
     rows = []
     for i, (prompt, response) in enumerate(zip(facts["prompts"], facts["responses"], strict=True)):
         columns = {name: [column[i]] for name, column in facts.get("columns", {}).items()}
@@ -76,12 +102,13 @@ def replay_model(dump: Dump, folder: Path) -> list[dict[str, Any]]:
     for row in dump.facts["rows"]:
         part = experience.select(torch.tensor([row]))
         if dump.facts["phase"] == "rollout":
-            with torch.no_grad():
+            with torch.no_grad(), trainer.runtime.autocast():
                 said = module(*model_inputs(part.sequences.to(trainer.runtime.device)))
             figures = {"log-probability": float(said.logprobs.sum()), "values": float(said.values.sum())}
         else:
             module.zero_grad()
-            loss = trainer.loss_of(part)
+            with trainer.runtime.autocast():
+                loss = trainer.loss_of(part)
             loss.backward()
             norm = torch.stack([p.grad.norm() for p in learned if p.grad is not None]).norm()
             figures = {"loss": float(loss.detach()), "gradient norm": float(norm)}

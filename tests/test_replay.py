@@ -13,9 +13,10 @@ import torch
 
 from rlhf_accel import __main__ as command_line
 from rlhf_accel import models, ppo, replay
-from rlhf_accel.checkpoint import read_dump
-from rlhf_accel.config import RunFailed
+from rlhf_accel.checkpoint import Dump, read_dump
+from rlhf_accel.config import Config, RunFailed, parse
 from rlhf_accel.faults import Fault, explain, rollout_fault
+from rlhf_accel.reward import Reward
 from rlhf_accel.trainer import PPOTrainer
 from tests.test_types import make_rollout
 
@@ -261,3 +262,59 @@ def test_a_step_by_itself_writes_nothing_when_it_gives_up(tiny, tmp_path) -> Non
     with pytest.raises(RunFailed, match=r"scores are not finite .* 1 steps in a row were skipped"):
         trainer.step(["The film"] * 8)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dump_is_run_again_on_the_device_and_in_the_dtypes_of_the_run(tiny, tmp_path, monkeypatch) -> None:
+    """A run in bf16 on a CPU, looked at where `auto` would be a GPU: precision and dtypes are those of the dump."""
+    seen: list[tuple[str, torch.dtype]] = []
+
+    def noted(module: Any, given: Any) -> None:
+        seen.append((next(module.parameters()).device.type, torch.get_autocast_dtype("cpu")))
+        assert torch.is_autocast_enabled("cpu"), "the run's passes were under autocast"
+
+    run = {"output_dir": str(tmp_path / "run"), "total_steps": 2, "eval_samples": 0, "max_skipped_steps": 1}
+    trainer = PPOTrainer(tiny(run={**run, "precision": "bf16"}, model={**vars(tiny().model), "dtype": "fp32"}))
+    with torch.no_grad():
+        trainer.runtime.plain_module.value_head.bias.fill_(math.nan)
+    with pytest.raises(RunFailed):
+        trainer.fit()
+    place = tmp_path / "run" / "dumps" / "step-000001"
+    dump = read_dump(place)
+    assert dump.facts["arithmetic"] == {"device": "cpu", "precision": "bf16", "model_dtype": "fp32"}
+    # As if the config had said auto, on a machine with a GPU.
+    automatic = replace(dump, config=replace(dump.config, run=replace(dump.config.run, precision="auto")))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    settled, where = replay.as_the_run_did(automatic)
+    assert settled.config.run.precision == "bf16"
+    assert where == "on cpu in precision bf16, model_dtype fp32"
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, given: noted(module, given) if isinstance(module, models.PolicyWithValue) else None
+    )
+    try:
+        replay.replay_model(settled, place)
+    finally:
+        hook.remove()
+    assert set(seen) == {("cpu", torch.bfloat16)}
+
+
+def test_a_reward_is_asked_again_on_the_runs_device_and_in_its_dtype(classifier_folder, monkeypatch) -> None:
+    config = parse(Config, {"reward": {"model": str(classifier_folder), "label": "POSITIVE"}})
+    facts = {"arithmetic": {"device": "cuda", "reward_dtype": "fp16"}, "prompts": ["A"], "responses": [" film"]}
+    dump = Dump(config=config, facts=facts, experience={}, weights={})
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    monkeypatch.setattr(replay, "has_gpu", lambda: True)
+    asked: list[tuple[str, str]] = []
+
+    def load(config: Any, path: str, device: torch.device, **rest: Any) -> Any:
+        asked.append((config.dtype, device.type))
+        return Reward(terms=(("f", 1.0, lambda p, r: [1.0]),))
+
+    monkeypatch.setattr(replay, "load_reward", load)
+    settled, where = replay.as_the_run_did(dump)
+    assert replay.replay_reward(settled)[0]["score"] == 1.0
+    assert asked == [("fp16", "cuda")] and where == "on cuda in reward_dtype fp16"
+    monkeypatch.setattr(replay, "has_gpu", lambda: False)
+    assert replay.as_the_run_did(dump)[1] == "on cpu in reward_dtype fp16 (the run was on cuda)"
+    facts["arithmetic"] = {"device": "cpu", "precision": "fp8"}  # a forged one changes nothing
+    assert replay.as_the_run_did(dump)[0].config == config
