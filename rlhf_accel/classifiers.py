@@ -33,7 +33,7 @@ def load_tokenizer(path: str, said: str, *, trust_remote_code: bool) -> Any:
 
     Raises `ConfigError`, which begins with `said`, if there is none."""
     try:
-        tokenizer = pretrained(AutoTokenizer, path, trust_remote_code=trust_remote_code)
+        tokenizer = pretrained(AutoTokenizer, path, trust_remote_code=trust_remote_code, said=said)
         # For a folder with a model and no tokenizer, transformers may make one up that knows its special tokens only.
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
             raise ValueError("its vocabulary is empty")
@@ -59,7 +59,8 @@ def known_labels(config: RewardTrainingConfig) -> tuple[str, ...]:
     `ConfigError` if there is no such model."""
     path = assets.resolve_model(config.model.name_or_path)
     with _named(config):
-        found = pretrained(transformers.AutoConfig, path, trust_remote_code=config.model.trust_remote_code).id2label
+        trusted, said = config.model.trust_remote_code, f"model.name_or_path={config.model.name_or_path}"
+        found = pretrained(transformers.AutoConfig, path, trust_remote_code=trusted, said=said).id2label
     return tuple(found[i] for i in sorted(found))
 
 

@@ -328,7 +328,7 @@ def scaled_adapter(weights: Mapping[str, Tensor], scale: float) -> dict[str, Ten
 def _continued(model: LanguageModel, config: Config, path: str) -> LanguageModel:
     """The model with the adapter at `path` twice: once to learn, once as the reference."""
     try:
-        settings = adapter_config(path)
+        settings = adapter_config(path, f"lora.adapter={path}")
         if settings.r != config.lora.r:
             raise ConfigError(
                 f"lora.r={config.lora.r}, but the adapter at lora.adapter={path} has rank {settings.r}", key="lora.r"
@@ -471,7 +471,7 @@ def load_pretrained(kind: Any, path: str, said: str, *, trust_remote_code: bool,
     settings |= {"trust_remote_code": trust_remote_code, "output_loading_info": True}
     try:
         with _quiet():
-            model, report = pretrained(kind, path, **settings)
+            model, report = pretrained(kind, path, said=said, **settings)
     except ConfigError:
         raise
     except Exception as error:  # a missing, broken or foreign file raises many kinds

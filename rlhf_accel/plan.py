@@ -119,7 +119,7 @@ def measure(config: Config, policy_path: str, reward_path: str | None = None, *,
         dtype = torch.bfloat16  # as on any GPU of today, also where the plan is made without one
     plain = replace(config, model=replace(config.model, gradient_checkpointing=False))
     if config.lora.adapter is not None:  # its shape, without its weights
-        targets = adapter_config(config.lora.adapter).target_modules
+        targets = adapter_config(config.lora.adapter, f"lora.adapter={config.lora.adapter}").target_modules
         targets = (targets,) if isinstance(targets, str) else tuple(sorted(targets or ()))
         plain = replace(plain, lora=replace(config.lora, adapter=None, target_modules=targets))
     with warnings.catch_warnings(), torch.device("meta"):
@@ -418,7 +418,7 @@ def _tokens(config: Config) -> int:
 
 def _model_config(path: str, key: str, trusted: bool) -> Any:
     try:
-        return pretrained(AutoConfig, path, trust_remote_code=trusted)
+        return pretrained(AutoConfig, path, trust_remote_code=trusted, said=f"{key}={path}")
     except ConfigError:
         raise
     except Exception as error:  # a missing, broken or foreign file raises many kinds

@@ -46,7 +46,12 @@ class Tokens:
     def load(cls, name_or_path: str, *, trust_remote_code: bool = False) -> Tokens:
         """Raises `ConfigError` when the model has no tokenizer."""
         try:
-            tokenizer = pretrained(AutoTokenizer, name_or_path, trust_remote_code=trust_remote_code)
+            tokenizer = pretrained(
+                AutoTokenizer,
+                name_or_path,
+                trust_remote_code=trust_remote_code,
+                said=f"model.name_or_path={name_or_path}",
+            )
             # For some architectures (GPT-2) transformers makes an empty tokenizer where a folder holds none.
             if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
                 raise ValueError("its vocabulary is empty")

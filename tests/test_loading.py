@@ -171,6 +171,16 @@ def test_a_cache_that_cannot_be_written_is_named(policy, tiny, tmp_path, mark, m
     assert error.value.key == "HF_HOME" and not mark.exists()
 
 
+def test_an_adapter_made_without_a_task_is_one(gpt2_folder, tmp_path) -> None:
+    """peft notes the class of its base for it, which is transformers' own."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(gpt2_folder)
+    get_peft_model(base, LoraConfig(r=2, fan_in_fan_out=True)).save_pretrained(tmp_path)
+    assert loading.adapter_config(str(tmp_path)).auto_mapping["parent_library"].startswith("transformers.")
+
+
 @pytest.mark.parametrize(
     "changes",
     [
