@@ -97,7 +97,16 @@ def computes_in_bf16(device: torch.device) -> bool:
         return device.type == "cpu" and assumed == "1"
     # torch asks the CPU, and oneDNN, which computes, heeds this variable of its own.
     within = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
-    return within not in _WITHOUT_BF16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return within not in _WITHOUT_BF16 and torch.ops.mkldnn._is_mkldnn_bf16_supported() and not _emulates_in_avx512()
+
+
+def _emulates_in_avx512() -> bool:
+    """Whether the CPU has AVX-512 and no bf16 units: there oneDNN takes bf16 and torch reports it as supported, but the
+    products are slower than in fp32."""
+    if not hasattr(torch.cpu, "_is_avx512_bf16_supported"):  # an older torch
+        return False
+    has_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return bool(torch.cpu._is_avx512_supported() and not has_units)
 
 
 # Of `product_error`, between what was measured or follows: fp32 3e-7, TF32 5e-4 (11 bits of a factor), bf16 4e-3 (8).

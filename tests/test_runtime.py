@@ -56,8 +56,22 @@ def test_a_kind_of_cpu_can_be_forced(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: has_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
     assert runtime.computes_in_bf16(torch.device("cpu")) == (has_bf16 if expected is None else expected)
     assert not runtime.computes_in_bf16(torch.device("meta"))
+
+
+def test_avx512_without_bf16_units_is_emulation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch reports bf16 as supported by oneDNN on every CPU with AVX-512."""
+    for name in ("RLHF_ACCEL_CPU_BF16", "ONEDNN_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
+    for of_avx512, of_amx in ((False, False), (True, False), (False, True)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=of_avx512: has)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=of_amx: has)
+        assert runtime.computes_in_bf16(torch.device("cpu")) == (of_avx512 or of_amx)
 
 
 def rounding(bits: int, allowed: Callable[[], bool] = lambda: True) -> Callable[..., torch.Tensor]:
