@@ -180,3 +180,23 @@ def test_padding_says_nothing():
 def test_the_order_of_responses_does_not_matter():
     swapped = make_experience(rollout().select(torch.tensor([1, 0])), PPOConfig(), RewardConfig(), 0.5)
     assert_close(swapped.advantages.flip(0), make(PPOConfig()).advantages)
+
+
+@pytest.mark.parametrize("whitened", [False, True])
+def test_one_token_and_a_response_without_any_give_finite_numbers(whitened):
+    """Of one token there is no spread; of a response that is all padding nothing counts, not even its score."""
+    config = PPOConfig(whiten_rewards=whitened, whiten_advantages=whitened)
+    was = rollout()
+    for mask in (torch.tensor([[True, False, False]]), torch.zeros(1, 3, dtype=torch.bool)):
+        one = was.select(torch.tensor([0]))
+        one = replace(one, sequences=replace(one.sequences, response_mask=mask))
+        experience = make_experience(one, config, RewardConfig(), 0.5)
+        for part in (experience.rewards, experience.advantages, experience.returns):
+            assert part.isfinite().all() and not part[~mask].any()
+        if whitened:
+            assert not experience.advantages.any()
+        assert float(ppo.explained_variance(one.values, experience.returns, mask)) == 0
+    assert_close(
+        make_experience(was.select(torch.tensor([0])), PLAIN, RewardConfig(), 0.5).rewards[0, :2],
+        torch.tensor([-0.1, 1.2]),
+    )

@@ -287,6 +287,10 @@ SWITCHES = {
     "min_new_tokens": {"rollout": {"min_new_tokens": 8}},
     "max_new_tokens": {"rollout": {"max_new_tokens": 3}},
     "batch of one": {"rollout": {"batch_size": 1}, "ppo": {"num_minibatches": 1}},
+    "one token": {
+        "rollout": {"batch_size": 1, "max_new_tokens": 1},
+        "ppo": {"num_minibatches": 1, "whiten_rewards": True},
+    },
     "llama": {"model": {"name_or_path": "llama"}},
     "weights": {"reward": {"function": FUNCTIONS, "weights": [1.0, -2.0]}},
     "classifier": {"reward": {"function": [], "model": "classifier", "label": "POSITIVE"}},
