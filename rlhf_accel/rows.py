@@ -150,7 +150,8 @@ def _columns(rows: Iterable[dict[str, Any]]) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {}
     for count, row in enumerate(rows):
         for name in row:
-            columns.setdefault(name, [None] * count)
+            if name not in columns:
+                columns[name] = [None] * count
         for name, column in columns.items():
             column.append(row.get(name))
     return columns

@@ -186,9 +186,9 @@ class StopCondition:
         self.texts = tuple(texts)
         self._tokens = tokens
         self._prompts = prompts
-        # A stop text that the newest token completes lies within the last tokens: each holds at least one byte, and the
-        # first one may be written in another way than within a text.
-        self._window = 4 * max(map(len, texts), default=0) + 1
+        # A stop text that the newest token completes lies within the last tokens: each holds at least one byte. Before
+        # it are the rest of a character, and a token that may be written in another way than within a text.
+        self._window = 4 * max(map(len, texts), default=0) + 4
 
     def after(self, queries: Int[Tensor, "B Q"], query_mask: Bool[Tensor, "B Q"]) -> StopCondition:
         """The condition for responses to these prompts, row by row."""
@@ -201,23 +201,25 @@ class StopCondition:
         ended = torch.isin(responses[:, -1], torch.tensor(self.ids, device=responses.device))
         if self.texts:
             prompts = [[]] * len(responses) if self._prompts is None else self._prompts
-            found = [self._completes(prompt, row) for prompt, row in zip(prompts, responses.tolist(), strict=True)]
+            found = [
+                self._completes(prompt, row if self._tokens.hidden.isdisjoint(row) else whole.tolist())
+                for prompt, row, whole in zip(prompts, responses[:, -self._window :].tolist(), responses, strict=True)
+            ]
             ended |= torch.tensor(found, device=responses.device)
         return ended
 
     def _completes(self, prompt: Sequence[int], response: list[int]) -> bool:
         if response[-1] in self._tokens.hidden:
             return False
-        if not self._tokens.hidden.isdisjoint(response[-self._window :]):
-            response = self._tokens.shown(response)
+        response = self._tokens.shown(response)[-self._window :]
+        prompt = prompt if len(response) < self._window else []
         ids = [*prompt, *response]
-        start = max(len(ids) - self._window, len(prompt) - _CONTEXT // 2, 0)
-        now = self._tokens.text(ids[start:])
-        for _ in range(3):  # no character begins earlier
-            if start == 0 or not now.startswith(_BROKEN):
-                break
-            start -= 1
+        for start in range(4):  # tokens of a character that began before them
             now = self._tokens.text(ids[start:])
+            if not now.startswith(_BROKEN):
+                break
+        if not any(text in now for text in self.texts):
+            return False
         border = _common_length(self._tokens.text(ids[start : len(prompt)]), now) if start < len(prompt) else 0
         # The newest token must have written a part of the stop text: one that stood there before min_new_tokens does
         # not count again.

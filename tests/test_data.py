@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -159,6 +160,14 @@ def test_lines_end_where_the_file_ends_them(write: Callable, name: str) -> None:
     }[Path(name).suffix]
     source = write(name, ("\ufeff" + "".join(f"{line}\r\n" for line in lines)).encode())
     assert rows_of(load_rows(source, "train")) == [{"text": text} for text in texts]
+
+
+def test_reading_takes_time_in_proportion_to_the_rows(write: Callable) -> None:
+    """A copy of what was read so far for each row would take minutes."""
+    source = write("a.jsonl", b'{"text": "good", "number": 7}\n' * 50_000)
+    start = time.process_time()
+    assert len(load_rows(source, "train")) == 50_000
+    assert time.process_time() - start < 5
 
 
 def test_a_csv_as_pandas_writes_it(write: Callable) -> None:
