@@ -154,14 +154,14 @@ class Tokens:
         """The text of these ids, special tokens left out."""
         shown = self.shown(ids)
         text = self._decoded(shown)
-        # A character that is cut off at the end is one broken character. Decoders with a fallback to bytes (Llama 2's)
-        # break all characters of the run of bytes before it, too.
+        # Where a character is cut off at the end, decoders with a fallback to bytes (Llama 2's) break all characters of
+        # the run of bytes before it, too.
         for cut in range(1, 4):
             if not text.endswith(_BROKEN):
                 break
             whole = self._decoded(shown[:-cut])
             if not whole.endswith(_BROKEN):
-                return whole + _BROKEN if text.count(_BROKEN) > whole.count(_BROKEN) + 1 else text
+                return text if text.startswith(whole) else whole + _BROKEN
         return text
 
     def shown(self, ids: Sequence[int]) -> list[int]:
