@@ -414,8 +414,8 @@ class Doctor:
             self.note(
                 "problem",
                 "logits",
-                f"the policy's log-probabilities are not finite in model.dtype={trainer.config.model.dtype} and "
-                f"run.precision={trainer.config.run.precision}: they overflow; use fp32 or bf16",
+                f"the policy's log-probabilities are not finite in {_arithmetic(trainer)}: they overflow; set "
+                "model.dtype to fp32 or bf16",
             )
             return
         difference = float((ours - theirs)[mask].abs().max())
@@ -645,8 +645,8 @@ def _look_at_gradient(trainer: PPOTrainer, rollout: Rollout) -> Verdict:
             parameter.grad = None
     if wild:
         return "problem", (
-            f"not finite in {len(wild)} of {len(learned)} tensors ({wild[0]}, …): model.dtype="
-            f"{trainer.config.model.dtype} overflows; use fp32 or bf16"
+            f"not finite in {len(wild)} of {len(learned)} tensors ({wild[0]}, …): they overflow in "
+            f"{_arithmetic(trainer)}; set model.dtype to fp32 or bf16"
         )
     if lost:
         return "problem", (
@@ -654,6 +654,12 @@ def _look_at_gradient(trainer: PPOTrainer, rollout: Rollout) -> Verdict:
             "lora.target_modules and lora.modules_to_save"
         )
     return "ok", f"reaches all {len(learned)} tensors that learn"
+
+
+def _arithmetic(trainer: PPOTrainer) -> str:
+    """The dtype of the weights and the precision of the passes, of which the config may say auto."""
+    did = trainer.arithmetic()
+    return f"{did['model_dtype']} weights and {did['precision']} passes"
 
 
 def _elsewhere(config: Config) -> Config:

@@ -638,7 +638,7 @@ class PPOTrainer:
             "message": str(error),
             "traceback": "".join(traceback.format_exception(error.__cause__ or error)),
             "rows": [],
-            "arithmetic": self._arithmetic(),
+            "arithmetic": self.arithmetic(),
             **error.inputs,
         }
         place = self.keeper.dump(facts, None)
@@ -666,7 +666,7 @@ class PPOTrainer:
         said += f"; {count} steps in a row were skipped (run.max_skipped_steps)"
         if not self.keeper.is_open:  # step() was called by itself, which writes nothing
             raise RunFailed(said)
-        facts: dict[str, Any] = {**asdict(fault), "message": said, "arithmetic": self._arithmetic()}
+        facts: dict[str, Any] = {**asdict(fault), "message": said, "arithmetic": self.arithmetic()}
         if self.rollout is not None:
             facts |= {"prompts": self.rollout.prompts, "responses": self.rollout.texts}
             facts |= {"scores": self.rollout.scores.tolist(), "columns": self._columns}
@@ -725,7 +725,7 @@ class PPOTrainer:
             report.after_training(self.folder, self.line.say)
         return summary
 
-    def _arithmetic(self) -> dict[str, str]:
+    def arithmetic(self) -> dict[str, str]:
         """What `auto` became on this device, for a dump to be run again in the same way."""
         names = {dtype: name for name, dtype in models.DTYPES.items()}
         found = {

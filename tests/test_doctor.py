@@ -11,7 +11,7 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_accel import __main__ as command_line
-from rlhf_accel import models
+from rlhf_accel import models, reward
 from rlhf_accel.config import ConfigError, to_yaml
 from rlhf_accel.data import load_rows
 from rlhf_accel.doctor import Doctor, _look_at_format, _look_at_stops, diagnose
@@ -230,6 +230,16 @@ def test_fp16_overflow(examined, overflowing):
     assert ("ok", "gradient") in findings
 
 
+def test_fp16_that_auto_means_overflows(examined, overflowing, monkeypatch):
+    """As on a GPU: what counts is the dtype in use, not the key."""
+    monkeypatch.setattr(
+        reward, "reward_dtype", lambda config, *_: torch.float16 if config.dtype == "auto" else torch.float32
+    )
+    findings = examined(reward={"model": str(overflowing), "label": "POSITIVE", "function": [], "dtype": "auto"})
+    assert "not finite in float16" in findings["problem", "reward in fp16"]
+    assert ("ok", "gradient") in findings, "the rest is looked at in fp32"
+
+
 def test_fp16_overflow_of_the_policy(examined, gpt2_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("overflowing_policy")
     shutil.copytree(gpt2_folder, folder, dirs_exist_ok=True)
@@ -238,7 +248,7 @@ def test_fp16_overflow_of_the_policy(examined, gpt2_folder, tmp_path_factory):
         model.transformer.h[0].mlp.c_fc.weight.mul_(1e6)
     model.save_pretrained(folder)
     findings = examined(model={"name_or_path": str(folder), "dtype": "fp16"}, lora={"r": 4})
-    assert "fp16" in findings["problem", "logits"]
+    assert "not finite in fp16 weights and fp32 passes" in findings["problem", "logits"]
 
 
 def test_reward_model_without_its_tokenizer(examined, classifier_folder, tmp_path_factory):

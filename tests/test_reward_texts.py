@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassificatio
 
 from rlhf_accel import classifiers, reward, reward_texts, reward_trainer, runtime
 from rlhf_accel.config import Config, ConfigError, RewardConfig, RewardTrainingConfig, RunFailed, parse
+from rlhf_accel.doctor import _look_at_classifier
 from rlhf_accel.reward import Classifier, cautions, load_reward
 from rlhf_accel.trainer import PPOTrainer
 from tests.conftest import TEXTS, make_tokenizer
@@ -420,6 +421,8 @@ def test_a_label_is_a_name_before_it_is_a_number(classifier_folder, tmp_path) ->
         "1": (2, "found by its name"),
         "2": (2, "found by its number, as no label has that name"),
     }
+    said = _look_at_classifier("reward.model=x", 1.0, judge(tmp_path, label="1"))
+    assert said == ("ok", "reward.model=x scores by 1 (output 2, found by its name)")
 
 
 @pytest.mark.parametrize(
