@@ -69,13 +69,18 @@ _CITATIONS = """```bibtex
 
 
 def model_card(
-    config: Config, results: Mapping[str, Any], versions: Mapping[str, str], arithmetic: str | None = None
+    config: Config,
+    results: Mapping[str, Any],
+    versions: Mapping[str, str],
+    arithmetic: str | None = None,
+    left_out: str | None = None,
 ) -> str:
     """The README.md of an exported model, with front matter that the hub reads.
 
     `results` are figures by name, among them `steps`, those that this model has learnt for, and `base` and `trained`,
     each with figures of its own (all as in summary.json); what is no figure is left out. `versions` are those of the
-    packages that wrote the model; `arithmetic` says what its fp32 products were.
+    packages that wrote the model; `arithmetic` says what its fp32 products were, and `left_out` what of the base's
+    checkpoint the model does not hold.
     """
     peft = config.lora.r > 0
     base = base_model(config)
@@ -95,6 +100,7 @@ def model_card(
         *([f"While it was trained, {arithmetic}."] if arithmetic else []),
         "`value_head.safetensors` holds the critic, which only further training needs.",
         "## Limits",
+        *([f"{left_out[0].upper()}{left_out[1:]}."] if left_out else []),
         "The model was trained towards one reward: it inherits what that reward overlooks, and may please it in ways "
         "that no reader would. It was judged on prompts like those it was trained on and on nothing else, neither for "
         "truth nor for safety.",

@@ -269,6 +269,8 @@ class Doctor:
     def examine(self, trainer: PPOTrainer) -> None:
         """What a run does before it has learnt anything: samples, scores, KL, ratio, gradient."""
         self.note("ok", "fp32 products", trainer.keeper.products.message)
+        if trainer.keeper.left_out is not None:
+            self.note("warning", "text only", trainer.keeper.left_out)
         with self._checking("vocabulary"):
             self._look_at_vocabulary(trainer)
         if trainer.config.lora.r > 0:

@@ -48,6 +48,7 @@ class Keeper:
         self.products = fp32_products(runtime.device)
         self.heartbeat = Heartbeat(post, missing)
         self.is_open = False
+        self.left_out: str | None = None  # of the checkpoint that the policy was loaded from
         self._failed = 0  # saves in a row
         self._saved: Progress | None = None  # what the last checkpoint in this folder holds
         self._started = time.perf_counter()
@@ -164,7 +165,7 @@ class Keeper:
         self.heartbeat(f"writing {name}/")
         weights = self.runtime.learned_weights(frozen=self.config.lora.r == 0)
         module, arithmetic = self.runtime.plain_module, self.products.message.partition(";")[0]
-        card = model_card(self.config, results, checkpoint.versions(), arithmetic)
+        card = model_card(self.config, results, checkpoint.versions(), arithmetic, self.left_out)
         memory = logits_of(module.policy, probe.ids.to(self.runtime.device))  # by all ranks: with ZeRO-3 they share it
         given = self._given.model.name_or_path
         base = given if given != self.config.model.name_or_path else None

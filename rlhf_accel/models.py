@@ -21,7 +21,13 @@ from peft import (
 )
 from peft import LoraConfig as PeftLoraConfig
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -253,6 +259,20 @@ def fitted(model: LanguageModel, config: Config) -> LanguageModel:
             model, config, context_fn=lambda: (contextlib.nullcontext(), adapter(model, model.active_adapter))
         )
     return model
+
+
+def left_out(model: LanguageModel, config: ModelConfig, path: str) -> str | None:
+    """What of the checkpoint at `path` the language model does not hold, as of Llama 4 or Qwen 3.5: transformers loads
+    the text part of a model that also sees or hears, and names no weights that it leaves out. None if nothing is."""
+    whole = pretrained(AutoConfig, path, trust_remote_code=config.trust_remote_code)
+    if whole.model_type == model.config.model_type:
+        return None
+    names = [name for name in whole.sub_configs if getattr(whole, name, None) is not None]
+    other = sorted(name.removesuffix("_config") for name in names if name not in ("text_config", "decoder"))
+    return (
+        f"of the {whole.model_type} checkpoint only the text part ({model.config.model_type}) is loaded, trained and "
+        f"exported; final/ and best/ are without: {', '.join(other) or 'the rest'}"
+    )
 
 
 def loading_settings(config: Config, device: torch.device) -> dict[str, Any]:

@@ -109,6 +109,7 @@ class PPOTrainer:
             self.line.say("no evaluation: no text of data.source falls into the tenth held out; set data.eval_split")
 
         policy = models.load_policy(config, policy_path, self.runtime.device)
+        self.keeper.left_out = models.left_out(policy, config.model, policy_path)
         models.check_window(config, policy, len(self.tokens.prefix))
         reference = models.load_reference(config, policy)
         reward_path = self._reward_path()
@@ -153,6 +154,8 @@ class PPOTrainer:
         with StopRequest() as self._stop:
             try:
                 self.line.say(f"run folder {self.folder}\n{self._what_runs}\n{self.keeper.products.message}")
+                if self.keeper.left_out is not None:
+                    self.line.say(f"note: {self.keeper.left_out}")
                 self._warn_of_emulation()
                 self._warn_of_truncation()
                 for _, said in self.cautions():

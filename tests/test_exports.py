@@ -10,9 +10,16 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma4ForCausalLM, Gemma4TextConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+)
 
-from rlhf_accel import checkpoint, distributed, exports, models
+from rlhf_accel import checkpoint, distributed, doctor, exports, models
 from rlhf_accel.config import RunFailed
 from rlhf_accel.distributed import Runtime
 from rlhf_accel.exports import ExportError
@@ -120,8 +127,8 @@ def test_an_export_without_a_buffer_ends_the_run_and_takes_no_place(
 
 
 def planted(change: Callable[[Path], None]) -> Callable[..., None]:
-    """`flush_all`, the last thing before an export is looked at, with a change to the folder."""
-    return lambda folder, *, like: change(folder)
+    """`save_file` of the value head, which comes after the policy, with a change to the folder instead."""
+    return lambda tensors, path: change(path.parent)
 
 
 def rewrite(name: str, **changes) -> Callable[[Path], None]:
@@ -157,7 +164,7 @@ def test_an_adapter_is_loaded_once_and_at_the_end_and_its_tensors_each_time(
     def export(name: str, change: Callable[[Path], None] | None = None) -> None:
         with monkeypatch.context() as patch:
             if change is not None:
-                patch.setattr(checkpoint, "flush_all", planted(change))
+                patch.setattr(checkpoint, "save_file", planted(change))
             trainer.keeper.export(name, {}, trainer.tokens, trainer._export_probe)
 
     with pytest.raises(ExportError, match="though no tensor does: its config"):
@@ -199,3 +206,30 @@ def test_an_adapter_on_a_rounded_base_is_compared_in_its_dtype(tiny, tmp_path: P
     second.keeper.export("final", {}, second.tokens, second._export_probe)
     about = json.loads((tmp_path / "second" / "final" / "adapter_config.json").read_text())
     assert about["base_model_name_or_path"] == second.config.model.name_or_path
+
+
+def test_a_checkpoint_of_which_only_the_text_part_is_loaded_is_told(
+    tiny, llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    text = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 64}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+    config = Qwen3_5Config(text_config={**text, "layer_types": ["full_attention"]}, vision_config=vision)
+    Qwen3_5ForConditionalGeneration(config).save_pretrained(tmp_path / "sees")
+    tokenizer.save_pretrained(tmp_path / "sees")
+    trainer = PPOTrainer(
+        tiny(model={"name_or_path": str(tmp_path / "sees")}, run={"total_steps": 1, "eval_samples": 0})
+    )
+    told = "of the qwen3_5 checkpoint only the text part (qwen3_5_text) is loaded, trained and exported; final/ and"
+    assert trainer.keeper.left_out == f"{told} best/ are without: vision"
+    trainer.fit()
+    assert told in " ".join(capsys.readouterr().out.split())
+    assert "Of the qwen3_5 checkpoint only the text part" in (tmp_path / "run" / "final" / "README.md").read_text()
+    examination = doctor.Doctor(lambda line: None)
+    with pytest.MonkeyPatch.context() as patch:  # the first line is what is looked at
+        patch.setattr(doctor.Doctor, "_checking", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            examination.examine(trainer)
+    assert [found.level for found in examination.findings if told in found.said] == ["warning"]
+    assert PPOTrainer(tiny(run={"output_dir": str(tmp_path / "text")})).keeper.left_out is None

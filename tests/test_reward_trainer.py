@@ -308,6 +308,26 @@ def test_a_run_that_fails_leaves_no_folder(config, tmp_path, monkeypatch):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_folder_that_scores_otherwise_than_the_model_in_memory_is_not_written(config, tmp_path, monkeypatch):
+    """Here the merged adapters are not those that were trained."""
+    merged = reward_trainer.classifiers.adapted
+
+    def with_others(model, folder):
+        adapted = merged(model, folder)
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.data.fill_(1.0)
+        return adapted
+
+    monkeypatch.setattr(reward_trainer.classifiers, "adapted", with_others)
+    lora = {"r": 2, "target_modules": "all-linear"}
+    with pytest.raises(
+        RunFailed, match=r"^the written model is not the trained one: .* training left .*Nothing is written"
+    ):
+        train_reward(config(ratings(40), optim={"epochs": 1}, lora=lora))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_a_disk_that_is_full_is_said_in_a_line(config, tmp_path):
     """Here files may not grow beyond 20,000 bytes, which the weights do."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
