@@ -257,6 +257,8 @@ class PPOTrainer:
         limits = None
         if step == 1 and fault is None:
             limits = self._first_limits(rollout)
+            if not self.sampler.keeps_said:
+                self._warn_of_sampling(prompts, limits[0])
             self._warn_of_values(experience)
         with watch("update"):
             losses = self.update(experience, step) if fault is None else self._learn_nothing(fault, experience)
@@ -440,6 +442,25 @@ class PPOTrainer:
         """Of log-ratios to the rollout's probabilities and to the reference's. Asked for before the update: after it,
         logits are others."""
         return self.ratio_limits(rollout), self.ratio_limits(rollout, of_one_pass=not self.sampler.keeps_said)
+
+    @torch.no_grad()
+    def _warn_of_sampling(self, prompts: PromptBatch, limits: probes.RatioLimits) -> None:
+        """Where log-probabilities are recomputed, the ratio is 1 whatever sampling does: so a few responses are drawn
+        again, and sampling's own log-probabilities are compared with those of a pass over them. Called by all ranks."""
+        few = prompts.select(torch.arange(min(max(_LOOKED_AT, self.runtime.world_size), len(prompts))))
+        with self.runtime.gathered():
+            drawn = self.sampler.sample(few, seed=self.config.run.seed, step=1)
+            with self.runtime.autocast():
+                passed = self.runtime.plain_module(*models.model_inputs(drawn.sequences.to(self.runtime.device)))
+        mask = drawn.sequences.response_mask
+        off = (passed.logprobs.float().cpu() - drawn.logprobs)[mask].double()
+        total, count = self.runtime.sum(torch.stack([off.square().sum(), torch.tensor(float(off.numel()))])).tolist()
+        largest = float(self.runtime.max(torch.cat([off.new_zeros(1), off.abs()]).amax()[None])[0])
+        finding = probes.sampled_is_learnt(math.sqrt(total / count), largest, limits, recomputed=True)
+        if not finding.passed:
+            self.line.say(
+                f"warning: responses are drawn from another distribution than the one that learns; {finding.message}"
+            )
 
     def _check_first_step(
         self,

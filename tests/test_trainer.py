@@ -649,6 +649,18 @@ def test_in_bf16_a_fault_is_told_from_rounding_and_the_message_names_what_to_try
         trainer.step(prompts)
 
 
+def test_where_log_probabilities_are_recomputed_sampling_from_elsewhere_is_warned_of(tiny, monkeypatch, capsys):
+    """The ratio is 1 then, whatever sampling does."""
+    prompts, positions = ["The film", "A dull"] * 4, models.position_ids
+    for fault in (False, True):
+        trainer = PPOTrainer(tiny(run={"precision": "bf16"}, ppo={"ppo_epochs": 1}))
+        if fault:
+            monkeypatch.setattr(models, "position_ids", lambda mask: positions(mask) + 1)
+        trainer.step(prompts)
+        said = capsys.readouterr().out
+        assert ("warning: responses are drawn from another distribution than the one that learns" in said) == fault
+
+
 def test_the_module_is_back_in_evaluation_mode_after_an_exception(tiny, monkeypatch):
     trainer = PPOTrainer(tiny(model={"gradient_checkpointing": True}))
 
