@@ -5,8 +5,10 @@ Knows the config and the folder of an export; knows no rank. The comparison itse
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -18,7 +20,7 @@ from rlhf_accel.models import CRITIC, LanguageModel, exported_weights, load_expo
 from rlhf_accel.probes import Finding, export_is_memory, tensors_are_memory
 from rlhf_accel.types import PromptBatch
 
-_ROWS, _TOKENS = 2, 32  # of the sequences that both models read
+_ROWS, _TOKENS = 2, 16  # of the sequences that both models read
 
 
 class ExportError(RunFailed):
@@ -28,22 +30,29 @@ class ExportError(RunFailed):
 class ExportProbe:
     """Export = memory, for the exports of one run.
 
-    The first one, and each one that is final or a full model, is loaded as plain transformers or peft load it. Of later
-    adapters only the tensors in the file are compared: their base is the same.
+    A full model is loaded as plain transformers loads it, each time; an adapter as peft loads it, the first time. Of
+    later ones the tensors and adapter_config.json are compared, for the base is the same: to put adapters on a model
+    takes peft longer than all else.
     """
 
     def __init__(self, config: Config, device: torch.device, prompts: PromptBatch) -> None:
         self.config = config
         self.device = device
         self.ids = held_out_ids(prompts)
-        self.loads = True
+        self._described: Any = None  # adapter_config.json of the adapter that was loaded
         self.skipped: str | None = None  # why the logits were not compared
 
+    @property
+    def loads(self) -> bool:
+        """Whether the next export is loaded, for which the logits in memory are needed."""
+        return self.config.lora.r == 0 or self._described is None
+
     def fault(
-        self, folder: Path, policy: LanguageModel, memory: Tensor, weights: Mapping[str, Tensor], name: str
+        self, folder: Path, policy: LanguageModel, memory: Tensor | None, weights: Mapping[str, Tensor], name: str
     ) -> str | None:
-        """What is wrong with the export in `folder` of this policy, which gives `memory` for `ids`; None if nothing is.
-        `weights` are the whole ones that it was written from, by their names in the run's module."""
+        """What is wrong with the export in `folder` of this policy, which gives `memory` for `ids` (None if not
+        `loads`); None if nothing is. `weights` are the whole ones that it was written from, by their names in the run's
+        module."""
         ours = {key.removeprefix("policy."): value for key, value in weights.items() if key.startswith("policy.")}
         ours = {key: value for key, value in ours.items() if CRITIC not in key.split(".")}
         try:
@@ -54,11 +63,14 @@ class ExportProbe:
         return None if found.passed else found.message
 
     def _compare(
-        self, folder: Path, policy: LanguageModel, memory: Tensor, ours: Mapping[str, Tensor], name: str
+        self, folder: Path, policy: LanguageModel, memory: Tensor | None, ours: Mapping[str, Tensor], name: str
     ) -> Finding:
         lora = self.config.lora.r > 0
-        device = self._room(policy)
-        if device is None or (lora and not self.loads and name != "final/"):
+        described = _settings(folder) if lora else None
+        device = None if memory is None else self._room(policy)
+        if memory is None or device is None:
+            if self._described is not None and described != self._described:
+                raise ValueError("its adapter_config.json is not that of the adapter that was compared before")
             in_files = exported_weights(policy, self.config, str(folder)) if lora else {}
             return tensors_are_memory({key: ours[key] for key in in_files}, in_files, what=name)
         settings = loading_settings(self.config, self.device)
@@ -73,7 +85,7 @@ class ExportProbe:
             lacking=lacking,
             what=name,
         )
-        self.loads = not found.passed
+        self._described = described if found.passed else None
         return found
 
     def _room(self, policy: LanguageModel) -> torch.device | None:
@@ -85,6 +97,12 @@ class ExportProbe:
             return torch.device("cpu")
         self.skipped = f"a second model takes {size / 2**31:.0f} GiB, more than half of the memory that is free"
         return None
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """An adapter's, without the order of its lists, in which peft keeps sets."""
+    tree = json.loads((folder / "adapter_config.json").read_bytes())
+    return {key: sorted(value, key=str) if isinstance(value, list) else value for key, value in tree.items()}
 
 
 def held_out_ids(prompts: PromptBatch) -> Int[Tensor, "B L"]:

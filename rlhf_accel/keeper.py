@@ -166,7 +166,9 @@ class Keeper:
         weights = self.runtime.learned_weights(frozen=self.config.lora.r == 0)
         module, arithmetic = self.runtime.plain_module, self.products.message.partition(";")[0]
         card = model_card(self.config, results, checkpoint.versions(), arithmetic, self.left_out)
-        memory = logits_of(module.policy, probe.ids.to(self.runtime.device))  # by all ranks: with ZeRO-3 they share it
+        memory = None
+        if self.runtime.from_main(lambda: probe.loads):  # by all ranks: with ZeRO-3 they share it
+            memory = logits_of(module.policy, probe.ids.to(self.runtime.device))
         given = self._given.model.name_or_path
         base = given if given != self.config.model.name_or_path else None
         faults: list[str | None] = []

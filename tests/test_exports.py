@@ -146,7 +146,7 @@ def turn_around(folder: Path) -> None:
     save_file({**weights, name: -weights[name]}, path, {"format": "pt"})
 
 
-def test_an_adapter_is_loaded_once_and_at_the_end_and_its_tensors_each_time(
+def test_an_adapter_is_loaded_once_and_its_tensors_are_compared_each_time(
     tiny, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On tied embeddings, with a layer trained in full, another adapter for the critic, and rsLoRA."""
@@ -179,15 +179,20 @@ def test_an_adapter_is_loaded_once_and_at_the_end_and_its_tensors_each_time(
         export("best", turn_around)
     export("best")
     assert len(loads) == 4, "an adapter of the same run on the same base: its tensors tell"
+    with pytest.raises(ExportError, match=r"final/ cannot be loaded again: .* its adapter_config.json is not that of"):
+        export("final", rewrite("adapter_config.json", use_rslora=False))
     export("final")
-    assert len(loads) == 5
+    assert len(loads) == 4
     final = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "final", dtype=torch.float32).eval()
     ids = trainer._export_probe.ids
     torch.testing.assert_close(models.logits_of(final, ids), models.logits_of(policy, ids))
     assert (models.logits_of(policy.get_base_model(), ids) - models.logits_of(final, ids)).abs().max() < 1e-4
     monkeypatch.setattr(exports.psutil, "virtual_memory", lambda: type("Full", (), {"available": 0}))
+    trainer._export_probe._described = None
+    with pytest.raises(ExportError, match=r"lm_head\.lora_A\.default\.weight differs by [0-9.]+;"):
+        export("final", turn_around)
     export("final")
-    assert len(loads) == 5 and "a second model takes 0 GiB" in str(trainer._export_probe.skipped)
+    assert len(loads) == 4 and "a second model takes 0 GiB" in str(trainer._export_probe.skipped)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
