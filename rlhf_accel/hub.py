@@ -94,6 +94,8 @@ def _shown(folder: Path, repo_id: str, base: str | None) -> Iterator[Path]:
     """The folder as others are to see it: its files as links, but for those that name places of this machine."""
     with tempfile.TemporaryDirectory(prefix="rlhf_accel_push_") as work:
         for path in sorted(folder.rglob("*")):
+            if not path.resolve().is_relative_to(folder.resolve()):  # somebody else's folder may link to a secret
+                raise PushError(f"{path} is a link to a file outside of {folder}; nothing is uploaded, remove the link")
             place = Path(work) / path.relative_to(folder)
             if path.is_dir():
                 place.mkdir(parents=True)

@@ -36,7 +36,7 @@ class Finding:
 
 
 # Two ways through the same weights: the largest difference of logits that rounding explains, as a share of their size.
-# Measured on one device it is below a tenth of these; between a GPU and a CPU it comes near a half.
+# On one CPU it was below a tenth of these; the rest is for two devices, such as a GPU and a CPU, which no one measured.
 _ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 _ROUNDED_FACTORS = 2e-2  # fp32 whose products the device rounds to TF32 or bf16
 _NAMED = 3  # tensors in a message

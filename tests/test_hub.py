@@ -174,6 +174,15 @@ def test_an_adapter_whose_base_is_on_the_hub_needs_no_word_about_it(client, expo
     assert json.loads(client.files["adapter_config.json"])["base_model_name_or_path"] == "openai-community/gpt2"
 
 
+def test_a_link_out_of_the_folder_is_not_followed(client, exported, tmp_path):
+    secret = tmp_path / "id_rsa"
+    secret.write_text("secret", encoding="utf-8")
+    (exported / "vocab.txt").symlink_to(secret)
+    with pytest.raises(hub.PushError, match=r"vocab\.txt is a link to a file outside"):
+        hub.push(exported, "ada/model")
+    assert not client.files
+
+
 def test_a_folder_without_a_model_is_refused(client, tmp_path):
     with pytest.raises(ConfigError, match="holds no model"):
         hub.main([str(tmp_path), "ada/m"])

@@ -214,9 +214,9 @@ def test_best_is_the_model_with_the_best_evaluation(fit, monkeypatch):
     kept = []
     export = Keeper.export
 
-    def spy(self, name, results, tokens):
+    def spy(self, name, results, *rest):
         kept.append((name, results["trained"]["score"]))
-        export(self, name, results, tokens)
+        export(self, name, results, *rest)
 
     monkeypatch.setattr(Keeper, "export", spy)
     trainer, rows = fit(run={"eval_samples": 4, "eval_every": 1, "total_steps": 6}, optim={"lr": 0.02})
