@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
+from rlhf_accel import console
 from rlhf_accel.config import DEFAULT_RECIPE, Config, ConfigError, Finished, RunFailed, from_command_line, recipe_names
 from rlhf_accel.terminal import guard_messages, say
 
@@ -32,6 +33,7 @@ Without --config, train uses {DEFAULT_RECIPE}."""
 
 def train(arguments: list[str]) -> None:
     config = from_command_line(Config, arguments, DEFAULT_RECIPE)
+    console.may_fail()
     from rlhf_accel.trainer import PPOTrainer
 
     PPOTrainer(config).fit()
@@ -46,18 +48,21 @@ def generate(arguments: list[str]) -> None:
 def evaluate(arguments: list[str]) -> None:
     from rlhf_accel.evaluate import main
 
+    console.may_fail()
     main(arguments)
 
 
 def merge(arguments: list[str]) -> None:
     from rlhf_accel.merge import main
 
+    console.may_fail()
     main(arguments)
 
 
 def push(arguments: list[str]) -> None:
     from rlhf_accel.hub import main
 
+    console.may_fail()
     main(arguments)
 
 
@@ -70,6 +75,7 @@ def replay(arguments: list[str]) -> None:
 def report(arguments: list[str]) -> None:
     from rlhf_accel.report import main
 
+    console.may_fail()
     main(arguments)
 
 
@@ -101,17 +107,28 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 def run(command: Callable[[list[str]], None], arguments: list[str]) -> None:
     """Run a command and leave with its status: 0 done, 1 crash, 2 bad config or input, 130 Ctrl-C, 143 stopped."""
     guard_messages()
+    with console.guarded():
+        try:
+            _told(command, arguments)
+        except Finished as done:
+            _leave(str(done), 0)
+        except ConfigError as error:
+            _leave(f"error: {error}", 2)
+        except RunFailed as error:
+            _leave(f"error: {error}", 1)
+        except KeyboardInterrupt as stop:
+            say(str(stop) or "stopped by Ctrl-C", error=True)
+            sys.exit(130)
+
+
+def _told(command: Callable[[list[str]], None], arguments: list[str]) -> None:
+    """Run a command and see to it that the console takes what it printed."""
     try:
         command(arguments)
-    except Finished as done:
-        _leave(str(done), 0)
-    except ConfigError as error:
-        _leave(f"error: {error}", 2)
-    except RunFailed as error:
-        _leave(f"error: {error}", 1)
-    except KeyboardInterrupt as stop:
-        say(str(stop) or "stopped by Ctrl-C", error=True)
-        sys.exit(130)
+    except SystemExit:
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
 
 
 def _leave(said: str, status: int) -> NoReturn:

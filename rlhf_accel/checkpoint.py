@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,20 +23,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlhf_accel import __version__
+from rlhf_accel import __version__, records
 from rlhf_accel.assets import sha256
 from rlhf_accel.config import Config, ConfigError, Finished, RunFailed, changed_keys, load_run, to_yaml
 from rlhf_accel.distributed import Runtime, failure
 from rlhf_accel.files import (
+    Malformed,
     flush_all,
     name_work_folder,
+    read_bounded,
+    read_json,
     remove_work_folders,
     replace_folder,
     replace_text,
     work_folder,
 )
 from rlhf_accel.lock import Lock, hold
-from rlhf_accel.metrics import finite_or_none
+from rlhf_accel.metrics import NAMES, finite_or_none
 from rlhf_accel.models import CRITIC, POLICY, PolicyWithValue
 from rlhf_accel.tokens import Tokens
 
@@ -44,6 +47,8 @@ VALUE_HEAD = "value_head.safetensors"
 MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"
 _LATEST = "latest"
+# Figures that a step need not have: those of evaluations.
+_OPTIONAL = {name for name in NAMES if name.startswith("eval/")}
 _LOCK = ".lock"
 # What a run writes beside config.yaml, or removes.
 _WRITTEN = (
@@ -86,7 +91,7 @@ class Progress:
 class Manifest:
     """What a checkpoint holds, and what wrote it."""
 
-    files: dict[str, dict[str, Any]]  # by path: `bytes` and `sha256`
+    files: dict[str, records.Listed]  # by path
     zero_stage: int  # 0 is no DeepSpeed
     world_size: int
     sharded: bool
@@ -257,11 +262,13 @@ def write_json(path: Path, tree: Mapping[str, Any]) -> None:
 def read_summary(folder: Path) -> dict[str, Any] | None:
     """The run's summary.json, None of a run that has not ended. Raises `ConfigError` if it is not what was written."""
     try:
-        return dict(json.loads((folder / "summary.json").read_bytes()))
+        return dict(records.read(folder / "summary.json", records.Summary))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{folder / 'summary.json'} is not what a run writes ({error})") from None
+    except (OSError, Malformed) as error:
+        raise ConfigError(
+            f"{folder / 'summary.json'} is not what a run writes ({records.why(error)})", key="run.output_dir"
+        ) from None
 
 
 def reward_scale(folder: Path) -> dict[str, Any] | None:
@@ -312,8 +319,8 @@ def write_environment(folder: Path, facts: Mapping[str, Any]) -> None:
 
 def is_finished(folder: Path, steps: int) -> bool:
     """Whether a run of so many steps ended here and left its model."""
-    with suppress(OSError, ValueError):
-        return json.loads((folder / "summary.json").read_bytes())["steps"] == steps and (folder / "final").is_dir()
+    with suppress(ConfigError):
+        return (read_summary(folder) or {}).get("steps") == steps and (folder / "final").is_dir()
     return False
 
 
@@ -321,24 +328,35 @@ def check(place: Path) -> Manifest:
     """The checkpoint's manifest, if every file that it lists has its size and hash; raises `_Damaged` naming the first
     that has not."""
     try:
-        tree = json.loads((place / MANIFEST).read_bytes())
+        tree = read_json(place / MANIFEST)
         digest = tree.pop("sha256")
         if digest != _digest(tree):
             raise _Damaged(f"{MANIFEST} was changed")
-        manifest = Manifest(**tree)
+        manifest: Manifest = records.check(tree, Manifest)
     except OSError as error:
         raise _Damaged(f"{MANIFEST} cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise _Damaged(f"{MANIFEST} is not what was written") from None
+    absent = {"progress.json", "config.yaml"} - manifest.files.keys()
+    if absent or len(manifest.files) < 3:  # and what was learnt
+        raise _Damaged(f"{MANIFEST} does not list {', '.join(sorted(absent)) or 'any weights'}")
+    inside = place.resolve()
     for name, expected in manifest.files.items():
         try:
+            # A path that leads out of the folder, or to a device, which has no end.
+            if not (place / name).resolve(strict=True).is_relative_to(inside) or not (place / name).is_file():
+                raise _Damaged(f"{name[:80]!r} is not a file of its own")
             size = (place / name).stat().st_size
             if size != expected["bytes"]:
                 raise _Damaged(f"{name} has {size} bytes, expected {expected['bytes']}")
             if sha256(place / name) != expected["sha256"]:
                 raise _Damaged(f"{name} was changed: its hash is not the one that was written")
-        except OSError as error:
-            raise _Damaged(f"{name} cannot be read ({error.strerror})") from None
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+        ) as error:  # links that lead in a circle; a name with a null character
+            raise _Damaged(f"{name:.80} cannot be read ({records.why(error)})") from None
     return manifest
 
 
@@ -400,10 +418,21 @@ def go_back_to(place: Path) -> None:
 def load_progress(checkpoint: Path) -> Progress:
     """Raises `ConfigError` if another version wrote it."""
     try:
-        return Progress(**json.loads((checkpoint / "progress.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        tree = read_json(checkpoint / "progress.json")
+        if not isinstance(tree, dict) or not tree.keys() <= {field.name for field in fields(Progress)}:
+            raise Malformed("other keys")
+        progress: Progress = records.check(tree, Progress)
+        if progress.step < 0 or not progress.reward_std > 0:
+            raise Malformed(f"step {progress.step}, reward_std {progress.reward_std}")
+        for name, needed in (("base", {"score", "score_std"}), ("unrecorded", NAMES - _OPTIONAL)):
+            found = getattr(progress, name)
+            if found is not None and not needed <= found.keys():
+                raise Malformed(f"{name} lacks {min(needed - found.keys())}")
+        return progress
+    except (OSError, Malformed) as error:
         raise ConfigError(
-            f"run.resume: {checkpoint / 'progress.json'} is not what this version writes ({error})", key="run.resume"
+            f"run.resume: {checkpoint / 'progress.json'} is not what this version writes ({records.why(error)})",
+            key="run.resume",
         ) from None
 
 
@@ -416,7 +445,8 @@ def _candidates(folder: Path) -> list[Path]:
     """Checkpoints to go on from: what `latest` names and those before it, or all if it names none; newest first."""
     found, named = _checkpoints(folder / CHECKPOINTS), None
     with suppress(OSError, ValueError):
-        named = folder / CHECKPOINTS / (folder / CHECKPOINTS / _LATEST).read_text(encoding="utf-8").strip()
+        text = read_bounded(folder / CHECKPOINTS / _LATEST, 200).decode("utf-8")
+        named = folder / CHECKPOINTS / text.strip()
     return found[found.index(named) :] if named in found else found
 
 
@@ -460,7 +490,8 @@ def _check_unchanged(config: Config, folder: Path) -> None:
     try:
         before = load_run(folder / "config.yaml")
     except ConfigError as error:
-        if not (folder / "config.yaml").exists() or not (folder / "config.yaml").read_bytes().strip():
+        path = folder / "config.yaml"
+        if not path.exists() or (path.is_file() and path.stat().st_size < 100 and not path.read_bytes().strip()):
             return  # nothing was begun here, or a kill came first
         raise ConfigError(
             f"run.resume={config.run.resume}: {folder / 'config.yaml'} is no config ({error})", key="run.resume"
@@ -482,7 +513,7 @@ def _of_the_run(config: Config) -> Config:
 
 def _write_manifest(folder: Path, runtime: Runtime) -> None:
     files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        path.relative_to(folder).as_posix(): records.Listed(bytes=path.stat().st_size, sha256=sha256(path))
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
@@ -584,16 +615,17 @@ def write_dump(folder: Path, dump: Dump) -> None:
 
 def read_dump(folder: Path) -> Dump:
     """Raises `ConfigError` if there is none."""
-    needed = {"phase", "message", "rows", "prompts", "responses"}
     try:
-        facts = json.loads((folder / "dump.json").read_bytes())
-        if not isinstance(facts, dict) or not needed <= facts.keys():
-            raise ValueError(f"dump.json lacks one of {', '.join(sorted(needed))}")
+        facts: dict[str, Any] = dict(records.read(folder / "dump.json", records.Dumped))
+        count = len(facts["prompts"])
+        lengths = {len(column) for column in (facts["responses"], *facts.get("columns", {}).values())}
+        if lengths != {count} or max(facts["rows"], default=-1) >= count:
+            raise Malformed("prompts, responses, columns and rows of dump.json do not agree")
         tensors = [
             load_file(path) if (path := folder / f"{name}.safetensors").is_file() else {}
             for name in ("experience", "weights")
         ]
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         dumps = sorted(
             str(path.parent) for path in (*folder.glob("step-*/dump.json"), *folder.glob("dumps/*/dump.json"))
         )

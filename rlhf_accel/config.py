@@ -7,6 +7,7 @@ Checks here need nothing but the config, so they fail before any model loads.
 from __future__ import annotations
 
 import difflib
+import stat
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
@@ -18,10 +19,12 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from rlhf_accel import files
 from rlhf_accel.terminal import say, visible
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "movie_reviews"
+_MOST_YAML, _MOST_YAML_PARTS = 256 << 10, 50_000  # bytes, for which PyYAML takes seconds; and parts behind aliases
 
 
 def _not_a_truth_value(value: Any) -> Any:
@@ -710,7 +713,7 @@ def read_yaml(source: str | Path) -> dict[str, Any]:
     """The mapping in a recipe (by name) or a YAML file (by path); raises `ConfigError` if there is none."""
     path = RECIPES / f"{source}.yaml" if str(source) in recipe_names() else Path(source)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _read_text(path)
     except FileNotFoundError:
         raise ConfigError(
             f"--config {source}: neither a file nor a recipe; recipes are {', '.join(recipe_names())}", key="--config"
@@ -720,7 +723,7 @@ def read_yaml(source: str | Path) -> dict[str, Any]:
     except ValueError as error:  # not UTF-8, or a name that no file can have
         raise ConfigError(f"--config {source}: not a text file ({error})", key="--config") from None
     try:
-        tree = _safe_load(text)
+        tree = parse_yaml(text)
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" (line {where.line + 1})" if where else ""
@@ -734,6 +737,23 @@ def read_yaml(source: str | Path) -> dict[str, Any]:
             f"--config {source}: expected a mapping of sections, found {type(tree).__name__}", key="--config"
         )
     return tree
+
+
+def _read_text(path: Path) -> str:
+    """Of a file, or of a pipe that the shell made; of a device without end only so much."""
+    if stat.S_ISFIFO(path.stat().st_mode) and not str(path).startswith(("/dev/", "/proc/")):
+        raise files.Malformed("a pipe, which nobody may write to")
+    with path.open("rb") as file:
+        content = file.read(_MOST_YAML + 1)
+    return files.whole(content, _MOST_YAML).decode("utf-8")
+
+
+def parse_yaml(text: str) -> Any:
+    """The tree in a YAML text. Raises `yaml.YAMLError` for whatever is wrong, also for aliases without end."""
+    try:
+        return files.bounded(_safe_load(text), _MOST_YAML_PARTS)
+    except files.Malformed as error:
+        raise yaml.YAMLError(str(error)) from error
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
@@ -754,7 +774,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
                 raise ConfigError(f"--{key} needs a value: --{key} VALUE", key=f"--{key}")
             value = rest.pop(0)
         try:
-            pairs.append((key, _safe_load(value)))
+            pairs.append((key, parse_yaml(value)))
         except yaml.YAMLError:
             pairs.append((key, value))
     return pairs
@@ -808,7 +828,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
 
 

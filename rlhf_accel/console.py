@@ -96,11 +96,9 @@ def guarded() -> Iterator[None]:
     sys.stdout, sys.stderr = Stream(lambda: out, strict=True), Stream(lambda: err)
     try:
         yield
-        sys.stdout.flush()
-    except SystemExit:
-        sys.stdout.flush()
-        raise
     finally:
+        may_fail()
+        sys.stdout.flush()
         sys.stderr.flush()
         sys.stdout, sys.stderr = out, err
 

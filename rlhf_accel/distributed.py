@@ -870,7 +870,10 @@ def portable_weights(checkpoint: Path) -> dict[str, Tensor]:
     """What learnt, whole and by its names in the module, of a checkpoint in the portable form; raises `ConfigError` for
     another one."""
     check_portable(checkpoint)
-    return load_file(checkpoint / _WEIGHTS)
+    try:
+        return load_file(checkpoint / _WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{checkpoint / _WEIGHTS} cannot be read ({error})", key="--which") from error
 
 
 def _load_weights(module: nn.Module, folder: Path) -> None:

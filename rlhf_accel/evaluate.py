@@ -229,8 +229,10 @@ def frontier_points(
         say(f"evaluations while training drew from {in_words(then)}, not from {in_words(now)}, and are left out")
         rows = []
     for row in rows:
-        if row.get("eval/score") is None or row.get("eval/kl") is None:  # none was due, or its figures were not finite
+        known = {key: row[key] for key in ("step", "eval/score", "eval/kl") if isinstance(row.get(key), (int, float))}
+        if len(known) < 3:  # none was due, or its figures were not finite
             continue
+        row = {**row, **{key: None for key in ("eval/score_ci", "eval/kl_ci") if not isinstance(row.get(key), float)}}
         gain = (row["eval/score"] - curves.score, row.get("eval/score_ci"))
         points.append(_point(curves, f"step {row['step']}", row["step"], (row["eval/kl"], row.get("eval/kl_ci")), gain))
     for name, evaluation in evaluations.items():

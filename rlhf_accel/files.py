@@ -1,4 +1,5 @@
-"""Files that are there whole or not at all, whenever the process or the machine stops.
+"""Files that are there whole or not at all, whenever the process or the machine stops; and files from elsewhere, read
+within bounds: of size, depth and number of parts.
 
 Knows the disk; knows nothing of what is written.
 """
@@ -6,11 +7,88 @@ Knows the disk; knows nothing of what is written.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+MOST_BYTES = 64 << 20  # of a JSON file
+_DEEPEST, _MOST_PARTS, _MOST_DIGITS = 32, 2_000_000, 40
+
+
+class Malformed(ValueError):
+    """A file is not what it should be: one line that says why, without the file's name."""
+
+
+def read_bounded(path: Path, most: int = MOST_BYTES) -> bytes:
+    """What a plain file holds. Raises `Malformed` for a device, a pipe or a folder, and for more than `most` bytes;
+    `OSError` if it cannot be read."""
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise Malformed("not a plain file")
+    with path.open("rb") as file:
+        return whole(file.read(min(about.st_size, most) + 1), most)
+
+
+def whole(content: bytes, most: int) -> bytes:
+    """The content, which is all of it if it is no longer than `most`; else raises `Malformed`."""
+    if len(content) > most:
+        raise Malformed(f"more than {most} bytes")
+    return content
+
+
+def read_json(path: Path, most: int = MOST_BYTES) -> Any:
+    """The tree in a JSON file; raises as `read_bounded` and `parse_json`."""
+    return parse_json(read_bounded(path, most))
+
+
+def parse_json(content: str | bytes) -> Any:
+    """The tree in a text; raises `Malformed` as `bounded`, or if it is not JSON."""
+    try:
+        return bounded(json.loads(content, parse_int=_integer))
+    except RecursionError:
+        raise Malformed("nested too deeply") from None
+    except Malformed:
+        raise
+    except ValueError as error:
+        raise Malformed(f"not JSON: {' '.join(str(error).split())}") from None
+
+
+def bounded(tree: Any, most: int = _MOST_PARTS) -> Any:
+    """The tree, whose parts are counted as often as they are referred to (YAML has aliases).
+
+    Raises `Malformed` if it has more than `most` parts, is too deep, or holds text that cannot be written.
+    """
+    left, rest = most, [(tree, 0)]
+    while rest:
+        part, depth = rest.pop()
+        left -= 1
+        if left < 0 or len(rest) > most:
+            raise Malformed(f"more than {most} parts")
+        if depth > _DEEPEST:
+            raise Malformed("nested too deeply")
+        if isinstance(part, str) and not part.isascii():
+            try:
+                part.encode()
+            except UnicodeEncodeError:
+                raise Malformed("half a character (a lone surrogate)") from None
+        elif isinstance(part, dict):
+            rest += [(item, depth + 1) for pair in part.items() for item in pair]
+        elif isinstance(part, (list, tuple, set)):
+            rest += [(item, depth + 1) for item in part]
+        elif isinstance(part, int) and part.bit_length() > 140:
+            raise Malformed("a number of too many digits")
+    return tree
+
+
+def _integer(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise Malformed(f"a number of {len(text)} digits")
+    return int(text)
 
 
 def replace_text(path: Path, text: str) -> None:

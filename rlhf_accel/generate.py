@@ -153,8 +153,9 @@ def _load(kind: Any, path: str, trust_remote_code: bool, base: str | None = None
         return pretrained(kind, path, trust_remote_code=trust_remote_code).eval().to(device)
     except ConfigError:
         raise
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: no such model could be loaded ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # a missing, broken or foreign file raises many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{path}: no such model could be loaded ({reason})") from error
 
 
 def _reward(config: Config | None, run: Path) -> Reward:

@@ -18,8 +18,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
+from rlhf_accel import records
 from rlhf_accel.card import base_model, is_hub_id
 from rlhf_accel.config import Config, ConfigError, RunFailed, load_run
+from rlhf_accel.files import Malformed, read_json
 from rlhf_accel.terminal import say
 
 _ADAPTER = "adapter_config.json"
@@ -100,7 +102,7 @@ def _shown(folder: Path, repo_id: str, base: str | None) -> Iterator[Path]:
             if path.is_dir():
                 place.mkdir(parents=True)
             elif path.name == _ADAPTER and base is not None:
-                settings = json.loads(path.read_text(encoding="utf-8"))
+                settings = read_json(path)
                 place.write_text(json.dumps(settings | {"base_model_name_or_path": base}, indent=2), encoding="utf-8")
             elif path.name == "README.md":
                 card = path.read_text(encoding="utf-8").replace('name = "."', f'name = "{repo_id}"')
@@ -133,11 +135,9 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(f"{folder} holds no model; name a run's folder, or that of a model")
     if base is None and (folder / _ADAPTER).is_file():
         try:
-            named = json.loads((folder / _ADAPTER).read_bytes())["base_model_name_or_path"]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ConfigError(
-                f"{folder / _ADAPTER} is not what peft writes ({type(error).__name__}: {error})"
-            ) from None
+            named = records.read(folder / _ADAPTER, records.Adapter)["base_model_name_or_path"]
+        except (OSError, Malformed) as error:
+            raise ConfigError(f"{folder / _ADAPTER} is not what peft writes ({records.why(error)})") from None
         if named is None or not is_hub_id(named):
             raise ConfigError(f"{folder}: the adapter's base, {named}, is no hub id; name it with --base", key="--base")
     _check_access(f"push {options.repo_id}", None, options.repo_id)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -79,13 +80,15 @@ def merge(
         raise ConfigError(f"{adapter} holds no adapter; only runs with lora.r above 0 have something to merge")
     if output.exists():
         raise ConfigError(f"{output} is there already; name another folder")
-    about = adapter_config(str(adapter))
+    about = _settings(adapter)
     if scale != 1 and (about.use_dora or about.modules_to_save):
         raise ConfigError(
             f"--scale {scale:g}: {adapter} has DoRA or layers that learnt in full, which no scale leads back",
             key="--scale",
         )
     name = base or about.base_model_name_or_path
+    if not isinstance(name, str):
+        raise ConfigError(f"{adapter}: adapter_config.json names no base; name it with --base", key="--base")
     path = assets.resolve_model(name, "--base")
     model = load_pretrained(
         AutoModelForCausalLM, path, f"--base {name}", trust_remote_code=trust_remote_code, dtype=DTYPES["fp32"]
@@ -100,8 +103,11 @@ def merge(
         ids = torch.tensor(tokens.encode([_READ]))
         before = logits_of(both, ids)
         merged = both.merge_and_unload(safe_merge=True)
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(f"{adapter} does not fit the base {name} ({str(error).splitlines()[0]})") from error
+    except ConfigError:
+        raise
+    except Exception as error:  # peft raises many kinds for broken or foreign files
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{adapter} does not fit the base {name} ({reason})") from error
     found = export_is_memory(before, logits_of(merged, ids), dtype=DTYPES["fp32"])
     if not found.passed:
         raise ExportError(
@@ -155,3 +161,13 @@ def _as_loaded(folder: Path, merged: Any, ids: Tensor, trust_remote_code: bool, 
         lacking=lacking,
         what=what,
     )
+
+
+def _settings(adapter: Path) -> PeftConfig:
+    try:
+        return adapter_config(str(adapter))
+    except ConfigError:
+        raise
+    except Exception as error:  # peft raises many kinds for what it did not write
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{adapter / 'adapter_config.json'} is not what peft writes ({reason})") from error

@@ -13,14 +13,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_accel.files import replace_text
+from rlhf_accel.config import ConfigError
+from rlhf_accel.console import Stream, standard_output
+from rlhf_accel.files import Malformed, parse_json, read_bounded, replace_text
 from rlhf_accel.terminal import Terminal
+
+# Of metrics.jsonl or samples.jsonl, beyond which no run goes.
+_MOST_BYTES, _MOST_ROWS, _LONGEST_ROW = 256 << 20, 500_000, 4 << 20
 
 
 @dataclass(frozen=True)
@@ -160,23 +165,33 @@ def finite_or_none(value: Any) -> Any:
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     """The rows that `JsonLines` wrote, and the numbers of the lines that are torn, such as the end of a file that is
-    being written. Both are empty where there is no file."""
+    being written. Both are empty where there is no file. Raises `ConfigError` for a file too large for a run."""
     rows: list[dict[str, Any]] = []
     torn = []
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    text = _text_of_rows(path) if path.is_file() else ""
     # Not splitlines: texts may hold line breaks that JSON does not escape (U+2028).
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except ValueError:
+            row = parse_json(line) if len(line) <= _LONGEST_ROW else None
+        except Malformed:
             row = None
         if isinstance(row, dict):
             rows.append(row)
         else:
             torn.append(number)
     return rows, torn
+
+
+def _text_of_rows(path: Path) -> str:
+    try:
+        text = read_bounded(path, _MOST_BYTES).decode("utf-8", errors="replace")
+        if text.count("\n") > _MOST_ROWS:
+            raise Malformed(f"more than {_MOST_ROWS} rows")
+    except (OSError, Malformed) as error:
+        raise ConfigError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    return text
 
 
 class JsonLines:
@@ -226,15 +241,17 @@ class JsonLines:
         The file is replaced as a whole, so that a crash leaves the old one or the new one. Raises `ValueError` if a row
         up to `step` is torn, `OSError` if the file cannot be replaced.
         """
-        if not self.path.exists():
+        if not self.path.exists() and not self.path.is_symlink():
             return
+        if not self.path.is_file():
+            raise ValueError(f"{self.path} is not a plain file")
         kept, torn = [], 0
         # Not splitlines: texts may hold line breaks that JSON does not escape (U+2028).
         for number, line in enumerate(self.path.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
             try:
-                if json.loads(line)["step"] > step:
+                if parse_json(line)["step"] > step:
                     continue
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, IndexError):
                 torn = torn or number
                 continue
             if torn:
@@ -249,7 +266,8 @@ class Progressline:
     def __init__(self, total: int, *, enabled: bool, unit: str = "step") -> None:
         self.enabled = enabled
         self._unit = unit
-        self.console = Terminal(soft_wrap=True, quiet=not enabled, emoji=False)
+        # One that may fail: a run goes on without its console.
+        self.console = Terminal(soft_wrap=True, quiet=not enabled, emoji=False, file=cast(Any, Stream(standard_output)))
         self._total = total
         self._started = time.perf_counter()
         self._first: int | None = None

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from rlhf_accel import assets
 from rlhf_accel.checkpoint import Dump, read_dump
-from rlhf_accel.config import RewardConfig, for_a_look
+from rlhf_accel.config import ConfigError, RewardConfig, RunFailed, for_a_look
 from rlhf_accel.metrics import plain
 from rlhf_accel.models import DTYPES, model_inputs
 from rlhf_accel.reward import RewardError, load_reward
@@ -45,7 +45,14 @@ def main(arguments: list[str]) -> None:
     console.print(f"running each sample by itself, {where}", highlight=False)
     tune_process(dump.config.run.matmul_precision)
     quiet_libraries()
-    found = replay_model(dump, options.dump) if of_model else replay_reward(dump)
+    try:
+        found = replay_model(dump, options.dump) if of_model else replay_reward(dump)
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, (ConfigError, RewardError, RunFailed)):
+            raise
+        raise ConfigError(
+            f"{options.dump}: its tensors are not of this run ({type(error).__name__}: {error})"
+        ) from error
     _show(console, found)
 
 

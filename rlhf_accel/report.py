@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import base64
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,10 +20,10 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from rlhf_accel import __version__
-from rlhf_accel.config import Config, ConfigError, flatten, to_yaml
+from rlhf_accel import __version__, records
+from rlhf_accel.config import Config, ConfigError, flatten, parse_yaml, to_yaml
 from rlhf_accel.distribution import in_words
-from rlhf_accel.files import replace_text
+from rlhf_accel.files import parse_json, read_bounded, replace_text, whole
 from rlhf_accel.frontier import Frontier, share_of_optimum
 from rlhf_accel.metrics import METRICS, Metric, read_rows
 from rlhf_accel.terminal import say as tell
@@ -34,6 +33,8 @@ if TYPE_CHECKING:
 
 PAGE = "report.html"
 MOST_RUNS = 7  # colours that can be told apart
+_MOST_POINTS = 1000  # beside a frontier
+_MOST_OTHERS = 40  # charts of gold rewards and the like
 _MOST_SAMPLES = 600  # rows that a phone still sorts at once
 _TEMPLATE = Path(__file__).with_name("report_page.html")
 _METRICS = {metric.name: metric for metric in METRICS}
@@ -160,22 +161,22 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise ConfigError(f"{folder} is no run's folder, or its first step has not ended: it holds no metrics.jsonl")
-    rows = [row for row in _rows(path, notes) if isinstance(row.get("step"), int)]
+    rows = [row for row in _rows(path, notes) if isinstance(row.get("step"), int) and abs(row["step"]) < 1e15]
     if not rows:
         raise ConfigError(f"{path} holds no whole row yet; the first is written after step 1")
-    summary = _tree(folder / "summary.json", notes)
+    summary = _tree(folder / "summary.json", notes, _of(records.Summary))
     if summary is not None and summary.get("steps") != rows[-1]["step"]:
         notes.append(f"summary.json is of step {summary.get('steps')}, before the run went on, and left out")
         summary = None
-    config = _tree(folder / "config.yaml", notes, yaml.safe_load)  # of another version, it may hold keys unknown here
+    config = _tree(folder / "config.yaml", notes, _yaml)  # of another version, it may hold keys unknown here
     curves = _tree(folder / "frontier.json", notes)
     frontier = None
     if curves is not None:
         try:
-            frontier = Frontier.from_json(curves)
+            frontier = records.check(vars(Frontier.from_json(curves)), Frontier)
         except (KeyError, TypeError, ValueError) as error:
             notes.append(f"frontier.json is not as `evaluate --frontier` writes it ({type(error).__name__}: {error})")
-    points = [] if frontier is None or curves is None else [p for p in curves.get("points") or () if _is_point(p)]
+    points = [] if frontier is None or curves is None else _point_rows(curves)
     return Run(
         name=name or _names([folder])[0],
         folder=folder,
@@ -183,7 +184,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         samples=_rows(folder / "samples.jsonl", notes),
         config=None if config is None else flatten(config),
         summary=summary,
-        evaluation=_tree(folder / "evaluation.json", notes),
+        evaluation=_tree(folder / "evaluation.json", notes, _of(records.Evaluations)),
         environment=_tree(folder / "environment.json", notes),
         frontier=frontier,
         points=points,
@@ -203,12 +204,25 @@ def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _tree(path: Path, notes: list[str], parse: Callable[[bytes], Any] = json.loads) -> dict[str, Any] | None:
+def _of(kind: Any) -> Callable[[bytes], Any]:
+    return lambda content: records.check(parse_json(content), kind)
+
+
+def _yaml(content: bytes) -> Any:
+    return parse_yaml(whole(content, 256 << 10).decode("utf-8"))
+
+
+def _point_rows(curves: Mapping[str, Any]) -> list[dict[str, Any]]:
+    points = curves.get("points")
+    return [point for point in points if _is_point(point)][:_MOST_POINTS] if isinstance(points, list) else []
+
+
+def _tree(path: Path, notes: list[str], parse: Callable[[bytes], Any] = parse_json) -> dict[str, Any] | None:
     """What the file holds, None where there is none; one that cannot be read, or holds no tree, is noted."""
     if not path.is_file():
         return None
     try:
-        tree = parse(path.read_bytes())
+        tree = parse(read_bounded(path))
     except (OSError, ValueError, yaml.YAMLError) as error:
         notes.append(f"{path.name} cannot be read ({' '.join(str(error).split())}) and is left out")
         return None
@@ -223,7 +237,8 @@ def _is_point(point: Any) -> bool:
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) else math.nan
+    """The figure, nan for what is none: also for one that no chart has room for."""
+    return float(value) if isinstance(value, (int, float)) and abs(value) < 1e30 else math.nan
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,7 +249,7 @@ def _number(value: Any) -> float:
 def panels(runs: Sequence[Run]) -> list[charts.Chart]:
     """The charts over steps for which at least one run has figures."""
     known = {name for run in runs for row in run.rows for name, value in row.items() if value is not None}
-    others = [name for name in sorted(known) if _is_other_evaluation(name)]
+    others = [name for name in sorted(known) if _is_other_evaluation(name)][:_MOST_OTHERS]
     plans = [*_PANELS, *((_title(name), False, ((name, "held-out, 95 %"),)) for name in others)]
     drawn = []
     for title, from_zero, lines in plans:
@@ -607,7 +622,7 @@ def _clock(seconds: float) -> str:
 def shown_samples(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], int]:
     """Rows of samples.jsonl with their run's number, and how many were left out: of many steps some in the middle."""
     rows = [
-        {"run": number, "prompt": "", "response": "", **row}
+        {"prompt": "", "response": "", **row, "run": number}
         for number, run in enumerate(runs)
         for row in run.samples
         if isinstance(row.get("step"), int)

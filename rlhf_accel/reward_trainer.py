@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from rlhf_accel import assets, calibration, classifiers, files, preferences, reward_card, reward_texts
+from rlhf_accel import assets, calibration, classifiers, console, files, preferences, reward_card, reward_texts
 from rlhf_accel.calibration import preference_loss
 from rlhf_accel.config import ConfigError, RewardConfig, RewardTrainingConfig, RunFailed, from_command_line
 from rlhf_accel.distributed import release_accelerate
@@ -514,6 +514,7 @@ def _best_checkpoint(eval_every: float) -> dict[str, Any]:
 def main(arguments: list[str]) -> None:
     """The command `train-reward`: `[--config RECIPE_OR_FILE] [--print_config] [--section.key value …]`."""
     config = from_command_line(RewardTrainingConfig, arguments, assets.REWARD_RECIPE)
+    console.may_fail()
     tune_process()
     quiet_libraries()
     transformers.utils.logging.set_verbosity_error()  # it reports the new head, which is meant

@@ -57,12 +57,15 @@ class StopRequest:
                 count += 1
                 # Written as it is: the interrupted code may be printing.
                 if count > 1:
-                    os.write(2, f"{name} again: leaving at once\n".encode())
+                    _tell(f"{name} again: leaving at once")
                     os._exit(STOPPED)
-                os.write(
-                    2, f"{name}: finishing this phase, then saving and leaving; once more leaves at once\n".encode()
-                )
+                _tell(f"{name}: finishing this phase, then saving and leaving; once more leaves at once")
         os.close(read)
+
+
+def _tell(text: str) -> None:
+    with suppress(OSError):  # a console may be gone, and signals are counted on
+        os.write(2, f"{text}\n".encode())
 
 
 class Heartbeat:

@@ -1,0 +1,92 @@
+"""A console that fails ends no run; a command whose output is the console ends with one line."""
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from rlhf_accel import console
+from rlhf_accel.config import RunFailed
+from rlhf_accel.metrics import Progressline
+from tests.distributed.conftest import tree
+from tests.distributed.launch import ROOT, environment
+
+
+class Fails(io.StringIO):
+    encoding = "utf-8"
+
+    def __init__(self, error):
+        super().__init__()
+        self.error, self.calls = error, 0
+
+    def write(self, text):
+        self.calls += 1
+        raise self.error
+
+    flush = write
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), BrokenPipeError(32, "Broken pipe"), ValueError("closed")]
+)
+def test_a_stream_that_fails_is_given_up_and_a_strict_one_says_why(error):
+    broken = Fails(error)
+    stream = console.Stream(lambda: broken)
+    for _ in range(3):
+        assert stream.write("text") == 4
+    assert (stream.given_up, broken.calls) == (True, 1)
+    with pytest.raises(
+        RunFailed, match=rf"^standard output cannot be written \({getattr(error, 'strerror', error)}\)$"
+    ):
+        console.Stream(lambda: broken, strict=True).write("text")
+    with pytest.raises(RunFailed, match="the process has none"):
+        console.Stream(lambda: None, strict=True).write("text")
+    assert console.Stream(lambda: None).write("text") == 4
+
+
+def test_what_an_encoding_lacks_is_written_as_a_question_mark():
+    raw = io.BytesIO()
+    stream = console.Stream(lambda: latin, strict=True)
+    latin = io.TextIOWrapper(raw, encoding="latin-1")
+    stream.write("naïve 😀 贪官\n")
+    stream.flush()
+    assert raw.getvalue().decode("latin-1") == "naïve ? ??\n"
+
+
+def test_a_progress_line_outlives_its_console(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Fails(BrokenPipeError(32, "Broken pipe")))
+    with Progressline(3, enabled=True) as line:
+        line.say("text")
+        line.table("samples", [{"a": 1.0, "b": "😀"}])
+        line.advance(1, "text")
+
+
+def run(command, shell):
+    return subprocess.run(
+        ["bash", "-c", f'exec "$@" {shell}', "bash", sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_a_command_whose_output_is_the_console_fails_in_one_line():
+    for shell, reason in ((">/dev/full", "No space left on device"), (">&-", "the process has none")):
+        done = run(["-m", "rlhf_accel", "train", "--print_config"], shell)
+        assert (done.returncode, done.stderr) == (1, f"error: standard output cannot be written ({reason})\n")
+
+
+def test_a_run_without_a_console_is_done_and_whole(gpt2_folder, prompts_file, tmp_path):
+    settings = tree(gpt2_folder, prompts_file, {"run": {"total_steps": 2, "eval_samples": 2, "sample_every": 1}})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    folder = tmp_path / "run"
+    command = ["-m", "rlhf_accel", "train", "--config", tmp_path / "config.yaml", "--run.output_dir", folder]
+    assert run(command, ">/dev/full 2>&-").returncode == 0
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]  # and nothing else: no console went into it
+    assert (folder / "summary.json").exists()
