@@ -139,23 +139,29 @@ def _refuse_foreign(folder: Path, resume: str | None) -> None:
         )
 
 
-def claim_folder(folder: Path, config: Config, say: Callable[[str], None]) -> Lock | None:
-    """The lock of a folder to resume in, before anything in it is read; None where there is no folder yet.
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A folder as it was when a run looked at it; `lock` is held already where it was another's before."""
+
+    lock: Lock | None
+    state: tuple[Any, ...]
+
+
+def claim_folder(folder: Path, config: Config, say: Callable[[str], None]) -> Claim:
+    """Before anything in a folder is read, wait for whoever holds it; where nobody does, nothing is written yet.
 
     Raises `ConfigError` if another process holds it, or if it cannot be written.
     """
-    if config.run.resume is None or not folder.is_dir():
-        return None
-    try:
-        return hold(folder / _LOCK, f"run.output_dir={folder}", "run.output_dir", say)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
+    lock = None
+    if config.run.resume is not None and (folder / _LOCK).exists():
+        lock = _hold(folder, say)
+    return Claim(lock=lock, state=_state(folder))
 
 
 def make_folder(
-    folder: Path, config: Config, lock: Lock | None, say: Callable[[str], None] = lambda _: None
+    folder: Path, config: Config, claim: Claim, say: Callable[[str], None] = lambda _: None
 ) -> tuple[Path, Lock]:
-    """Make the run's folder with its config.yaml, and hold it; `lock` is what `claim_folder` gave.
+    """Make the run's folder with its config.yaml, and hold it.
 
     Of the default folders the next free one is made if another run took this one since it was chosen. Raises
     `ConfigError` if it took a folder that the config names, or if the system refuses.
@@ -164,21 +170,43 @@ def make_folder(
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if lock is not None:
-                replace_text(folder / "config.yaml", text)
-                return folder, lock
-            with (folder / "config.yaml").open("x", encoding="utf-8") as file:
-                file.write(text)
-            return folder, hold(folder / _LOCK, f"run.output_dir={folder}", "run.output_dir", say)
+            if config.run.resume is None:
+                with (folder / "config.yaml").open("x", encoding="utf-8") as file:
+                    file.write(text)
+                return folder, _hold(folder, say)
+            lock = claim.lock or _hold(folder, say)
+            if _state(folder) != claim.state:
+                lock.release()
+                raise FileExistsError
+            replace_text(folder / "config.yaml", text)
+            return folder, lock
         except FileExistsError:
             if config.run.output_dir is not None:
                 raise ConfigError(
-                    f"run.output_dir={folder} was taken by another run meanwhile; name another folder",
+                    f"run.output_dir={folder} was taken by another run meanwhile; start again to resume that, or name "
+                    "another folder",
                     key="run.output_dir",
                 ) from None
             folder = _first_free(config.run.name)
+            claim = Claim(lock=None, state=_state(folder))
         except OSError as error:
             raise _unwritable(folder, error) from error
+
+
+def _hold(folder: Path, say: Callable[[str], None]) -> Lock:
+    try:
+        return hold(folder / _LOCK, f"run.output_dir={folder}", "run.output_dir", say)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _state(folder: Path) -> tuple[Any, ...]:
+    """What any run in the folder would change soon."""
+    sizes = []
+    for path in (folder / "config.yaml", folder / "metrics.jsonl", folder / CHECKPOINTS / _LATEST):
+        about = path.stat() if path.is_file() else None
+        sizes.append(about and (about.st_size, about.st_mtime_ns))
+    return (*sizes, *_checkpoints(folder / CHECKPOINTS))
 
 
 def _unwritable(folder: Path, error: OSError) -> ConfigError:
@@ -425,10 +453,13 @@ def load_progress(checkpoint: Path) -> Progress:
         if progress.step < 0 or not progress.reward_std > 0:
             raise Malformed(f"step {progress.step}, reward_std {progress.reward_std}")
         for name, needed in (("base", {"score", "score_std"}), ("unrecorded", NAMES - _OPTIONAL)):
-            found = getattr(progress, name)
+            found = tree.get(name)
             if found is not None and not needed <= found.keys():
                 raise Malformed(f"{name} lacks {min(needed - found.keys())}")
-        return progress
+            if found is not None and not all(type(value) in (int, float) for value in found.values()):
+                raise Malformed(f"{name} holds what is no figure")
+        # As they were written: checked, whole numbers are fractions.
+        return replace(progress, base=tree.get("base"), unrecorded=tree.get("unrecorded"))
     except (OSError, Malformed) as error:
         raise ConfigError(
             f"run.resume: {checkpoint / 'progress.json'} is not what this version writes ({records.why(error)})",

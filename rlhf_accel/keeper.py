@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlhf_accel import checkpoint, hub
 from rlhf_accel.card import base_model, model_card
-from rlhf_accel.checkpoint import Dump, Progress, SaveError
+from rlhf_accel.checkpoint import Claim, Dump, Progress, SaveError
 from rlhf_accel.config import Config, ConfigError, RunFailed, flatten
 from rlhf_accel.distributed import Runtime, each_once, failure, missing, post
 from rlhf_accel.environment import environment
@@ -44,6 +44,7 @@ class Keeper:
         self.runtime = runtime
         self.line = line
         self.journal = Journal(folder, line)
+        self._claim = Claim(lock=None, state=())
         self._lock: Lock | None = None
         self.products = fp32_products(runtime.device)
         self.heartbeat = Heartbeat(post, missing)
@@ -54,9 +55,9 @@ class Keeper:
         self._started = time.perf_counter()
 
     def claim(self) -> None:
-        """Hold a folder to resume in before anything in it is read; main process only. Raises `ConfigError` if another
-        run holds it."""
-        self._lock = checkpoint.claim_folder(self.folder, self.config, self.line.say)
+        """Look at the folder before anything in it is read; main process only. Raises `ConfigError` if another run
+        holds it."""
+        self._claim = checkpoint.claim_folder(self.folder, self.config, self.line.say)
 
     def open(self, progress: Progress, place: Path | None) -> None:
         """Make the folder, or go on in it from the checkpoint at `place`. Raises `ConfigError` if it cannot be."""
@@ -74,7 +75,7 @@ class Keeper:
 
     def _open_files(self, progress: Progress, place: Path | None) -> Path:
         chosen = self.folder
-        self.folder, self._lock = checkpoint.make_folder(chosen, self.config, self._lock, self.line.say)
+        self.folder, self._lock = checkpoint.make_folder(chosen, self.config, self._claim, self.line.say)
         if self.folder != chosen:
             self.line.say(f"{chosen} was taken by another run meanwhile; the run folder is {self.folder}")
             self.journal = Journal(self.folder, self.line)
@@ -238,8 +239,9 @@ class Keeper:
         """End the log and the trackers, also of a run that failed; each process for itself."""
         self.heartbeat.close()
         self._warn(self.runtime.end_trackers())
-        if self._lock is not None:
-            self._lock.release()
+        for lock in (self._lock, self._claim.lock):
+            if lock is not None:
+                lock.release()
 
     def how_to_go_on(self) -> str:
         """For whoever reads that the run has stopped."""

@@ -38,6 +38,7 @@ class Summary(TypedDict, total=False):
     trained: Figures
     gain: Figure
     samples: list[Row]
+    sampling: dict[str, float]
     best: dict[str, Figure]
 
 
@@ -46,6 +47,7 @@ class Evaluations(TypedDict, total=False):
 
     __pydantic_config__ = _MORE  # type: ignore[misc]
     models: dict[str, Figures]
+    sampling: dict[str, float]
     prompts: Count
     samples: Count
 

@@ -50,7 +50,7 @@ def test_of_three_that_start_at_once_each_gets_a_default_folder(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     config = run_config(name="mine")
     chosen = [checkpoint.choose_folder(config) for _ in range(3)]
-    made = [checkpoint.make_folder(folder, config, None)[0] for folder in chosen]
+    made = [checkpoint.make_folder(folder, config, checkpoint.Claim(lock=None, state=()))[0] for folder in chosen]
     assert [folder.name for folder in chosen] == ["mine"] * 3
     assert made == [tmp_path / "saved_models" / name for name in ("mine", "mine-2", "mine-3")]
 
@@ -103,9 +103,14 @@ def test_a_folder_that_another_run_took_meanwhile_is_refused(tmp_path):
     """It is chosen at the start and made much later, when the reward model is there and calibrated."""
     one, other = (checkpoint.choose_folder(run_config(output_dir=str(tmp_path / "run"))) for _ in range(2))
     named = {"output_dir": str(one)}
-    checkpoint.make_folder(one, run_config(seed=1, **named), None)
+    config = run_config(seed=2, resume="auto", **named)
+    claim = checkpoint.claim_folder(other, config, [].append)
+    checkpoint.make_folder(one, run_config(seed=1, **named), claim)[1].release()
     with pytest.raises(ConfigError, match=r"^run\.output_dir=.*taken by another run"):
-        checkpoint.make_folder(other, run_config(seed=2, resume="auto", **named), None)
+        checkpoint.make_folder(other, config, claim)
+    with pytest.raises(ConfigError, match=r"^run\.output_dir=.*taken by another run"):
+        checkpoint.make_folder(other, run_config(seed=2, **named), claim)
+    assert not (other / ".lock").exists()
     assert load(Config, tmp_path / "run" / "config.yaml") == run_config(seed=1, **named)
     opened(run_config(seed=3, resume="auto", changes=["run.seed"], output_dir=str(other)))
     assert load(Config, tmp_path / "run" / "config.yaml") == run_config(seed=3, output_dir=str(other))
