@@ -96,6 +96,8 @@ def stored_dtype(path: str) -> torch.dtype | None:
         tree = transformers.PreTrainedConfig.get_config_dict(path)[0]
     except Exception:  # whoever loads the model says what is wrong with it
         return None
+    if not isinstance(tree, dict):
+        return None
     inner = tree.get("text_config")
     for part in (tree, inner if isinstance(inner, dict) else {}):
         for key in ("dtype", "torch_dtype"):

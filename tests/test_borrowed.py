@@ -67,11 +67,17 @@ CHANGES = {
 def untold(monkeypatch):
     monkeypatch.setattr(borrowed, "_told", set())
     HELD.clear()
+    given = locale.setlocale(locale.LC_ALL)
+    yield
+    locale.setlocale(locale.LC_ALL, given)  # in which the files of other tests are read
 
 
-@pytest.mark.parametrize("timeout", [None, 30.0])
+# Only the main thread can set a signal handler, and a reward with a timeout is called in another.
+THREADED = [(name, timeout) for name in CHANGES for timeout in (None, 30.0) if name != "signal handlers" or not timeout]
+
+
 @pytest.mark.parametrize("raises", [False, True])
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize(("name", "timeout"), THREADED)
 def test_what_a_reward_leaves_changed_is_put_back_and_named_once(name, raises, timeout, caplog) -> None:
     change, read = CHANGES[name]
     if name == "locale":
@@ -84,8 +90,6 @@ def test_what_a_reward_leaves_changed_is_put_back_and_named_once(name, raises, t
         return [1.0] * len(responses)
 
     threaded = timeout is not None
-    if threaded and name == "signal handlers":
-        pytest.skip("only the main thread can set one")
     reward = Reward(terms=(("reward=careless", 1.0, careless),), timeout=timeout)
     before = read()
     for _ in range(2):
