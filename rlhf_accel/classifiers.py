@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from rlhf_accel import assets
+from rlhf_accel import adapters, assets
 from rlhf_accel.config import ConfigError, RewardTrainingConfig, key_in
 from rlhf_accel.files import replace_folder, work_folder
 from rlhf_accel.loading import adapted, pretrained
@@ -131,7 +131,7 @@ def load(config: RewardTrainingConfig, tokenizer: Any, labels: Sequence[str]) ->
         r=config.lora.r,
         lora_alpha=config.lora.alpha,
         lora_dropout=config.lora.dropout,
-        target_modules=targets[0] if targets == ("all-linear",) else (list(targets) if targets else None),
+        target_modules=adapters.targets(model, targets),
         modules_to_save=[*outside, *(name for name in new_layers if name.partition(".")[0] not in outside)],
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in model.modules()),  # GPT-2 keeps its matrices so
     )

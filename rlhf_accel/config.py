@@ -213,7 +213,8 @@ class LoraConfig:
     """Dropout of the adapters' inputs while learning; above 0 the first ratio is no longer 1, and the masks, which are
     torch's, depend on the number of processes."""
     target_modules: Strings | None = None
-    """Names of the layers that get adapters, or `all-linear`; by default what peft knows for the architecture."""
+    """Names of the layers that get adapters, or `all-linear`, which leaves routers out; by default what peft knows for
+    the architecture, and where it knows none all linear layers but experts and routers."""
     modules_to_save: Strings = ()
     """Names of layers of the policy that learn in full beside the adapters."""
     use_rslora: bool = False
@@ -514,7 +515,8 @@ class RewardLoraConfig:
     dropout: Fraction = 0.0
     """Dropout of the adapters' inputs while learning."""
     target_modules: Strings | None = None
-    """Names of the layers that get adapters, or `all-linear`; by default what peft knows for the architecture."""
+    """Names of the layers that get adapters, or `all-linear`, which leaves routers out; by default what peft knows for
+    the architecture, and where it knows none all linear layers but experts and routers."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

@@ -88,8 +88,9 @@ def sample(
     logprobs, entropy, values = (torch.zeros(count, length, device=device) for _ in range(3))
     finished = torch.zeros(count, dtype=torch.bool, device=device)
     attention_mask = torch.cat([query_mask, torch.ones_like(response_mask)], dim=1).long()
-    positions = position_ids(attention_mask)
+    positions = position_ids(attention_mask, first_position(model))
     extras = accepted(model, logits_to_keep=torch.tensor([-1], device=device), position_ids=positions)
+    cache = next(iter(accepted(model, past_key_values=None, cache_params=None)), None)  # what the model calls it
     rows = torch.arange(count, device=device)  # of the batch, those that the model still continues
     tokens, past = queries, None
     with contextlib.ExitStack() as stack:
@@ -103,14 +104,16 @@ def sample(
             seen = width + t
             if "position_ids" in extras:
                 extras["position_ids"] = positions[rows, seen - tokens.shape[1] : seen]
+            # Of a text that is begun, a state space reads no mask: the state has it, and the new tokens all count.
+            masked = past is None or cache != "cache_params"
             output = model(
                 input_ids=tokens,
-                attention_mask=attention_mask[rows, :seen],
-                past_key_values=past,
+                attention_mask=attention_mask[rows, :seen] if masked else None,
                 use_cache=True,
+                **({} if cache is None else {cache: past}),
                 **extras,
             )
-            past = output.past_key_values
+            past = None if cache is None else getattr(output, cache)
             logits = ppo.tempered(output.logits[:, -1], settings.temperature)
             probabilities = logits.softmax(-1)
             choice = logits if t >= settings.min_new_tokens else _without(logits, stop_ids)
@@ -130,6 +133,8 @@ def sample(
             response_mask[rows, t] = active
             if t + 1 >= settings.min_new_tokens:
                 finished |= response_mask[:, t] & ended(responses[:, : t + 1])
+            if past is None:  # a model without a cache reads everything again
+                tokens = torch.cat([queries, responses[:, : t + 1]], dim=1)[rows]
     return Sampled(
         responses=responses,
         response_mask=response_mask,
@@ -178,13 +183,21 @@ def truncate(logits: Float[Tensor, "B V"], top_k: int, top_p: float) -> Float[Te
     return logits
 
 
-def position_ids(mask: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
+def position_ids(mask: Int[Tensor, "B L"], first: int = 0) -> Int[Tensor, "B L"]:
     """Positions that count real tokens only, so that padding on the left shifts nothing.
 
     >>> position_ids(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])).tolist()
     [[0, 0, 0, 1], [0, 1, 2, 2]]
     """
-    return (mask.long().cumsum(1) - 1).clamp(min=0)
+    return (mask.long().cumsum(1) - 1).clamp(min=0) + first
+
+
+def first_position(model: Any) -> int:
+    """The position of a text's first token: RoBERTa and its kin count on from their padding id, all others from 0."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    table = getattr(getattr(getattr(base, "base_model", None), "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)
+    return 0 if padding is None else padding + 1
 
 
 def accepted(model: Any, **extras: Any) -> dict[str, Any]:

@@ -451,13 +451,8 @@ class Doctor:
         some = _few(trainer, rollout)
         sequences = some.sequences.trimmed()
         few, length = sequences.to(trainer.runtime.device), sequences.response_mask.shape[1]
-        training = config.lora.dropout > 0 or config.model.gradient_checkpointing
-        module.train(training)
-        try:
-            with torch.no_grad(), trainer.runtime.autocast():
-                new = module(*models.model_inputs(few)).logprobs.cpu()
-        finally:
-            module.eval()
+        with torch.no_grad(), trainer.runtime.autocast(), models.learning(module, config):
+            new = module(*models.model_inputs(few)).logprobs.cpu()
         log_ratios = (new - some.logprobs[:, :length])[sequences.response_mask]
         ratio = float(log_ratios.exp().sub(1).abs().max())
         if config.lora.dropout > 0:
@@ -469,11 +464,10 @@ class Doctor:
             )
         elif left_on:
             self.note(
-                "problem" if training else "warning",
+                "warning",
                 "dropout",
-                f"left on in {len(left_on)} places of the model ({left_on[0]}, …)"
-                + (f", where the first ratio is off by {ratio:.2g}" if training else "")
-                + "; set it to 0 in the config of model.name_or_path",
+                f"left on in {len(left_on)} places of the model ({left_on[0]}, …), which are not asked while learning; "
+                "set it to 0 in the config of model.name_or_path",
             )
         else:
             self.note("ok", "dropout", "off everywhere")
@@ -627,19 +621,17 @@ def _look_at_gradient(trainer: PPOTrainer, rollout: Rollout) -> Verdict:
         return "problem", "nothing learns; set lora.r or lora.target_modules"
     zeros = [p for p in learned.values() if not p.detach().any()]
     generator = torch.Generator().manual_seed(0)
-    module.train(trainer.config.model.gradient_checkpointing)
     try:
         with torch.no_grad():
             for parameter in zeros:
                 parameter.copy_(1e-2 * torch.randn(parameter.shape, generator=generator))
         experience = _made_up(trainer, _few(trainer, rollout), generator)
-        with trainer.runtime.autocast():
+        with trainer.runtime.autocast(), models.learning(module, trainer.config):
             trainer.loss_of(experience).backward()
         lost = [name for name, p in learned.items() if p.grad is None or not p.grad.any()]
         lost = [name for name in lost if "expert" not in name]  # of a mixture not all are asked
         wild = [name for name, p in learned.items() if p.grad is not None and not p.grad.isfinite().all()]
     finally:
-        module.eval()
         with torch.no_grad():
             for parameter in zeros:
                 parameter.zero_()
@@ -651,9 +643,12 @@ def _look_at_gradient(trainer: PPOTrainer, rollout: Rollout) -> Verdict:
             f"{_arithmetic(trainer)}; set model.dtype to fp32 or bf16"
         )
     if lost:
-        return "problem", (
-            f"does not reach {len(lost)} of {len(learned)} tensors that should learn ({lost[0]}, …); look at "
-            "lora.target_modules and lora.modules_to_save"
+        mend = "look at lora.target_modules and lora.modules_to_save"
+        if trainer.config.lora.r == 0:
+            mend = "part of the model of model.name_or_path has no way to the loss, as behind a router or a ReLU"
+        return (
+            "problem",
+            f"does not reach {len(lost)} of {len(learned)} tensors that should learn ({lost[0]}, …); {mend}",
         )
     return "ok", f"reaches all {len(learned)} tensors that learn"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from peft import (
     load_peft_weights,
 )
 from peft import LoraConfig as PeftLoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -28,12 +30,13 @@ from transformers import (
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from rlhf_accel import kernels, ppo
+from rlhf_accel import adapters, kernels, ppo
 from rlhf_accel.config import Config, ConfigError, ModelConfig, OptimConfig, key_in
-from rlhf_accel.decoding import accepted, position_ids, vocabulary_inputs
+from rlhf_accel.decoding import accepted, first_position, position_ids, vocabulary_inputs
 from rlhf_accel.loading import adapted, adapter_config, pretrained
 from rlhf_accel.runtime import computes_in_bf16
 from rlhf_accel.types import Sequences, TokenOutputs
@@ -71,13 +74,15 @@ class PolicyWithValue(nn.Module):
     policy's adapter, or with an adapter of its own if the policy has one by the name `CRITIC`.
     """
 
-    def __init__(self, policy: LanguageModel, critic: LanguageModel | None, temperature: float) -> None:
+    def __init__(
+        self, policy: LanguageModel, critic: LanguageModel | None, temperature: float, width: int | None = None
+    ) -> None:
+        """`width` is that of the states that the head reads, where it is known already."""
         super().__init__()
         self.policy: LanguageModel = policy
         self.critic: LanguageModel | None = critic
         self.temperature = temperature
-        width = policy.get_output_embeddings().in_features if critic is None else critic.config.hidden_size
-        self.value_head = ValueHead(width)
+        self.value_head = ValueHead(self.states_width() if width is None else width)
 
     def forward(
         self,
@@ -99,6 +104,16 @@ class PolicyWithValue(nn.Module):
         values = self.value_head(hidden) if self.critic_reads_policy else self.values(*inputs)
         return TokenOutputs(logprobs=logprobs, values=values, entropy=entropy)
 
+    def states_width(self) -> int:
+        """Of the states that the head reads, by a pass where it is not the vocabulary layer's: some trunks project them
+        (OPT-350m), some vocabulary layers read others (RemBERT), and configs of parts have several sizes."""
+        if self.critic_reads_policy:
+            return int(self.policy.get_output_embeddings().in_features)
+        with self.critic_trunk() as trunk, torch.no_grad():
+            ids = torch.ones(1, 2, dtype=torch.int64, device=next(trunk.parameters()).device)
+            states = trunk(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state
+            return int(states.shape[-1])
+
     @property
     def critic_reads_policy(self) -> bool:
         """Whether the value head reads the very states that the policy's vocabulary layer reads."""
@@ -108,14 +123,21 @@ class PolicyWithValue(nn.Module):
         self, queries: Tensor, query_mask: Tensor, responses: Tensor, response_mask: Tensor
     ) -> Float[Tensor, "B R"]:
         """The values alone, of a critic that has a pass of its own."""
-        inputs = (queries, query_mask, responses, response_mask)
+        with self.critic_trunk() as trunk:
+            states = response_hidden(trunk, queries, query_mask, responses, response_mask)
+            values: Tensor = self.value_head(states)
+            return values
+
+    @contextlib.contextmanager
+    def critic_trunk(self) -> Iterator[LanguageModel]:
+        """The transformer that such a critic reads; with the critic's adapter while the context lasts."""
         if self.critic is not None:
-            hidden = response_hidden(self.critic, *inputs)
-        else:
-            with adapter(self.policy, CRITIC):
-                hidden = response_hidden(self.policy.get_base_model().base_model, *inputs)
-        values: Tensor = self.value_head(hidden)
-        return values
+            yield self.critic
+            return
+        with adapter(self.policy, CRITIC):
+            whole = self.policy.get_base_model()
+            # Llama 4 names its trunk by another prefix than the one under which it has it.
+            yield whole.base_model if whole.base_model is not whole else whole.model
 
 
 class Reference(nn.Module):
@@ -397,13 +419,12 @@ def _lora_settings(
     model: LanguageModel, config: Config, task: TaskType, modules_to_save: Sequence[str]
 ) -> PeftLoraConfig:
     lora = config.lora
-    targets = lora.target_modules
     return PeftLoraConfig(
         task_type=task,
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=targets[0] if targets == ("all-linear",) else (list(targets) if targets else None),
+        target_modules=adapters.targets(model, lora.target_modules),
         modules_to_save=list(modules_to_save) or None,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
@@ -411,18 +432,30 @@ def _lora_settings(
     )
 
 
+# What configs call the number of positions, those of MPT, DBRX and of decoders of speech too; where none is set, or
+# positions are none (ALiBi, state spaces), a text may have any length.
+_WINDOWS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_target_positions")
+
+
+def window(policy: LanguageModel) -> int | None:
+    """How many tokens of a text the policy has positions for; None if its config sets no limit."""
+    text = policy.config.get_text_config(decoder=True)
+    sizes = (getattr(text, name, None) for name in _WINDOWS)
+    most = next((size for size in sizes if isinstance(size, int) and size > 0), None)
+    return None if most is None else most - first_position(policy)
+
+
 def check_window(config: Config, policy: LanguageModel, prefix: int) -> None:
     """Raises `ConfigError` if the longest sample, after `prefix` tokens such as BOS, has more positions than the policy
     knows."""
-    window = getattr(policy.config, "max_position_embeddings", None)
-    rollout = config.rollout
+    most, rollout = window(policy), config.rollout
     needed = prefix + rollout.max_prompt_tokens + rollout.max_new_tokens
-    if window is not None and needed > window:
+    if most is not None and needed > most:
         raise ConfigError(
             f"rollout.max_prompt_tokens={rollout.max_prompt_tokens} and rollout.max_new_tokens="
-            f"{rollout.max_new_tokens} make up to {needed} tokens, and the policy has {window} positions; lower one",
+            f"{rollout.max_new_tokens} make up to {needed} tokens, and the policy has {most} positions; lower one",
             key="rollout.max_prompt_tokens",
-            positions=window,
+            positions=most,
         )
 
 
@@ -431,15 +464,15 @@ def check_prompts(
 ) -> None:
     """Raises `ConfigError` naming the first of these prompts, `lengths` tokens long, that with a response of
     `new_tokens`, which `key` sets, has more positions than the policy knows."""
-    window = getattr(policy.config, "max_position_embeddings", None)
+    most = window(policy)
     for number, (text, length) in enumerate(zip(texts, lengths, strict=True), start=1):
-        if window is not None and length + new_tokens > window:
+        if most is not None and length + new_tokens > most:
             raise ConfigError(
                 f"prompt {number} of {len(texts)} ({text!r:.40}) has {length} tokens, which with {key}={new_tokens} is "
-                f"above the policy's {window} positions; shorten it or lower {key}",
+                f"above the policy's {most} positions; shorten it or lower {key}",
                 key=key,
                 prompt=number,
-                positions=window,
+                positions=most,
             )
 
 
@@ -473,13 +506,15 @@ def build(config: Config, policy: LanguageModel, policy_path: str, reward_path: 
     return with_critic(config, policy, critic)
 
 
-def with_critic(config: Config, policy: LanguageModel, critic: LanguageModel | None) -> PolicyWithValue:
+def with_critic(
+    config: Config, policy: LanguageModel, critic: LanguageModel | None, width: int | None = None
+) -> PolicyWithValue:
     """The policy with its value head, which reads `critic`, a transformer as loaded, or the policy's own trunk."""
     if critic is not None:
         critic = _checkpointed(critic, config)
         if config.lora.r:
             critic = _with_adapter(critic, config, TaskType.FEATURE_EXTRACTION)
-    return PolicyWithValue(policy, critic, config.rollout.temperature)
+    return PolicyWithValue(policy, critic, config.rollout.temperature, width)
 
 
 def load_pretrained(kind: Any, path: str, said: str, *, trust_remote_code: bool, **settings: Any) -> Any:
@@ -515,6 +550,65 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+def freeze_unreached(module: PolicyWithValue) -> list[str]:
+    """Freeze what a text has no way to, such as a vision tower or a head that is not asked, and return the names: a
+    gradient never comes, for which data parallelism would wait.
+
+    Found by one small pass and the graph that autograd made of it. Experts that were not chosen are no such case, as
+    long as others are like them.
+    """
+    device = next(module.parameters()).device
+    ids = torch.full((1, 2), 1, device=device)
+    said = module(ids, torch.ones_like(ids, dtype=torch.bool), ids, torch.ones_like(ids, dtype=torch.bool))
+    reached = _leaves(said.logprobs.sum() + said.values.sum())
+    learned = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    if not any(name.startswith("policy.") and id(parameter) in reached for name, parameter in learned.items()):
+        return []  # not a part of the model, but a fault, which the doctor's look at the gradient finds
+    alike = {re.sub(r"\d+", "*", name) for name, parameter in learned.items() if id(parameter) in reached}
+    unreached = [name for name, parameter in learned.items() if id(parameter) not in reached]
+    frozen = [name for name in unreached if "expert" not in name or re.sub(r"\d+", "*", name) not in alike]
+    for name in frozen:
+        learned[name].requires_grad_(False)
+    return frozen
+
+
+def _leaves(result: Tensor) -> set[int]:
+    """The ids of all parameters that this was computed from."""
+    nodes, seen, found = [result.grad_fn], set(), set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        nodes += [function for function, _ in node.next_functions]
+    return found
+
+
+@contextlib.contextmanager
+def learning(module: nn.Module, config: Config) -> Iterator[None]:
+    """Training mode for those layers that need it, while the context lasts: checkpointed ones look at it, and dropout
+    of adapters. All others stay in evaluation mode, in which they sampled: routers add noise in training, and other
+    layers take other branches."""
+    layers: list[nn.Module] = []
+    if config.model.gradient_checkpointing:
+        marked = [layer for layer in module.modules() if getattr(layer, "gradient_checkpointing", False)]
+        # Models of before GradientCheckpointingLayer checkpoint layers themselves.
+        layers += [layer for layer in marked if isinstance(layer, GradientCheckpointingLayer)] or marked
+    if config.lora.dropout > 0:
+        for layer in module.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layers += [layer, *getattr(layer, "lora_dropout", nn.ModuleDict()).modules()]
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
 
 
 def parameter_groups(module: PolicyWithValue, optim: OptimConfig) -> list[dict[str, Any]]:
@@ -556,7 +650,7 @@ def _trunk_inputs(
     return {
         "input_ids": torch.cat([queries, responses], dim=1),
         "attention_mask": mask,
-        **accepted(model, position_ids=position_ids(mask)),
+        **accepted(model, position_ids=position_ids(mask, first_position(model))),
     }
 
 

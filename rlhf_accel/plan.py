@@ -6,6 +6,7 @@ them, written out with their sources in docs/memory.md. Knows no data, no tokeni
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Iterator, Mapping
@@ -14,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.integrations import moe
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf_accel import kernels, models
@@ -127,20 +129,30 @@ def measure(config: Config, policy_path: str, reward_path: str | None = None, *,
         whole = from_config(AutoModelForCausalLM, settings, trust_remote_code=trusted, dtype=dtype)
         policy = models.fitted(whole, plain)
         separate = _critic(plain, settings, reward_path, policy) if config.model.critic == "separate" else None
-        outline = models.with_critic(plain, policy, separate).eval()
-    learned = [parameter.numel() for parameter in outline.parameters() if parameter.requires_grad]
-    weights = _bytes(outline)
-    if config.model.load_in_4bit:
-        weights -= _spared_by_four_bits(policy)
-    with FakeTensorMode():
+        outline = models.with_critic(plain, policy, separate, width=1).eval()
+    with FakeTensorMode(), _experts_as_shapes():
         module = _on_cpu(outline)
-        one, two = (_kept(module, config, rows, autocast) for rows in (1, 2))
+        try:
+            module.value_head = models.ValueHead(module.states_width())
+            models.freeze_unreached(module)
+            one, two = (_kept(module, config, rows, autocast) for rows in (1, 2))
+        except DataDependentOutputException as error:
+            raise ConfigError(
+                f"model.name_or_path={config.model.name_or_path}: how large the tensors of {settings.model_type} are "
+                "depends on their numbers, so its memory cannot be planned; run it for a step and look at "
+                "perf/peak_memory_mib",
+                key="model.name_or_path",
+            ) from error
         packs = config.run.fast_kernels and device == "cpu" and not autocast
         packed = kernels.packed_bytes(module.policy) if packs else 0
+    learned = [parameter.numel() for parameter in module.parameters() if parameter.requires_grad]
+    weights = _bytes(module)
+    if config.model.load_in_4bit:
+        weights -= _spared_by_four_bits(policy)
     row = {name: two[name] - one[name] for name in one}
     reward, reward_row = _reward_sizes(config, reward_path, device)
     return Sizes(
-        held=sum(parameter.numel() for parameter in outline.parameters()),
+        held=sum(parameter.numel() for parameter in module.parameters()),
         learned=sum(learned),
         largest=max(learned),
         weights=weights,
@@ -434,6 +446,20 @@ def _critic(config: Config, settings: Any, reward_path: str | None, policy: Any)
     return from_config(AutoModel, settings, trust_remote_code=trusted, dtype=dtype)
 
 
+@contextlib.contextmanager
+def _experts_as_shapes() -> Iterator[None]:
+    """Grouped products of experts by the operator of transformers' that knows what comes of shapes in every dtype:
+    torch's own refuses fp32 there, and takes it elsewhere."""
+    before = getattr(moe, "_can_use_grouped_mm", None)
+    if before is not None:
+        moe._can_use_grouped_mm = lambda *_: False
+    try:
+        yield
+    finally:
+        if before is not None:
+            moe._can_use_grouped_mm = before
+
+
 def _on_cpu(outline: Any) -> Any:
     """The module with fake tensors of the CPU in place of those of the meta device, which choose other kernels."""
     tensors = [*outline.parameters(), *outline.buffers()]
@@ -456,7 +482,9 @@ def _bytes(module: nn.Module) -> int:
 
 
 def _cache_bytes(settings: Any, dtype: torch.dtype) -> int:
-    """Keys and values of one token of one sample."""
+    """Keys and values of one token of one sample; a state space keeps a state that does not grow with them."""
+    if getattr(settings, "num_attention_heads", None) is None:
+        return 0
     heads = getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads
     width = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
     return int(2 * settings.num_hidden_layers * heads * width * dtype.itemsize)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from rlhf_accel import assets, checkpoint, data, hub, models, places, ppo, probes, report
+from rlhf_accel import adapters, assets, checkpoint, data, hub, models, padding, places, ppo, probes, report
 from rlhf_accel.checkpoint import Progress, SaveError
 from rlhf_accel.config import BatchSizes, Config, ConfigError, OptimConfig, RunFailed, check_trainable
 from rlhf_accel.distributed import Runtime, cut_micro_batches, missing
@@ -117,7 +118,9 @@ class PPOTrainer:
         self._check_turns()
         self.golds = self._on_main_first(lambda: load_golds(config.reward))
         self._try_reward()
-        module = models.build(config, policy, policy_path, reward_path)
+        if self.runtime.zero_stage == 3:
+            self._check_adapters(policy)
+        module = self._build(policy, policy_path, reward_path)
         self._what_runs = self._describe(module)
         optim = config.optim
         groups = models.parameter_groups(module, optim)
@@ -127,6 +130,7 @@ class PPOTrainer:
         own = self._rounds_to()
         found = [dtype for dtype in (torch.bfloat16, torch.float16) if self.runtime.anywhere(own == dtype)]
         self._dtype = (*found, torch.float32)[0]
+        self._check_padding()
         self.sampler = Sampler(
             config=config.rollout,
             runtime=self.runtime,
@@ -280,8 +284,7 @@ class PPOTrainer:
         """PPO's epochs over the experience; stops early where ppo.target_kl_stop says so."""
         config = self.config.ppo
         totals = _UpdateTotals()
-        self.runtime.module.train(self.config.lora.dropout > 0 or self.config.model.gradient_checkpointing)
-        try:
+        with models.learning(self.runtime.module, self.config):
             for epoch in range(config.ppo_epochs):
                 order = np.random.default_rng((_MINIBATCHES, self.config.run.seed, step, epoch)).permutation(
                     len(experience)
@@ -296,8 +299,6 @@ class PPOTrainer:
                     )
                     if not self._update_minibatch(experience, torch.from_numpy(rows), totals, fault):
                         return totals.stats()
-        finally:
-            self.runtime.module.eval()
         return totals.stats()
 
     def _learn_nothing(self, fault: Fault, experience: Experience) -> LossStats:
@@ -480,6 +481,57 @@ class PPOTrainer:
         for metric, finding in found.items():
             if not finding.passed:
                 raise RunFailed(f"{metric} is {metrics[metric]:.4g} at step 1: {finding.message}")
+
+    def _build(self, policy: models.LanguageModel, policy_path: str, reward_path: str | None) -> models.PolicyWithValue:
+        """The module, of which learns what text reaches; the rest is noted as frozen. Raises `ConfigError`."""
+        try:
+            module = models.build(self.config, policy, policy_path, reward_path)
+            self._frozen = models.freeze_unreached(module)
+        except ConfigError:
+            raise
+        except Exception as error:  # models are many, and this is the first pass
+            said = f"model.name_or_path={self.config.model.name_or_path}: {padding.cannot_run(error)}"
+            raise ConfigError(f"{said}", key="model.name_or_path") from error
+        return module
+
+    def _check_adapters(self, policy: models.LanguageModel) -> None:
+        """Raises `ConfigError` if ZeRO-3 would cut a tensor that an adapter has to be added to."""
+        name = adapters.on_tensors(policy)
+        if name is not None:
+            targets = list(self.config.lora.target_modules or ())
+            raise ConfigError(
+                f"lora.target_modules={targets}: puts an adapter on the experts' tensors ({name}), which ZeRO-3 cuts; "
+                "name layers of attention, leave the key out, or launch with ZeRO-2 or ddp",
+                key="lora.target_modules",
+            )
+
+    def _check_padding(self) -> None:
+        """Raises `ConfigError` on every rank if a model computes something else in a padded batch than alone, or
+        cannot be run at all; with ZeRO-3 each pass is a collective."""
+        few = self.prompts.fixed(3)
+        self._check_policy(few)
+        for name, _, term in self.reward.terms:
+            if isinstance(term, Classifier):
+                look = functools.partial(padding.scores_alone, term, few.texts, term.dtype, term.device)
+                problem = self.runtime.first_failure(padding.problem(look))
+                if problem is not None:
+                    raise ConfigError(f"{name}: {problem}", key="reward.model")
+
+    def _check_policy(self, few: PromptBatch) -> None:
+        batch = padding.made_up(few.queries[few.query_mask], self.tokens.pad_id).to(self.runtime.device)
+        module, dtype = self.runtime.plain_module, self._dtype
+        looks = [
+            lambda: padding.policy_alone(module.policy, batch, dtype),
+            lambda: padding.sampled_is_recomputed(module.policy, batch, self.tokens.pad_id, dtype),
+        ]
+        if not module.critic_reads_policy:
+            looks.append(lambda: padding.critic_alone(module, batch, dtype))
+        for look in looks:
+            with self.runtime.autocast():
+                problem = self.runtime.first_failure(padding.problem(look))
+            if problem is not None:
+                named = f"model.name_or_path={self.config.model.name_or_path}"
+                raise ConfigError(f"{named}: {problem}", key="model.name_or_path")
 
     def _rounds_to(self) -> torch.dtype:
         """The coarsest arithmetic on the policy's way to a log-probability, so fp32 if two ways agree up to its
@@ -766,12 +818,26 @@ class PPOTrainer:
         trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
         held = sum(p.numel() for p in module.parameters())
         dtype = str(models.resolve_dtype(self.config, self.runtime.device)).removeprefix("torch.")
-        return (
+        said = (
             f"policy {self.config.model.name_or_path} in {dtype}, {trainable:,} of {held:,} parameters learn; critic "
             f"{self.config.model.critic}; {self.runtime.world_size} process(es) on {self.runtime.device.type} in "
             f"{self.runtime.precision}; {len(self.prompts)} prompts to train on; scored by "
             + " + ".join(name for name, _, _ in self.reward.terms)
         )
+        return "\n".join([said, *self._notes_on(module)])
+
+    def _notes_on(self, module: models.PolicyWithValue) -> list[str]:
+        """What was chosen for this family and not by the config."""
+        notes = []
+        if self._frozen:
+            parts = sorted({".".join(name.split(".")[1:4]) for name in self._frozen})
+            notes.append(
+                f"{len(self._frozen)} tensors stay frozen, since no text reaches them ({', '.join(parts[:3])})"
+            )
+        lora, family = self.config.lora, str(module.policy.config.model_type)
+        if lora.r and lora.target_modules is None and lora.adapter is None and not adapters.knows(family):
+            notes.append(f"adapters on all linear layers but experts and routers: peft has no default for {family}")
+        return notes
 
     def _warn_of_emulation(self) -> None:
         asked = {"run.precision": self.config.run.precision, "model.dtype": self.config.model.dtype}

@@ -631,9 +631,8 @@ def test_another_reference_is_noticed_at_step_1(tiny):
 
 
 def test_other_log_probabilities_in_the_update_are_noticed_at_step_1(tiny):
-    # Checkpointing puts the model in training mode, in which dropout would be on.
-    trainer = PPOTrainer(tiny(model={"gradient_checkpointing": True}))
-    trainer.runtime.plain_module.policy.transformer.drop.p = 0.5
+    trainer = PPOTrainer(tiny(rollout={"logprobs": "sampled"}))
+    trainer.runtime.plain_module.temperature = 0.9  # in the update, while sampling has 1
     with pytest.raises(RuntimeError, match=r"policy/first_ratio_error .* at step 1"):
         trainer.step(["The film", "A dull"] * 4)
 
@@ -655,23 +654,33 @@ def test_where_log_probabilities_are_recomputed_sampling_from_elsewhere_is_warne
     for fault in (False, True):
         trainer = PPOTrainer(tiny(run={"precision": "bf16"}, ppo={"ppo_epochs": 1}))
         if fault:
-            monkeypatch.setattr(models, "position_ids", lambda mask: positions(mask) + 1)
+            monkeypatch.setattr(models, "position_ids", lambda mask, first=0: positions(mask) + 1)
         trainer.step(prompts)
         said = capsys.readouterr().out
         assert ("warning: responses are drawn from another distribution than the one that learns" in said) == fault
 
 
+def test_checkpointing_trains_nothing_but_layers(tiny):
+    """Training mode brings noise to routers, and dropout that its config did not set to 0."""
+    trainer = PPOTrainer(tiny(model={"gradient_checkpointing": True}, lora={"r": 4}))
+    trainer.runtime.plain_module.policy.get_base_model().transformer.drop.p = 0.5
+    assert trainer.step(["The film", "A dull"] * 4)["policy/first_ratio_error"] < 1e-3
+
+
 def test_the_module_is_back_in_evaluation_mode_after_an_exception(tiny, monkeypatch):
     trainer = PPOTrainer(tiny(model={"gradient_checkpointing": True}))
 
+    def learning():
+        return [layer for layer in trainer.runtime.module.modules() if layer.training]
+
     def fail():
-        assert trainer.runtime.module.training
+        assert [type(layer).__name__ for layer in learning()] == ["GPT2Block"] * 2
         raise ZeroDivisionError
 
     monkeypatch.setattr(trainer.runtime, "optimizer_step", fail)
     with pytest.raises(ZeroDivisionError):
         trainer.step(["The film"] * 8)
-    assert not trainer.runtime.module.training
+    assert not learning()
 
 
 def test_a_reward_that_fails_in_the_middle_of_a_run_says_which(tiny):

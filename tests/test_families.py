@@ -1,0 +1,224 @@
+"""Each family through the probes, full and with LoRA: padded = alone, sampled = recomputed, export = memory, and a
+gradient in all that learns. Those that are refused are here with what is said of them."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM
+
+from rlhf_accel import adapters, models, padding, plan, probes
+from rlhf_accel.config import Config, ConfigError, parse
+from tests.families import FAMILIES, PAD, REFUSED, save_tiny, tiny_config, tiny_model
+
+CPU = torch.device("cpu")
+IDS = torch.tensor([23, 7, 41, 12, 58, 30, 9, 17, 50, 26, 33, 45])
+HELD_OUT = torch.tensor([[11, 40, 29, 6, 52, 19], [37, 14, 44, 21, 8, 55]])
+
+pytestmark = pytest.mark.usefixtures("exact_fp32")
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A function that gives the folder with the tiny model of a family, made once."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            family, _, _ = name.partition(" ")
+            changes = {**FAMILIES, **REFUSED}[name]
+            changes = changes[0] if isinstance(changes, tuple) else changes
+            made[name] = save_tiny(tmp_path_factory.mktemp("family"), family, **changes)
+        return made[name]
+
+    return folder
+
+
+def config_of(folder: Path, lora: bool, **model: Any) -> Config:
+    tree = {
+        "model": {"name_or_path": str(folder), "dtype": "fp32", "critic": "adapter" if lora else "separate", **model},
+        "lora": {"r": 4 if lora else 0},
+    }
+    return parse(Config, tree)
+
+
+def built(config: Config) -> models.PolicyWithValue:
+    path = config.model.name_or_path
+    module = models.build(config, models.load_policy(config, path, CPU), path, None).eval()
+    models.freeze_unreached(module)
+    return module
+
+
+def passed(*findings: probes.Finding) -> None:
+    assert [finding.message for finding in findings if not finding.passed] == []
+
+
+def look(module: models.PolicyWithValue) -> None:
+    batch = padding.made_up(IDS, PAD)
+    passed(
+        padding.policy_alone(module.policy, batch, torch.float32),
+        padding.sampled_is_recomputed(module.policy, batch, PAD, torch.float32),
+        padding.critic_alone(module, batch, torch.float32),
+    )
+
+
+def gradient_reaches_all(module: models.PolicyWithValue, config: Config) -> None:
+    """With small numbers in place of zeros, which keep gradients from others; also a step as training takes one."""
+    learned = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    shake_zeros(module)
+    batch = padding.made_up(IDS, PAD)
+    with models.learning(module, config):
+        said = module(*models.model_inputs(batch))
+        (said.logprobs.sum() + said.values.square().sum()).backward()
+    lost = [name for name, p in learned.items() if p.grad is None]
+    silent = [name for name, p in learned.items() if p.grad is not None and not p.grad.any()]
+    # Experts that no token chose; a router whose choice is made with certainty.
+    silent = [name for name in silent if "expert" not in name and "router" not in name]
+    assert (lost, silent) == ([], [])
+    with torch.no_grad():
+        for parameter in learned.values():
+            if parameter.grad is not None:
+                parameter.sub_(0.01 * parameter.grad / parameter.grad.norm().clamp(min=1e-6))
+                parameter.grad = None
+
+
+@torch.no_grad()
+def shake_zeros(module: models.PolicyWithValue) -> None:
+    for parameter in module.parameters():
+        if parameter.requires_grad and not parameter.any():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+
+
+@torch.no_grad()
+def export_is_memory(module: models.PolicyWithValue, folder: Path, lora: bool) -> None:
+    module.policy.save_pretrained(folder, **({"selected_adapters": [models.POLICY]} if lora else {}))
+    kind = AutoPeftModelForCausalLM if lora else AutoModelForCausalLM
+    loaded = kind.from_pretrained(folder, dtype=torch.float32).eval()
+    memory, again = (model(input_ids=HELD_OUT, use_cache=False).logits for model in (module.policy, loaded))
+    ours, theirs = dict(module.policy.named_parameters()), loaded.state_dict()
+    ours = {} if lora else {name: tensor for name, tensor in ours.items() if name in theirs}
+    passed(probes.export_is_memory(memory, again, dtype=torch.float32, ours=ours, theirs=theirs))
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family(name: str, lora: bool, folder_of: Any, tmp_path: Path) -> None:
+    config = config_of(folder_of(name), lora)
+    module = built(config)
+    look(module)
+    gradient_reaches_all(module, config)
+    export_is_memory(module, tmp_path, lora)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_a_reason(name: str, folder_of: Any) -> None:
+    config = config_of(folder_of(name), lora=False, critic="head")
+    policy = models.load_policy(config, config.model.name_or_path, CPU)
+    batch = padding.made_up(IDS, PAD)
+    looks = (
+        lambda: padding.policy_alone(policy, batch, torch.float32),
+        lambda: padding.sampled_is_recomputed(policy, batch, PAD, torch.float32),
+    )
+    problems = [problem for problem in map(padding.problem, looks) if problem is not None]
+    assert problems and REFUSED[name][1] in problems[0] and name.split()[0] in problems[0]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "llama4_text", "phimoe"])
+def test_all_linear_leaves_routers_out(name: str, folder_of: Any) -> None:
+    """By default also the experts, which peft wraps tensor by tensor: ZeRO-3 cuts those."""
+    config = config_of(folder_of(name), lora=True)
+    for targets, experts in ((["all-linear"], name == "mixtral"), (None, False)):
+        lora = {"r": 2, "target_modules": targets}
+        asked = parse(Config, {"model": {"name_or_path": config.model.name_or_path, "dtype": "fp32"}, "lora": lora})
+        policy = models.load_policy(asked, asked.model.name_or_path, CPU)
+        adapted = {name.partition(".lora_")[0] for name, _ in policy.named_parameters() if ".lora_" in name}
+        assert any("q_proj" in layer for layer in adapted)
+        assert not [layer for layer in adapted if "router" in layer or layer.endswith(".gate")]
+        assert (adapters.on_tensors(policy) is not None) == experts
+        passed(padding.policy_alone(policy, padding.made_up(IDS, PAD), torch.float32))
+
+
+def test_what_no_text_reaches_is_frozen(folder_of: Any) -> None:
+    """A vision tower, a bias that balances experts, the pooler of a critic: data parallelism would wait for them."""
+    for name, part in (("gemma3", "vision_tower"), ("ernie4_5_moe", "e_score_correction_bias"), ("bert", "pooler")):
+        config = config_of(folder_of(name), lora=False)
+        path = config.model.name_or_path
+        module = models.build(config, models.load_policy(config, path, CPU), path, None).eval()
+        frozen = models.freeze_unreached(module)
+        assert any(part in name for name in frozen)
+        assert frozen == [name for name, p in module.named_parameters() if not p.requires_grad]
+        assert not any("layers.0.self_attn" in name and "vision" not in name for name in frozen)
+
+
+def test_training_mode_is_for_layers_that_are_checkpointed(folder_of: Any) -> None:
+    """Mixtral's routers add noise in it, the streams of Gemma 3n are clipped."""
+    for name in ("mixtral", "gemma3n_text", "phimoe"):
+        config = config_of(folder_of(name), lora=False, critic="head", gradient_checkpointing=True)
+        module = built(config)
+        with models.learning(module, config):
+            learning = {type(layer).__name__ for layer in module.modules() if layer.training}
+        assert len(learning) == 1 and learning.pop().endswith("DecoderLayer")
+        assert not any(layer.training for layer in module.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "most"),
+    [
+        ("gpt2", {"n_positions": 16}, 16),
+        ("mpt", {"max_seq_len": 16}, 16),
+        ("whisper", {"max_target_positions": 16}, 16),
+        ("gemma3", {"text_config": {"max_position_embeddings": 16}}, 16),
+        ("roberta", {"is_decoder": True, "max_position_embeddings": 17}, 16),  # positions begin after the padding id
+        ("bloom", {}, None),
+        ("mamba", {}, None),
+    ],
+)
+def test_window(name: str, changes: dict[str, Any], most: int | None) -> None:
+    policy = tiny_model(tiny_config(name, **changes))
+    assert models.window(policy) == most
+    config = parse(
+        Config, {"rollout": {"max_prompt_tokens": 9, "max_new_tokens": 8}, "data": {"prompt_tokens": [2, 9]}}
+    )
+    with contextlib.nullcontext() if most is None else pytest.raises(ConfigError, match="has 16 positions"):
+        models.check_window(config, policy, 0)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "granitemoehybrid", "mamba2", "opt projected", "gemma3"])
+def test_memory_is_planned(name: str, folder_of: Any) -> None:
+    config = config_of(folder_of(name), lora=False)
+    sizes = plan.measure(config, config.model.name_or_path)
+    module = built(config)
+    assert sizes.learned == sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert sizes.activations_row > 0
+
+
+def test_memory_that_cannot_be_planned_is_refused_by_name(folder_of: Any) -> None:
+    config = config_of(folder_of("jetmoe"), lora=False)
+    with pytest.raises(ConfigError, match=r"jetmoe.*cannot be planned"):
+        plan.measure(config, config.model.name_or_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", FAMILIES)
+def test_checkpointing_and_merge(name: str, folder_of: Any, tmp_path: Path) -> None:
+    """Checkpointed layers give the gradient that plain ones give, and a merged adapter the logits that it gave."""
+    gradients = []
+    for checkpointing in (False, True):
+        config = config_of(folder_of(name), lora=True, gradient_checkpointing=checkpointing)
+        module = built(config)
+        shake_zeros(module)
+        with models.learning(module, config):
+            said = module(*models.model_inputs(padding.made_up(IDS, PAD)))
+            (said.logprobs.sum() + said.values.square().sum()).backward()
+        gradients.append({name: p.grad for name, p in module.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        memory = module.policy(input_ids=HELD_OUT, use_cache=False).logits
+        merged = module.policy.merge_and_unload(adapter_names=[models.POLICY], safe_merge=True)
+        again = merged(input_ids=HELD_OUT, use_cache=False).logits
+    passed(probes.export_is_memory(memory, again, dtype=torch.float32))
