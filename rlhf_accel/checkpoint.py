@@ -52,8 +52,8 @@ _OPTIONAL = {name for name in NAMES if name.startswith("eval/")}
 _LOCK = ".lock"
 # What a run writes beside config.yaml, or removes.
 _WRITTEN = (
-    *("final", ".final", "best", ".best", CHECKPOINTS, "dumps", "logs", "trackers", "summary.json", "metrics.jsonl"),
-    *("samples.jsonl", "environment.json", "report.html", "report"),
+    *("final", ".final", "best", ".best", CHECKPOINTS, "dumps", "trackers", "summary.json", "metrics.jsonl"),
+    *("samples.jsonl", "environment.json", "report.html", "report", "logs/rank-0.log"),  # Slurm's own may be in logs/
 )
 _NAME = re.compile(r"step-(\d+)(\.old)?")
 

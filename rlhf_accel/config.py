@@ -703,8 +703,9 @@ def to_yaml(config: Any) -> str:
     """The resolved config as YAML that `load` reads back."""
     tree = _plain(asdict(config))
     text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-    # PyYAML leaves U+0085 as it is, and reads it back as a space; in ASCII it is escaped.
-    return yaml.safe_dump(tree, sort_keys=False) if "\x85" in text else text
+    # PyYAML leaves U+0085 as it is, and reads it back as a space, and a console shows other control characters as their
+    # codes: in ASCII both are escaped so that they are read back.
+    return text if visible(text) == text else yaml.safe_dump(tree, sort_keys=False)
 
 
 def recipe_names() -> list[str]:

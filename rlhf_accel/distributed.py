@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rlhf_accel import trackers
-from rlhf_accel.config import ConfigError, RunConfig
+from rlhf_accel.config import ConfigError, RunConfig, RunFailed
 from rlhf_accel.runtime import computes_in_bf16, has_gpu, peak_resident_mib, quiet_libraries, tune_process
 
 B = TypeVar("B")
@@ -469,17 +469,26 @@ class Runtime:
         safe_set_local_optimizer_state(parameter, padded[self.rank * size :][:size].to(self.device), key)
 
     def from_main(self, make: Callable[[], B]) -> B:
-        """What `make` returns on the main process, on every rank; its `ConfigError` too."""
+        """What `make` returns on the main process, on every rank.
+
+        What it raises there is raised there, and on the other ranks too, which would wait for the result: its
+        `ConfigError` and `RunFailed` as they are, anything else as a `RunFailed` that names it.
+        """
         outcome: list[Any] = [None]
+        raised: Exception | None = None
         if self.is_main:
             try:
                 outcome = [make()]
-            except ConfigError as error:
-                outcome = [error]
+            except Exception as error:
+                raised = error
+                known = isinstance(error, (ConfigError, RunFailed))
+                outcome = [error if known else RunFailed(f"the main process: {type(error).__name__}: {error}")]
         if self.world_size > 1:
             with self._waiting():
                 broadcast_object_list(outcome)
-        if isinstance(outcome[0], ConfigError):
+        if raised is not None:
+            raise raised
+        if isinstance(outcome[0], (ConfigError, RunFailed)):
             raise outcome[0]
         made: B = outcome[0]
         return made

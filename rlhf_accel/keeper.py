@@ -102,8 +102,8 @@ class Keeper:
         return self.folder
 
     def _check_lock(self) -> None:
-        """Raises `RunFailed` if another run holds the folder now: this process was taken for dead."""
-        holder = self._lock.lost_to() if self._lock is not None else None
+        """Raises `RunFailed`, on every rank, if another run holds the folder now: this process was taken for dead."""
+        holder = self.runtime.from_main(lambda: self._lock.lost_to() if self._lock is not None else None)
         if holder is not None:
             raise RunFailed(
                 f"{self.folder} was taken over by {holder}, for this process gave no sign of life for a while (a "
@@ -265,7 +265,7 @@ class Keeper:
 
     def _all_or_none(self, write: Callable[[], None]) -> None:
         """The main process writes; raises `SaveError` on every rank if it could not."""
-        problem = self.runtime.first_failure(failure(write) if self.runtime.is_main else None)
+        problem = self.runtime.from_main(lambda: failure(write))
         if problem is not None:
             raise SaveError(problem)
 

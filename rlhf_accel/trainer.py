@@ -48,6 +48,7 @@ _CALIBRATION_STEP = 0  # training steps count from 1
 _STEP, _EVALUATION = 0, 1  # global random numbers, by what draws them
 _PROBED = 32  # prompts whose tokens are compared with the tokenizer's own
 _LOOKED_AT = 16  # responses whose logits tell the limits of step 1
+_LOOKED_AT_TOKENS = 32  # of a response that is drawn again
 _READ = 64  # prompts, to see whether they hold special tokens
 _SHOWN = 10  # held-out samples that the summary shows before and after
 
@@ -262,7 +263,7 @@ class PPOTrainer:
         if step == 1 and fault is None:
             limits = self._first_limits(rollout)
             if not self.sampler.keeps_said:
-                self._warn_of_sampling(prompts, limits[0])
+                self._warn_of_sampling(prompts, rollout, limits[0])
             self._warn_of_values(experience)
         with watch("update"):
             losses = self.update(experience, step) if fault is None else self._learn_nothing(fault, experience)
@@ -445,19 +446,25 @@ class PPOTrainer:
         return self.ratio_limits(rollout), self.ratio_limits(rollout, of_one_pass=not self.sampler.keeps_said)
 
     @torch.no_grad()
-    def _warn_of_sampling(self, prompts: PromptBatch, limits: probes.RatioLimits) -> None:
+    def _warn_of_sampling(self, prompts: PromptBatch, rollout: Rollout, limits: probes.RatioLimits) -> None:
         """Where log-probabilities are recomputed, the ratio is 1 whatever sampling does: so a few responses are drawn
         again, and sampling's own log-probabilities are compared with those of a pass over them. Called by all ranks."""
-        few = prompts.select(torch.arange(min(max(_LOOKED_AT, self.runtime.world_size), len(prompts))))
+        config, ranks = self.config.rollout, self.runtime.world_size
+        length = min(config.max_new_tokens, _LOOKED_AT_TOKENS)
+        of_rank = max(self.config.ppo.micro_batch_tokens // (prompts.queries.shape[1] + length), 1)
+        few = prompts.select(torch.arange(min(max(_LOOKED_AT, ranks), of_rank * ranks, len(prompts))))
+        shorter = replace(config, max_new_tokens=length, min_new_tokens=min(config.min_new_tokens, length))
         with self.runtime.gathered():
-            drawn = self.sampler.sample(few, seed=self.config.run.seed, step=1)
+            drawn = replace(self.sampler, config=shorter).sample(few, seed=self.config.run.seed, step=1)
+            # A rank without a share reads a row that is not counted: the pass may be a collective.
+            chunk = drawn.sequences if len(drawn) else rollout.sequences.select(torch.tensor([0]))
             with self.runtime.autocast():
-                passed = self.runtime.plain_module(*models.model_inputs(drawn.sequences.to(self.runtime.device)))
+                passed = self.runtime.plain_module(*models.model_inputs(chunk.to(self.runtime.device)))
         mask = drawn.sequences.response_mask
-        off = (passed.logprobs.float().cpu() - drawn.logprobs)[mask].double()
+        off = (passed.logprobs.float().cpu()[: len(drawn), : mask.shape[1]] - drawn.logprobs)[mask].double()
         total, count = self.runtime.sum(torch.stack([off.square().sum(), torch.tensor(float(off.numel()))])).tolist()
         largest = float(self.runtime.max(torch.cat([off.new_zeros(1), off.abs()]).amax()[None])[0])
-        finding = probes.sampled_is_learnt(math.sqrt(total / count), largest, limits, recomputed=True)
+        finding = probes.sampled_is_learnt(math.sqrt(total / max(count, 1.0)), largest, limits, recomputed=True)
         if not finding.passed:
             self.line.say(
                 f"warning: responses are drawn from another distribution than the one that learns; {finding.message}"

@@ -56,7 +56,7 @@ def test_of_three_that_start_at_once_each_gets_a_default_folder(tmp_path, monkey
 
 
 @pytest.mark.parametrize("resume", [None, "auto"])
-@pytest.mark.parametrize("name", ["final", "best", "summary.json", "samples.jsonl", "metrics.jsonl", "logs", ".best"])
+@pytest.mark.parametrize("name", ["final", "best", "summary.json", "samples.jsonl", "metrics.jsonl", "dumps", ".best"])
 def test_a_folder_with_what_a_run_would_overwrite_is_refused(tmp_path, name, resume):
     """Of another program, say: a run would have written config.yaml first."""
     (tmp_path / name).mkdir()
@@ -67,6 +67,16 @@ def test_a_folder_with_what_a_run_would_overwrite_is_refused(tmp_path, name, res
     (tmp_path / "config.yaml").touch()  # a kill came before its text
     with pytest.raises(ConfigError, match=r"^run\.output_dir="):
         checkpoint.choose_folder(run_config(output_dir=str(tmp_path), resume=resume))
+
+
+def test_logs_of_a_scheduler_are_in_nobodys_way(tmp_path):
+    """Slurm makes the folder of a job's output before the job starts."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "17.out").touch()
+    assert checkpoint.choose_folder(run_config(output_dir=str(tmp_path), resume="auto")) == tmp_path
+    (tmp_path / "logs" / "rank-0.log").touch()
+    with pytest.raises(ConfigError, match=r"holds logs/rank-0\.log"):
+        checkpoint.choose_folder(run_config(output_dir=str(tmp_path), resume="auto"))
 
 
 def test_a_run_that_is_started_twice_with_auto_continues_once(tmp_path, monkeypatch):

@@ -12,7 +12,8 @@ from accelerate.state import GradientState
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_accel.config import Config, ConfigError, parse
+from rlhf_accel import distributed
+from rlhf_accel.config import Config, ConfigError, RunConfig, RunFailed, parse
 from rlhf_accel.distributed import Runtime, _deepspeed_plugin, cut_by_tokens, cut_micro_batches
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=20)
@@ -187,3 +188,22 @@ def test_shares_have_equally_many_passes_and_keep_their_rows() -> None:
     assert {len(passes) for passes in cuts} == {3}
     for share, passes in zip(shares, cuts, strict=True):
         assert sorted(torch.cat(passes).tolist()) == share.tolist()
+
+
+@pytest.mark.parametrize("error", [ConfigError("no.key: is wrong"), OSError("stale file handle")])
+def test_what_the_main_process_raises_reaches_the_others(monkeypatch, error) -> None:
+    """Else they would wait for its result until run.collective_timeout."""
+    sent = []
+    runtime = Runtime(RunConfig(trackers=()))
+    monkeypatch.setattr(Runtime, "world_size", property(lambda self: 2))
+    monkeypatch.setattr(distributed, "broadcast_object_list", lambda outcome: sent.append(outcome[0]))
+
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        runtime.from_main(fail)
+    monkeypatch.setattr(Runtime, "is_main", property(lambda self: False))
+    monkeypatch.setattr(distributed, "broadcast_object_list", lambda outcome: outcome.__setitem__(0, sent[0]))
+    with pytest.raises((ConfigError, RunFailed), match=str(error)):
+        runtime.from_main(fail)

@@ -15,6 +15,7 @@ from rlhf_accel import kernels, models
 from rlhf_accel import metrics as metrics_module
 from rlhf_accel import trainer as trainer_module
 from rlhf_accel.config import Config, ConfigError, OptimConfig, RunFailed, load
+from rlhf_accel.distributed import Runtime
 from rlhf_accel.keeper import Keeper
 from rlhf_accel.tokens import Tokens
 from rlhf_accel.trainer import PPOTrainer, lr_factor
@@ -658,6 +659,17 @@ def test_where_log_probabilities_are_recomputed_sampling_from_elsewhere_is_warne
         trainer.step(prompts)
         said = capsys.readouterr().out
         assert ("warning: responses are drawn from another distribution than the one that learns" in said) == fault
+
+
+def test_a_rank_without_a_share_takes_part_in_the_look_at_sampling(tiny, monkeypatch):
+    trainer = PPOTrainer(tiny(run={"precision": "bf16"}))
+    prompts = trainer.prompts.batch(1, 8)
+    trainer.step(prompts)
+    assert trainer.rollout is not None
+    limits = trainer.ratio_limits(trainer.rollout)
+    monkeypatch.setattr(Runtime, "rank", property(lambda self: 1))
+    monkeypatch.setattr(Runtime, "shares", lambda self, count: [torch.arange(count), torch.arange(0)])
+    trainer._warn_of_sampling(prompts, trainer.rollout, limits)
 
 
 def test_checkpointing_trains_nothing_but_layers(tiny):
