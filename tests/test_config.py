@@ -79,9 +79,7 @@ def test_every_kind_of_value_survives_yaml() -> None:
         "run": {"name": "1e3", "output_dir": "a: b # ö\n", "trackers": ["wandb", "no"]},
         "lora": {"r": 8, "target_modules": ["q_proj"]},
         "data": {"prompt_tokens": [2, 8], "max_samples": None},
-        "rollout": {
-            "stop": ["\n\n", "\x85", "\u2028", "a\u200eb", "#", "true", "null", "2024-01-01", "'", "<|im_end|>"]
-        },
+        "rollout": {"stop": ["\n\n", "\x85", "\u2028", "#", "true", "null", "2024-01-01", "'", "<|im_end|>"]},
         "reward": {"function": "a.b:c", "weights": 0.5, "clip": 1e-7},
         "ppo": {"cliprange_value": None},
         "optim": {"betas": [0.0, 0.95], "lr": "3e-4"},
@@ -92,7 +90,11 @@ def test_every_kind_of_value_survives_yaml() -> None:
     assert config.reward.function == ("a.b:c",)
     assert config.rollout.stop == tuple(tree["rollout"]["stop"])
     assert parse(Config, yaml.safe_load(to_yaml(config))) == config
-    assert visible(to_yaml(config)) == to_yaml(config), "--print_config prints it as it is"
+
+
+def test_a_printed_config_is_read_back() -> None:
+    config = parse(Config, {"rollout": {"stop": ["a\u200eb"]}})
+    assert parse(Config, yaml.safe_load(visible(to_yaml(config)))) == config
 
 
 @settings(max_examples=25, deadline=None)
