@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import psutil
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
@@ -36,7 +35,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rlhf_accel import trackers
 from rlhf_accel.config import ConfigError, RunConfig, RunFailed
-from rlhf_accel.runtime import computes_in_bf16, has_gpu, peak_resident_mib, quiet_libraries, tune_process
+from rlhf_accel.runtime import computes_in_bf16, free_memory, has_gpu, peak_resident_mib, quiet_libraries, tune_process
 
 B = TypeVar("B")
 
@@ -610,7 +609,7 @@ class Runtime:
             if self.device.type == "cuda":
                 free = torch.cuda.mem_get_info(self.device)[0]
             else:
-                free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+                free = free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             self._gather_parameters = "always" if self._on_all(2 * size <= free) else "never"
         return self._gather_parameters == "always"
 

@@ -11,10 +11,13 @@ import random
 import resource
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import datasets
 import numpy as np
+import psutil
 import torch
 import transformers
 
@@ -57,6 +60,39 @@ def peak_resident_mib() -> float:
             return int(line.split()[1]) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def free_memory() -> int:
+    """Bytes that this process can still take: the machine's, or less in a container or a job that has a limit."""
+    return max(min([psutil.virtual_memory().available, *_free_in_cgroups()]), 0)
+
+
+_CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+# Of versions 2 and 1: limit, usage, and the file pages in memory.stat that the kernel gives up first. These count as
+# used, so a job that has read or written large files seems full.
+_V2 = ("memory.max", "memory.current", "inactive_file")
+_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def _free_in_cgroups() -> Iterator[int]:
+    """What the limit of each control group of this process leaves: its own and those above it."""
+    with suppress(OSError):
+        for line in _CGROUP.read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers not in ("", "memory"):
+                continue
+            base, names = (_CGROUPS / "memory", _V1) if controllers else (_CGROUPS, _V2)
+            place = base / path.lstrip("/")
+            for group in (place, *place.parents):
+                if group.is_relative_to(base):
+                    with suppress(OSError, ValueError):  # not there, or "max"
+                        yield _free_in(group, *names)
+
+
+def _free_in(group: Path, limit: str, usage: str, cached: str) -> int:
+    most, used = (int((group / name).read_text(encoding="ascii")) for name in (limit, usage))
+    kept = [line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines()]
+    return most - used + sum(int(size) for name, size in kept if name == cached)
 
 
 def reseed(*numbers: int) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -24,6 +25,18 @@ from rlhf_accel.config import RunFailed
 from rlhf_accel.distributed import Runtime
 from rlhf_accel.exports import ExportError
 from rlhf_accel.trainer import PPOTrainer
+
+
+def raise_(error: Exception) -> None:
+    raise error
+
+
+def unreachable() -> OSError:
+    """As transformers raises it where the hub does not answer."""
+    error = OSError("We couldn't connect to the hub to load the files")
+    error.__cause__ = LocalEntryNotFoundError("no such file in the cache")
+    return error
+
 
 SCALAR = "model.layers.1.layer_scalar"  # a persistent buffer
 
@@ -187,12 +200,22 @@ def test_an_adapter_is_loaded_once_and_its_tensors_are_compared_each_time(
     ids = trainer._export_probe.ids
     torch.testing.assert_close(models.logits_of(final, ids), models.logits_of(policy, ids))
     assert (models.logits_of(policy.get_base_model(), ids) - models.logits_of(final, ids)).abs().max() < 1e-4
-    monkeypatch.setattr(exports.psutil, "virtual_memory", lambda: type("Full", (), {"available": 0}))
+    for fault in (torch.OutOfMemoryError("no room"), MemoryError(), ConnectionError("reset"), unreachable()):
+        with monkeypatch.context() as patch:
+            patch.setattr(exports, "load_export", lambda *args, fault=fault, **how: raise_(fault))
+            trainer._export_probe._described = None
+            export("final")
+            assert type(fault).__name__ in str(trainer._export_probe.skipped)
+            with pytest.raises(ExportError, match=r"lm_head\.lora_A\.default\.weight differs by [0-9.]+;"):
+                export("final", turn_around)
+    export("final")
+    assert trainer._export_probe.skipped is None and len(loads) == 5
+    monkeypatch.setattr(exports, "free_memory", lambda: 0)
     trainer._export_probe._described = None
     with pytest.raises(ExportError, match=r"lm_head\.lora_A\.default\.weight differs by [0-9.]+;"):
         export("final", turn_around)
     export("final")
-    assert len(loads) == 4 and "a second model takes 0 GiB" in str(trainer._export_probe.skipped)
+    assert len(loads) == 5 and "a second model takes 0 GiB" in str(trainer._export_probe.skipped)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

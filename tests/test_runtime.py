@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import resource
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,6 +36,27 @@ def test_peak_memory_holds_what_was_taken_and_given_back() -> None:
     taken = torch.ones(2**20, int(before) // 4 + 64)  # as much again as the peak, and 256 MiB
     del taken
     assert runtime.peak_resident_mib() > before + 100
+
+
+def test_free_memory_is_what_the_control_groups_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def group(place: str, **files: object) -> None:
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (tmp_path / place / name.replace("__", ".")).write_text(f"{content}\n")
+
+    monkeypatch.setattr(runtime, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(runtime, "_CGROUP", tmp_path / "self")
+    monkeypatch.setattr(runtime.psutil, "virtual_memory", lambda: SimpleNamespace(available=5000))
+    assert runtime.free_memory() == 5000
+    (tmp_path / "self").write_text("0::/job/step\n")
+    group("job/step", memory__max="max", memory__current=10, memory__stat="inactive_file 5")
+    assert runtime.free_memory() == 5000
+    group("job", memory__max=1000, memory__current=900, memory__stat="anon 4\ninactive_file 300")
+    assert runtime.free_memory() == 400
+    (tmp_path / "self").write_text("5:cpu,cpuacct:/\n4:memory:/docker/1\n0::/\n")  # as seen in its own mount
+    v1 = {"memory__limit_in_bytes": 700, "memory__usage_in_bytes": 650, "memory__stat": "total_inactive_file 20"}
+    group("memory", **v1)
+    assert runtime.free_memory() == 70
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])
