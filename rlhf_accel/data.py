@@ -75,9 +75,11 @@ def checked_texts(rows: Table, source: str, text_field: str) -> list[str]:
     texts = list(rows[text_field])
     for number, text in enumerate(texts, start=1):
         if not _is_text(text):
+            fix = "remove the row or choose another data.text_field"
+            if isinstance(text, list) and text and isinstance(text[0], dict):
+                fix = "write the conversations into a column of texts by the policy's chat template, and name that one"
             raise ConfigError(
-                f"data.text_field={text_field}: row {number} of {source} has no text there (found {text!r:.40}); "
-                "remove the row or choose another data.text_field",
+                f"data.text_field={text_field}: row {number} of {source} has no text there (found {text!r:.40}); {fix}",
                 key="data.text_field",
                 row=number,
             )

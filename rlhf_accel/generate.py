@@ -115,6 +115,12 @@ def _writers(options: argparse.Namespace) -> tuple[Config | None, list[Writer]]:
         keys = ("reward.function", "reward.url") if options.score else ()
         require_trust(config, folder, options.trust_code, (*keys, "model.trust_remote_code"))
         folder = model_folder(folder, options.which)
+    if options.score and config is not None and config.reward.chat_field is not None:
+        raise ConfigError(
+            f"--score: the run's reward reads reward.chat_field={config.reward.chat_field} of its data, which prompts "
+            "given here do not have; use evaluate",
+            key="--score",
+        )
     if options.score and config is None:
         raise ConfigError("--score needs a run's folder, whose config.yaml names the reward", key="--score")
     if options.prompts and options.file is not None:

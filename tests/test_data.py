@@ -344,6 +344,11 @@ def test_a_row_without_text_is_named_by_its_number(write: Callable, text: Any) -
     assert message.startswith(f"data.text_field=text: row 3 of {source} has no text there (found {text!r})")
 
 
+def test_a_column_of_conversations_is_told_from_rows_without_text(write: Callable) -> None:
+    source = write("a.jsonl", [{"text": [{"role": "user", "content": "a"}]}])
+    assert "chat template" in error_of(split_rows, DataConfig(source=source))
+
+
 def test_a_file_has_no_splits(write: Callable) -> None:
     source = write("a.jsonl", ROWS)
     message = error_of(split_rows, DataConfig(source=source, split="test"))

@@ -3,6 +3,7 @@
 import io
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -225,6 +226,14 @@ def test_texts_are_shown_as_they_are(wide, capsys):
     object.__setattr__(writer, "write", lambda prompts, seed: tuple(r"\[/x] a \[b] [red]" for _ in prompts))
     generate._show([r"\[/p] [bold]"], [writer], None, 0)
     assert cells(capsys)[1] == [r"\[/p] [bold]", r"\[/x] a \[b] [red]"]
+
+
+def test_scores_need_no_column_of_the_data(run_folder, monkeypatch):
+    trainer = run_folder(reward={"calibrate": True})
+    chat = replace(trainer.config.reward, model="chats", function=(), chat_field="messages")
+    monkeypatch.setattr(generate, "load_run", lambda path: replace(trainer.config, reward=chat))
+    with pytest.raises(ConfigError, match=r"^--score: .*chat_field=messages"):
+        generate._writers(generate._parse([str(trainer.folder), "--score", "--trust_code"]))
 
 
 def test_scores_of_a_run_that_did_not_end_have_no_scale(run_folder):
