@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_accel.console import Stream
+
 logger = logging.getLogger(__name__)
 
 # Variables that this package, torch, the launchers or the hub's client read after the start. A library that is imported
@@ -237,7 +239,11 @@ def _read_streams() -> tuple[Any, ...]:
 def _write_streams(before: tuple[Any, ...]) -> None:
     for descriptor, name, (stream, was_closed) in zip((1, 2), ("stdout", "stderr"), before, strict=True):
         if getattr(stream, "closed", False) and not was_closed:
-            stream = open(descriptor, "w", buffering=1, encoding=stream.encoding, errors=stream.errors, closefd=False)  # noqa: SIM115
+            opened = open(descriptor, "w", buffering=1, encoding=stream.encoding, errors=stream.errors, closefd=False)  # noqa: SIM115
+            if isinstance(stream, Stream):  # which stays the guard of what is under it
+                stream.put(opened)
+            else:
+                stream = opened
         setattr(sys, name, stream)
 
 

@@ -37,6 +37,10 @@ class Stream:
     def flush(self) -> None:
         self._try(lambda stream: stream.flush())
 
+    def put(self, stream: Any) -> None:
+        """Write to this one from now on."""
+        self._find = lambda: stream
+
     def isatty(self) -> bool:
         with suppress(AttributeError, ValueError):
             return bool(self._find().isatty())

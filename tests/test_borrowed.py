@@ -225,6 +225,25 @@ def test_streams_that_a_reward_closes_are_open_again(tmp_path) -> None:
     assert "reward=closes left changed: file descriptor 1, file descriptor 2, sys.stdout or sys.stderr" in done.stderr
 
 
+CLOSES_GUARDED = """
+import sys
+from rlhf_accel import console
+from rlhf_accel.borrowed import restored_globals
+with console.guarded():
+    guard = sys.stdout
+    for close in (sys.stdout.close, sys.__stdout__.close):
+        with restored_globals("reward=closes"):
+            close()
+        assert sys.stdout is guard
+        print("still printed", flush=True)
+"""
+
+
+def test_the_guard_of_a_console_outlives_a_reward_that_closes_it() -> None:
+    done = subprocess.run([sys.executable, "-c", CLOSES_GUARDED], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "still printed\n" * 2), done.stderr
+
+
 def test_no_thread_and_no_descriptor_is_left(tmp_path) -> None:
     before = threading.active_count(), len(os.listdir("/proc/self/fd"))
     for _ in range(5):
