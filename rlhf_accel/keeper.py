@@ -21,7 +21,7 @@ from rlhf_accel.config import Config, ConfigError, RunFailed, flatten
 from rlhf_accel.distributed import Runtime, each_once, failure, missing, post
 from rlhf_accel.environment import environment
 from rlhf_accel.exports import ExportError, ExportProbe
-from rlhf_accel.lock import Lock
+from rlhf_accel.lock import NEWER_RUN, Lock
 from rlhf_accel.metrics import Journal, Progressline
 from rlhf_accel.models import logits_of
 from rlhf_accel.probes import fp32_products
@@ -105,10 +105,9 @@ class Keeper:
         """Raises `RunFailed`, on every rank, if another run holds the folder now: this process was taken for dead."""
         holder = self.runtime.from_main(lambda: self._lock.lost_to() if self._lock is not None else None)
         if holder is not None:
-            raise RunFailed(
-                f"{self.folder} was taken over by {holder}, for this process gave no sign of life for a while (a "
-                "machine or a disk that stood still); it ends and writes nothing more"
-            )
+            still = "this process gave no sign of life for a while (a machine or a disk that stood still)"
+            why = "" if holder == NEWER_RUN else f", for {still}"
+            raise RunFailed(f"{self.folder} was taken over by {holder}{why}; this run ends and writes nothing more")
 
     def record(self, metrics: Mapping[str, float]) -> None:
         """Metrics to every sink; what cannot be written is said. Raises `RunFailed` if the folder is another run's."""

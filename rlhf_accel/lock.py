@@ -32,6 +32,7 @@ SILENT = 30.0  # seconds without one, after which a holder on another machine is
 # Seconds to wait for a holder that lives: it may be about to end, as a job that Slurm kills while it is queued again.
 HERE, ELSEWHERE = 10.0, 90.0
 _POLL = 0.25
+NEWER_RUN = "a newer run of this process"
 _SIZE = 1024  # bytes of what the file says: always as many, so that one write replaces it and needs no new room
 
 
@@ -57,6 +58,7 @@ class _Held:
     handle: int
     holder: Holder
     ended: threading.Event = field(default_factory=threading.Event)
+    passed_on: bool = False  # to another lock of this process
 
 
 class Lock:
@@ -68,7 +70,9 @@ class Lock:
         threading.Thread(target=_repeat, args=(held,), daemon=True, name="lock").start()
 
     def lost_to(self) -> str | None:
-        """Who holds the folder now, None while it is this process."""
+        """Who holds the folder now; None while it is this lock, or after its `release`."""
+        if self._held.passed_on:
+            return NEWER_RUN
         return None if self._held.ended.is_set() else _taken_by(self._held)
 
 
@@ -82,9 +86,10 @@ def hold(path: Path, what: str, key: str, say: Callable[[str], None] = lambda _:
     over from. A lock that this process holds already passes to the new one. Raises `ConfigError`, naming the holder and
     `key`, if it does not end, and `OSError` if the file cannot be written.
     """
-    path = path.absolute()
+    path = path.resolve()
     before = _held_here.get(path)
     if before is not None:
+        before.passed_on = True
         _release(before)
     watch = _Watch()
     while True:

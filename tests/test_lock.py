@@ -126,7 +126,10 @@ def test_who_was_taken_for_dead_notices_and_leaves_the_file_alone(tmp_path, monk
 def test_it_passes_on_within_a_process_and_ends_with_its_owner(tmp_path):
     path = tmp_path / ".lock"
     first = take(path)
-    second = take(path)
+    (tmp_path / "link").symlink_to(tmp_path)
+    second = take(tmp_path / "link" / ".lock")
+    (tmp_path / "link").unlink()
+    assert (first.lost_to(), second.lost_to()) == ("a newer run of this process", None)
     first.release()
     assert path.exists()
     child = os.fork()
@@ -137,6 +140,9 @@ def test_it_passes_on_within_a_process_and_ends_with_its_owner(tmp_path):
     assert path.exists()
     del second
     assert not path.exists()
+    third = take(path)
+    third.release()
+    assert third.lost_to() is None
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"pid": 1}', b"\xff\xfe", b"[" * 1024])
