@@ -34,6 +34,16 @@ def read_bounded(path: Path, most: int = MOST_BYTES) -> bytes:
         return whole(file.read(min(about.st_size, most) + 1), most)
 
 
+def read_tail(path: Path, most: int) -> bytes:
+    """The last `most` bytes of a plain file, or all of it; raises as `read_bounded`."""
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise Malformed("not a plain file")
+    with path.open("rb") as file:
+        file.seek(max(about.st_size - most, 0))
+        return file.read(most)
+
+
 def whole(content: bytes, most: int) -> bytes:
     """The content, which is all of it if it is no longer than `most`; else raises `Malformed`."""
     if len(content) > most:

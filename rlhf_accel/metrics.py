@@ -21,7 +21,7 @@ from rich.text import Text
 
 from rlhf_accel.config import ConfigError
 from rlhf_accel.console import Stream, standard_output
-from rlhf_accel.files import Malformed, parse_json, read_bounded, replace_text
+from rlhf_accel.files import Malformed, parse_json, read_bounded, read_tail, replace_text
 from rlhf_accel.terminal import Terminal
 
 # Of metrics.jsonl or samples.jsonl, beyond which no run goes.
@@ -166,9 +166,30 @@ def finite_or_none(value: Any) -> Any:
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     """The rows that `JsonLines` wrote, and the numbers of the lines that are torn, such as the end of a file that is
     being written. Both are empty where there is no file. Raises `ConfigError` for a file too large for a run."""
+    return _parse_rows(_text_of_rows(path) if path.is_file() else "")
+
+
+def read_last_rows(path: Path) -> tuple[list[dict[str, Any]], list[int], bool]:
+    """As `read_rows`, and whether rows were left out: of a file too large to be read whole, the last ones are read, and
+    numbers of lines count from the first of these."""
+    if not path.is_file():
+        return [], [], False
+    try:
+        text = read_tail(path, _MOST_BYTES).decode("utf-8", errors="replace")
+        cut = path.stat().st_size > _MOST_BYTES
+    except (OSError, Malformed) as error:
+        raise _unreadable(path, error) from None
+    if cut:
+        text = text.partition("\n")[2]  # the first one is a part of a row
+    lines = text.rsplit("\n", _MOST_ROWS + 1)  # the last of them is what follows the last line break
+    many = len(lines) > _MOST_ROWS + 1
+    rows, torn = _parse_rows("\n".join(lines[1:]) if many else text)
+    return rows, torn, cut or many
+
+
+def _parse_rows(text: str) -> tuple[list[dict[str, Any]], list[int]]:
     rows: list[dict[str, Any]] = []
     torn = []
-    text = _text_of_rows(path) if path.is_file() else ""
     # Not splitlines: texts may hold line breaks that JSON does not escape (U+2028).
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -190,8 +211,12 @@ def _text_of_rows(path: Path) -> str:
         if text.count("\n") > _MOST_ROWS:
             raise Malformed(f"more than {_MOST_ROWS} rows")
     except (OSError, Malformed) as error:
-        raise ConfigError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        raise _unreadable(path, error) from None
     return text
+
+
+def _unreadable(path: Path, error: OSError | Malformed) -> ConfigError:
+    return ConfigError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})")
 
 
 class JsonLines:

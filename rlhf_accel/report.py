@@ -25,7 +25,7 @@ from rlhf_accel.config import Config, ConfigError, flatten, parse_yaml, to_yaml
 from rlhf_accel.distribution import in_words
 from rlhf_accel.files import parse_json, read_bounded, replace_text, whole
 from rlhf_accel.frontier import Frontier, share_of_optimum
-from rlhf_accel.metrics import METRICS, Metric, read_rows
+from rlhf_accel.metrics import METRICS, Metric, read_last_rows, read_rows
 from rlhf_accel.terminal import say as tell
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         name=name or _names([folder])[0],
         folder=folder,
         rows=rows,
-        samples=_rows(folder / "samples.jsonl", notes),
+        samples=_samples(folder / "samples.jsonl", notes),
         config=None if config is None else flatten(config),
         summary=summary,
         evaluation=_tree(folder / "evaluation.json", notes, _of(records.Evaluations)),
@@ -201,6 +201,15 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     rows, torn = read_rows(path)
     notes.extend(f"line {number} of {path.name} is torn and left out" for number in torn)
+    return rows
+
+
+def _samples(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    rows, torn, left_out = read_last_rows(path)
+    if left_out:
+        notes.append(f"{path.name} is too large to be read whole; its first rows are left out")
+    after = ", counted from the first line that was read," if left_out else ""
+    notes.extend(f"line {number} of {path.name}{after} is torn and left out" for number in torn)
     return rows
 
 

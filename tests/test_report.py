@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from rlhf_accel import charts, frontier, report
+from rlhf_accel import charts, frontier, metrics, report
 from rlhf_accel.__main__ import main
 from rlhf_accel.config import Config, ConfigError, to_yaml
 from rlhf_accel.metrics import METRICS
@@ -350,6 +350,23 @@ def test_long_runs_show_samples_of_some_steps(folder: Path) -> None:
     shown, left_out = report.shown_samples([report.read_run(folder)])
     assert len(shown) == 600 and left_out == 1400
     assert shown[0]["step"] == 1 and shown[-1]["step"] == 2000
+
+
+def test_of_samples_beyond_the_bound_the_last_are_shown(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"step": step, "prompt": "p", "response": "é", "score": 0.0} for step in range(1, 201)]
+    write_rows(folder / "samples.jsonl", rows)
+    most = (folder / "metrics.jsonl").stat().st_size
+    assert most < (folder / "samples.jsonl").stat().st_size
+    for name, bound in (("_MOST_BYTES", most), ("_MOST_ROWS", 100)):
+        with monkeypatch.context() as patch:
+            patch.setattr(metrics, name, bound)
+            run = report.read_run(folder)
+        steps = [row["step"] for row in run.samples]
+        assert steps == list(range(201 - len(steps), 201)) and 0 < len(steps) <= 100
+        assert run.notes == ("samples.jsonl is too large to be read whole; its first rows are left out",)
+    monkeypatch.setattr(metrics, "_MOST_BYTES", most - 1)
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl cannot be read \(more than"):
+        report.read_run(folder)
 
 
 def test_what_is_no_run_ends_in_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
