@@ -26,6 +26,7 @@ from rlhf_accel.files import replace_folder, work_folder
 from rlhf_accel.loading import adapted, pretrained
 
 Classifier = Any
+_POSITION_TABLES = ("position_embeddings", "embed_positions", "positions_embed", "wpe")  # as families name them
 
 
 def load_tokenizer(path: str, said: str, *, trust_remote_code: bool) -> Any:
@@ -80,6 +81,11 @@ def most_tokens(model: Classifier, tokenizer: Any) -> int:
     if not isinstance(positions, int) or positions <= 0:  # relative positions, without a limit; XLNet has -1
         return int(tokenizer.model_max_length)
     return int(min(tokenizer.model_max_length, positions - _first_position(model)))
+
+
+def has_position_table(model: Classifier) -> bool:
+    """Whether positions are looked up in a table, which has an end; rotary and relative ones are computed."""
+    return any(name.rpartition(".")[2] in _POSITION_TABLES for name, _ in model.named_modules())
 
 
 def _first_position(model: Classifier) -> int:

@@ -32,7 +32,13 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf_accel import reward_texts
 from rlhf_accel.borrowed import restored_globals
-from rlhf_accel.classifiers import load_tokenizer, most_tokens, settle_padding, stored_dtype
+from rlhf_accel.classifiers import (
+    has_position_table,
+    load_tokenizer,
+    most_tokens,
+    settle_padding,
+    stored_dtype,
+)
 from rlhf_accel.config import ConfigError, RewardConfig, gold_name, key_in
 from rlhf_accel.models import DTYPES, load_pretrained
 from rlhf_accel.probes import scored_alone, trained_scored
@@ -44,7 +50,7 @@ RewardFunction = Callable[..., Sequence[float]]
 T = TypeVar("T")
 
 TOKEN_VARIABLE = "RLHF_ACCEL_REWARD_TOKEN"
-_LONGEST_TRIED = 4096  # tokens; models that read more have no table of positions that ends
+_LONGEST_TRIED = 4096  # tokens
 LARGEST_ANSWER = 64 << 20  # bytes of a server's answer: a million scores fit many times
 
 logger = logging.getLogger(__name__)
@@ -146,11 +152,18 @@ class Classifier:
     """A sequence classifier that scores texts by one label's logit or probability.
 
     Texts are formed as they were in its training, where that is recorded beside it; what can be compared with the
-    training is compared when it is loaded. Raises `ConfigError` for whatever differs.
+    training is compared when it is loaded. Raises `ConfigError` for whatever differs. `sample_tokens` is how many of
+    the policy's tokens a sample (prompt, response) may have, where that is known.
     """
 
     def __init__(
-        self, config: RewardConfig, path: str, device: torch.device, *, trust_remote_code: bool = False
+        self,
+        config: RewardConfig,
+        path: str,
+        device: torch.device,
+        *,
+        trust_remote_code: bool = False,
+        sample_tokens: tuple[int, int] | None = None,
     ) -> None:
         self.config = config
         self.device = device
@@ -170,7 +183,7 @@ class Classifier:
             self.max_tokens = min(self.max_tokens, self.record.max_tokens)
             self.tokenizer.truncation_side = self.record.truncation_side
         self.format = self._settled_format()
-        self._check()
+        self._check(sample_tokens)
         self.read = self.cut = self.unread = 0  # texts; those cut; those of which nothing of the response was read
 
     @torch.no_grad()
@@ -298,13 +311,14 @@ class Classifier:
 
     # What the model does here, against what it did in training and what it does with a text alone
 
-    def _check(self) -> None:
+    def _check(self, sample_tokens: tuple[int, int] | None) -> None:
         said = f"reward.model={self.config.model}"
         if self.record is not None:
             self._check_record(self.record, said)
         texts = ["A film.", "The film is long, and it is worth every minute of it.", "It is dull. " * 12]
         rows, _ = reward_texts.encode(self.tokenizer, texts, self.max_tokens)
-        self._check_longest(said)
+        if has_position_table(self.model):
+            self._check_longest(said, sample_tokens)
         self._check_finite(rows, said)
         if self.config.batch_size > 1:
             finding = scored_alone(self.logits, rows, self.dtype)
@@ -359,13 +373,17 @@ class Classifier:
                 difference=finding.difference,
             )
 
-    def _check_longest(self, said: str) -> None:
-        """A text of as many tokens as the model is taken to read; for a table of positions only, which has an end."""
-        if self.max_tokens > _LONGEST_TRIED:
-            return
-        rows, _ = reward_texts.encode(self.tokenizer, ["a film " * self.max_tokens], self.max_tokens)
+    def _check_longest(self, said: str, sample_tokens: tuple[int, int] | None) -> None:
+        """A text of as many tokens as the model is taken to read, or as a run sends: the table may end before that."""
+        tokens = min(self.max_tokens, _LONGEST_TRIED)
+        if sample_tokens is not None:
+            # Twice: this tokenizer may make more tokens of a text than the policy's, and a chat template adds some.
+            tokens = min(tokens, 2 * _read_tokens(self, *sample_tokens))
+        rows, _ = reward_texts.encode(self.tokenizer, ["a film " * tokens], tokens)
         try:
             self._check_finite(rows, said)
+        except torch.OutOfMemoryError:  # a RuntimeError too, and no fault of the model
+            raise
         except (IndexError, RuntimeError) as error:  # on a GPU an index out of range is a RuntimeError
             known = self.model.get_input_embeddings().weight.shape[0]
             if max(rows[0]["input_ids"]) >= known:
@@ -375,10 +393,10 @@ class Classifier:
                     key="reward.model",
                 ) from error
             raise ConfigError(
-                f"{said} cannot read a text of {self.max_tokens} tokens, as its files let expect "
+                f"{said} cannot read a text of {tokens} tokens, as its files let expect "
                 f"({str(error).splitlines()[0]}); set model_max_length in its tokenizer_config.json to what it reads",
                 key="reward.model",
-                tokens=self.max_tokens,
+                tokens=tokens,
             ) from error
 
     def _check_finite(self, rows: Sequence[Mapping[str, Sequence[int]]], said: str) -> None:
@@ -513,7 +531,7 @@ def cautions(reward: Reward, prompt_tokens: int, new_tokens: int) -> list[tuple[
     for name, _, term in reward.terms:
         if not isinstance(term, Classifier):
             continue
-        longest = new_tokens + (prompt_tokens if term.config.text == "full" else 0)
+        longest = _read_tokens(term, prompt_tokens, new_tokens)
         if longest > term.max_tokens:
             training = " (data.max_tokens of its training)" if term.record else ""
             end = "beginning" if term.tokenizer.truncation_side == "left" else "end"
@@ -538,11 +556,21 @@ def cautions(reward: Reward, prompt_tokens: int, new_tokens: int) -> list[tuple[
     return found
 
 
+def _read_tokens(term: Classifier, prompt_tokens: int, new_tokens: int) -> int:
+    """How many of the policy's tokens a sample has that the classifier reads."""
+    return new_tokens + (prompt_tokens if term.config.text == "full" else 0)
+
+
 def load_reward(
-    config: RewardConfig, path: str | None, device: torch.device, *, trust_remote_code: bool = False
+    config: RewardConfig,
+    path: str | None,
+    device: torch.device,
+    *,
+    trust_remote_code: bool = False,
+    sample_tokens: tuple[int, int] | None = None,
 ) -> Reward:
     """The reward that the config describes; `path` is where reward.model lies. Code that comes with it runs only if
-    `trust_remote_code`, which is model.trust_remote_code.
+    `trust_remote_code`, which is model.trust_remote_code. `sample_tokens` is what `Classifier` takes.
 
     Raises `ConfigError` when a part cannot be loaded or nothing is asked for.
     """
@@ -550,7 +578,9 @@ def load_reward(
     functions: list[RewardFunction] = []
     if config.model is not None and path is not None:
         names.append(f"reward.model={config.model}")
-        functions.append(Classifier(config, path, device, trust_remote_code=trust_remote_code))
+        functions.append(
+            Classifier(config, path, device, trust_remote_code=trust_remote_code, sample_tokens=sample_tokens)
+        )
     if config.url is not None:
         names.append(f"reward.url={config.url}")
         functions.append(RemoteReward(config.url, config.timeout))

@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +33,7 @@ from rlhf_accel.preferences import Feedback, Sets
 from rlhf_accel.probes import trained_scored
 from rlhf_accel.reward import Classifier
 from rlhf_accel.reward_texts import Probe, Record
-from rlhf_accel.runtime import computes_in_bf16, has_gpu, quiet_libraries, tune_process
+from rlhf_accel.runtime import computes_in_bf16, has_gpu, multiplies_exactly, quiet_libraries, tune_process
 from rlhf_accel.terminal import say
 
 # Texts that mean and variance of the scores are taken over, drawn with random numbers of their own.
@@ -88,12 +88,13 @@ def _train(config: RewardTrainingConfig, output: Path) -> dict[str, float]:
         if config.run.eval_every:
             metrics["reward/best_step"] = trainer.state.best_global_step or trainer.state.global_step
         kept = trainer.texts_to_keep(sets.learned)
-        left = torch.from_numpy((trainer.scores(kept) - shift) / scale).float()
         finished = work / "model"
         trainer.save_model(str(finished))
-        if trainer.is_world_process_zero():
+
+        def finish() -> None:
             classifiers.finish(finished, config, tokenizer, sets.labels, shift, scale)
-            write_record(finished, trainer.record(sets), sets.labels, kept, left, trust_remote_code=trusted)
+            record = trainer.record(sets)
+            write_record(finished, record, sets.labels, kept, shift, scale, trust_remote_code=trusted)
             notes = [
                 *sets.notes,
                 *trainer.cut_note(),
@@ -105,7 +106,19 @@ def _train(config: RewardTrainingConfig, output: Path) -> dict[str, float]:
             finished.rename(output)
             say("\n".join([*notes, *(f"{name:28} {value:.4g}" for name, value in metrics.items())]))
             say(f"wrote {output}, which reward.model takes")
+
+        _on_main(finish)
     return metrics
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Texts of the training, to see later that they are scored as they were."""
+
+    texts: tuple[str, ...]
+    ids: list[list[int]]  # that training read
+    scores: Tensor  # (N, K), fp32, of the model in memory, not normalised
+    dtype: torch.dtype  # that the scores may be rounded to on their way: bf16 for TF32 too
 
 
 class FeedbackTrainer(Trainer):  # type: ignore[misc]  # mypy skips transformers, whose types are not whole
@@ -208,10 +221,18 @@ class FeedbackTrainer(Trainer):  # type: ignore[misc]  # mypy skips transformers
         longer = [max(len(pair["input_ids"]), len(pair["rejected_ids"])) for pair in different]
         return datasets.Dataset.from_list(different).add_column("length", longer)
 
-    def texts_to_keep(self, learned: Feedback) -> tuple[str, ...]:
-        """Texts of the training that go beside the model, to see later that they are scored as they are now."""
+    def texts_to_keep(self, learned: Feedback) -> Kept:
+        """What goes beside the model; for all processes at once."""
         short = [len(text) <= reward_texts.LONGEST_PROBE for text in learned.texts]
-        return tuple(learned.texts[i] for i in reward_texts.spread([len(ids) for ids in self.ids], short))
+        places = reward_texts.spread([len(ids) for ids in self.ids], short)
+        texts = tuple(learned.texts[i] for i in places)
+        rounded = self.args.bf16 or not multiplies_exactly(self.args.device)
+        return Kept(
+            texts=texts,
+            ids=[self.ids[i] for i in places],
+            scores=torch.from_numpy(self.scores(texts)).float(),
+            dtype=torch.bfloat16 if rounded else torch.float32,
+        )
 
     def record(self, sets: Sets) -> Record:
         """How the texts were formed; without the texts that are kept."""
@@ -289,15 +310,17 @@ def write_record(
     folder: Path,
     record: Record,
     labels: tuple[str, ...],
-    kept: tuple[str, ...],
-    left: Tensor,
+    kept: Kept,
+    shift: float,
+    scale: float,
     *,
     trust_remote_code: bool = False,
 ) -> None:
     """Write how texts were formed beside the model, with the training texts `kept` and the scores that the model as
     written gives them, formed and read as PPO will.
 
-    Raises `RunFailed` if these are not the scores `left` (N, K) that the model in memory gave.
+    Raises `RunFailed` if these are not (score - shift) / scale of what the model in memory gave, or if other ids are
+    read than in training.
     """
     reward_texts.write(folder, record)
     alone = record.turns is not None and len(record.turns) == 1
@@ -313,17 +336,18 @@ def write_record(
     torch.set_float32_matmul_precision("highest")  # what is kept should not depend on this machine
     try:
         classifier = Classifier(config, str(folder), torch.device("cpu"), trust_remote_code=trust_remote_code)
-        rows, _ = reward_texts.encode(classifier.tokenizer, kept, classifier.max_tokens)
-        scores = torch.cat([classifier.logits([row]) for row in rows]) if rows else left
+        rows, _ = reward_texts.encode(classifier.tokenizer, kept.texts, classifier.max_tokens)
+        scores = torch.cat([classifier.logits([row]) for row in rows]) if rows else kept.scores
     finally:
         torch.set_float32_matmul_precision(before)
     ids = [row["input_ids"] for row in rows]
-    rounded = record.precision == "bf16" or before != "highest"
-    finding = trained_scored(kept, ids, scores, ids, left, torch.bfloat16 if rounded else torch.float32)
+    # As they came out of the model in memory: what that rounded is a share of these, whatever is left less the shift.
+    raw = scores * scale + shift
+    finding = trained_scored(kept.texts, ids, raw, kept.ids, kept.scores, kept.dtype)
     if not finding.passed:
         raise RunFailed(f"the written model is not the trained one: {finding.message}. Nothing is written")
     probes = [
-        Probe(text=text, ids=row, scores=said) for text, row, said in zip(kept, ids, scores.tolist(), strict=True)
+        Probe(text=text, ids=row, scores=said) for text, row, said in zip(kept.texts, ids, scores.tolist(), strict=True)
     ]
     reward_texts.write(folder, replace(record, probes=probes))
 
@@ -432,6 +456,23 @@ def _alone(output: Path) -> Iterator[None]:
         yield
     finally:
         held.release()
+
+
+def _on_main(work: Callable[[], None]) -> None:
+    """Let the main process do this while the others wait: what fails there ends them too, with a line that names it."""
+    failed: BaseException | None = None
+    if _is_main():
+        try:
+            work()
+        except Exception as error:
+            failed = error
+    told = [None if failed is None else (str(failed).strip() or type(failed).__name__).splitlines()[0]]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(told)
+    if failed is not None:
+        raise failed
+    if told[0] is not None:
+        raise RunFailed(f"the main process could not write the model: {told[0]}")
 
 
 def _is_main() -> bool:

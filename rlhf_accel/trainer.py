@@ -555,9 +555,11 @@ class PPOTrainer:
 
     def _load_reward(self, reward: RewardFunction | None, path: str | None) -> Reward:
         if reward is None:
+            settings, rollout, device = self.config.reward, self.config.rollout, self.runtime.device
             trusted = self.config.model.trust_remote_code
+            sizes = (rollout.max_prompt_tokens, rollout.max_new_tokens)
             return self._on_main_first(
-                lambda: load_reward(self.config.reward, path, self.runtime.device, trust_remote_code=trusted)
+                lambda: load_reward(settings, path, device, trust_remote_code=trusted, sample_tokens=sizes)
             )
         if self.config.reward.model or self.config.reward.url or self.config.reward.function:
             raise ConfigError(

@@ -13,7 +13,7 @@ import transformers
 from tokenizers import processors
 from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification, XLNetConfig
 
-from rlhf_accel import classifiers, reward, reward_texts, reward_trainer, runtime
+from rlhf_accel import classifiers, probes, reward, reward_texts, reward_trainer, runtime
 from rlhf_accel.config import Config, ConfigError, RewardConfig, RewardTrainingConfig, RunFailed, parse
 from rlhf_accel.doctor import _look_at_classifier
 from rlhf_accel.reward import Classifier, cautions, load_reward
@@ -269,6 +269,26 @@ def test_a_written_model_that_is_not_the_trained_one_is_not_written(chat_base, t
     assert not (tmp_path / "reward").exists()
 
 
+def test_a_tokenizer_that_reads_other_ids_than_in_training_is_not_written(chat_base, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(classifiers, "finish", lambda folder, *_: other_merges(folder))
+    with pytest.raises(RunFailed, match=r"the written model is not the trained one: .* tokens where training made"):
+        reward_trainer.train_reward(training(tmp_path, chat_base, pairs()))
+
+
+def test_fp32_training_is_judged_at_the_limit_of_fp32(chat_base, tmp_path, monkeypatch) -> None:
+    """With the setting that every command makes; the fault is below the limit of bf16."""
+    monkeypatch.setattr(probes, "multiplies_exactly", lambda device: True)
+    monkeypatch.setattr(reward_trainer, "multiplies_exactly", lambda device: True)
+    finish, before = classifiers.finish, torch.get_float32_matmul_precision()
+    monkeypatch.setattr(classifiers, "finish", lambda *given: finish(*given[:-1], 1.02 * given[-1]))
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with pytest.raises(RunFailed, match="the written model is not the trained one"):
+            reward_trainer.train_reward(training(tmp_path, chat_base, pairs()))
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 # Padding and limits
 
 
@@ -362,6 +382,8 @@ def test_length_limits_and_padding_of_families(family, settings, limit) -> None:
     tokenizer.model_max_length = 10**30
     classifiers.settle_padding(model, tokenizer)
     assert classifiers.most_tokens(model, tokenizer) == (limit or 10**30)
+    computed = ("XLNet", "Bloom", "Mpt", "Gemma3")  # relative, ALiBi or rotary
+    assert classifiers.has_position_table(model) == (family not in computed)
 
     def logits(*lengths: int) -> torch.Tensor:
         ids = [[5 + i % 40 for i in range(n - 1)] + [2] for n in lengths]  # 2: BART's end
@@ -378,6 +400,29 @@ def test_a_limit_that_the_model_does_not_have_is_found_at_the_start(classifier_f
     with pytest.raises(ConfigError, match="cannot read a text of 66 tokens") as caught:
         judge(classifier_folder, label="POSITIVE")
     assert caught.value.facts == {"tokens": 66}
+
+
+def test_the_text_that_is_tried_is_no_longer_than_the_run_sends(classifier_folder, monkeypatch) -> None:
+    tried: list[int] = []
+    monkeypatch.setattr(Classifier, "_check_finite", lambda self, rows, said: tried.append(len(rows[0]["input_ids"])))
+
+    def longest(sample_tokens: tuple[int, int] | None) -> int:
+        tried.clear()
+        config = RewardConfig(model="m", label="POSITIVE", dtype="fp32")
+        return max(Classifier(config, str(classifier_folder), CPU, sample_tokens=sample_tokens) and tried)
+
+    assert [longest(None), longest((60, 60)), longest((8, 6))] == [64, 64, 28]
+    monkeypatch.setattr(reward, "has_position_table", lambda model: False)
+    assert longest(None) < 28
+
+
+def test_a_full_gpu_is_not_called_a_limit_of_the_model(classifier_folder, monkeypatch) -> None:
+    def full(self, rows, said):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Classifier, "_check_finite", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        judge(classifier_folder, label="POSITIVE")
 
 
 def test_every_config_that_knows_a_padding_id_gets_ours() -> None:

@@ -328,6 +328,43 @@ def test_a_folder_that_scores_otherwise_than_the_model_in_memory_is_not_written(
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_rounding_far_from_zero_discards_no_model(config, tmp_path, monkeypatch):
+    """Scores of bf16 about 20, of which the normalisation leaves small differences that are mostly rounding."""
+    load = reward_trainer.classifiers.load
+
+    def far(*given):
+        model = load(*given)
+        torch.nn.init.constant_(reward_trainer.classifiers.output_layer(model).bias, 20.0)
+        return model
+
+    monkeypatch.setattr(reward_trainer.classifiers, "load", far)
+    train_reward(
+        config(
+            pairs(40),
+            run={"precision": "bf16", "eval_every": 0},
+            data={"objective": "pairs"},
+            optim={"lr": 1e-6, "epochs": 0.5},
+        )
+    )
+    assert (tmp_path / "out" / "reward" / "config.json").exists()
+
+
+def test_what_fails_in_the_main_process_ends_the_others(monkeypatch):
+    told = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda given: told.append(given[0]))
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    with pytest.raises(ZeroDivisionError):
+        reward_trainer._on_main(lambda: 1 / 0)
+    assert told == ["division by zero"]
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(
+        torch.distributed, "broadcast_object_list", lambda given: given.__setitem__(0, "division by zero")
+    )
+    with pytest.raises(RunFailed, match="could not write the model: division by zero"):
+        reward_trainer._on_main(lambda: None)
+
+
 def test_a_disk_that_is_full_is_said_in_a_line(config, tmp_path):
     """Here files may not grow beyond 20,000 bytes, which the weights do."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
