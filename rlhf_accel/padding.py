@@ -88,23 +88,6 @@ def critic_alone(module: PolicyWithValue, batch: Sequences, dtype: torch.dtype) 
     return _explained(found, said, "padding or positions reach what it computes")
 
 
-def scores_alone(
-    score: Callable[[Sequence[str], Sequence[str]], Sequence[float]],
-    texts: Sequence[str],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Finding:
-    """Whether a reward model scores a text in a batch, which it pads itself, as it does alone."""
-    short, long = texts[0], " ".join(texts)
-    prompts, responses = [short] * 2, [short, long]
-    batch = torch.tensor(list(score(prompts, responses)), device=device)
-    alone = torch.tensor(
-        [score([p], [r])[0] for p, r in zip(prompts, responses, strict=True)], dtype=batch.dtype, device=device
-    )
-    found = _of_rows("padded = alone", list(batch - alone), rounding_limit(batch, dtype), "")
-    return _explained(found, "scores of texts in a batch and alone", "padding reaches what it computes")
-
-
 @torch.no_grad()
 def sampled_is_recomputed(policy: Any, batch: Sequences, pad_id: int, dtype: torch.dtype) -> Finding:
     """Whether tokens sampled one by one, by whatever cache the model has, get the log-probabilities of one pass."""

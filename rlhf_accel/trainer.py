@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -513,16 +512,9 @@ class PPOTrainer:
             )
 
     def _check_padding(self) -> None:
-        """Raises `ConfigError` on every rank if a model computes something else in a padded batch than alone, or
-        cannot be run at all; with ZeRO-3 each pass is a collective."""
-        few = self.prompts.fixed(3)
-        self._check_policy(few)
-        for name, _, term in self.reward.terms:
-            if isinstance(term, Classifier):
-                look = functools.partial(padding.scores_alone, term, few.texts, term.dtype, term.device)
-                problem = self.runtime.first_failure(padding.problem(look))
-                if problem is not None:
-                    raise ConfigError(f"{name}: {problem}", key="reward.model")
+        """Raises `ConfigError` on every rank if policy or critic compute something else in a padded batch than alone,
+        or cannot be run at all; with ZeRO-3 each pass is a collective. A classifier is checked where it is loaded."""
+        self._check_policy(self.prompts.fixed(3))
 
     def _check_policy(self, few: PromptBatch) -> None:
         batch = padding.made_up(few.queries[few.query_mask], self.tokens.pad_id).to(self.runtime.device)

@@ -540,7 +540,7 @@ KEYLESS = {
     *("distributed._deepspeed_plugin", "distributed.set_weights", "doctor.build"),
     *("evaluate._config", "evaluate.of", "evaluate.reference_scores", "generate._load", "hub.main"),
     *("generate._prompts", "generate.write"),
-    *("loading.adapter_config", "merge.merge", "merge._settings", "metrics._text_of_rows", "replay.main"),
+    *("loading.adapter_config", "merge.merge", "merge._settings", "metrics._unreadable", "replay.main"),
     *("models.exported_weights", "report.write", "report.read_run"),
 }
 

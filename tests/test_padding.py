@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlhf_accel import decoding, models, padding
+from rlhf_accel import decoding, models, padding, probes
 from rlhf_accel.config import ConfigError
 from rlhf_accel.trainer import PPOTrainer
 
@@ -56,23 +56,11 @@ def test_a_cache_that_forgets(tiny, monkeypatch):
     assert not found.passed and "its cache does not continue a text" in found.message
 
 
-def test_scores_that_depend_on_the_batch():
-    def score(prompts, responses):
-        longest = max(map(len, prompts + responses))
-        return [len(p + r) + longest / 100 for p, r in zip(prompts, responses, strict=True)]
-
-    assert padding.scores_alone(lambda p, r: [len(r[0])] * len(p), ["a", "a"], torch.float32, CPU).passed is False
-    found = padding.scores_alone(score, ["A film", "and its music"], torch.float32, CPU)
-    assert not found.passed and "scores of texts in a batch and alone differ" in found.message
-    assert padding.scores_alone(lambda p, r: [len(x) for x in r], ["A film", "b"], torch.float32, CPU).passed
-
-
 def test_a_reward_model_padded_otherwise_is_refused(tiny, gpt2_classifier_folder, monkeypatch):
     reward = {"function": [], "model": str(gpt2_classifier_folder), "dtype": "fp32"}
     PPOTrainer(tiny(reward=reward))
-    monkeypatch.setattr(padding, "rounding_limit", lambda *_: -1.0)
-    monkeypatch.setattr(PPOTrainer, "_check_policy", lambda self, few: None)
-    with pytest.raises(ConfigError, match=r"reward\.model=.*scores of texts in a batch and alone differ") as raised:
+    monkeypatch.setattr(probes, "rounding_limit", lambda *_: -1.0)
+    with pytest.raises(ConfigError, match=r"reward\.model=.*a text's score changes") as raised:
         PPOTrainer(tiny(reward=reward))
     assert raised.value.key == "reward.model"
 

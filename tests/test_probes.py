@@ -179,10 +179,10 @@ def test_dropout_positions_and_temperature_that_differ_are_caught(
 ) -> None:
     module, positions = sampled[0], models.position_ids
     with monkeypatch.context() as patch:
-        patch.setattr(models, "position_ids", lambda mask: positions(mask) + 1)
+        patch.setattr(models, "position_ids", lambda mask, first=0: positions(mask) + 1)
         shifted, _ = of_another_pass(sampled)
     with monkeypatch.context() as patch:  # of padding
-        patch.setattr(models, "position_ids", lambda mask: torch.arange(mask.shape[1]).expand(mask.shape))
+        patch.setattr(models, "position_ids", lambda mask, first=0: torch.arange(mask.shape[1]).expand(mask.shape))
         padded, _ = of_another_pass(sampled)
     with monkeypatch.context() as patch:
         patch.setattr(module, "temperature", 0.6)
