@@ -62,7 +62,7 @@ def test_a_reward_model_padded_otherwise_is_refused(tiny, gpt2_classifier_folder
     monkeypatch.setattr(probes, "rounding_limit", lambda *_: -1.0)
     with pytest.raises(ConfigError, match=r"reward\.model=.*a text's score changes") as raised:
         PPOTrainer(tiny(reward=reward))
-    assert raised.value.key == "reward.model"
+    assert raised.value.key == "reward.batch_size"
 
 
 def test_a_model_that_cannot_be_run_is_one_line():
