@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rlhf_accel import trackers
+from rlhf_accel.builds import remove_abandoned_locks
 from rlhf_accel.config import ConfigError, RunConfig, RunFailed
 from rlhf_accel.runtime import computes_in_bf16, free_memory, has_gpu, peak_resident_mib, quiet_libraries, tune_process
 
@@ -67,6 +68,8 @@ class Runtime:
         if precision == "auto":
             precision = "fp32" if no_gpu or not computes_in_bf16(torch.device("cuda")) else "bf16"
         deepspeed = _deepspeed_plugin(precision, max_grad_norm, minibatch)
+        if deepspeed is not None:
+            remove_abandoned_locks()
         # Named for a launch only: Accelerate takes a named backend to mean that there are other processes. With
         # DeepSpeed it finds none on a CPU unless gloo is named.
         launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 or deepspeed is not None

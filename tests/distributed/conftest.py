@@ -112,12 +112,18 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def once(folder: Path, make: Callable[[], object]) -> Path:
-    """The folder, which `make` fills unless it, or another process, has done so."""
+    """The folder, which `make` fills unless it, or another process, has done so. A failure is not tried again."""
     with FileLock(f"{folder}.lock"):
-        done = folder.with_suffix(".done")
+        done, failed = folder.with_suffix(".done"), folder.with_suffix(".failed")
+        if failed.exists():
+            pytest.fail(f"an earlier test made this launch, and it failed: {failed.read_text(encoding='utf-8')}")
         if not done.exists():
             shutil.rmtree(folder, ignore_errors=True)
-            make()
+            try:
+                make()
+            except BaseException as error:
+                failed.write_text(str(error)[-2000:], encoding="utf-8")
+                raise
             done.touch()
     return folder
 
