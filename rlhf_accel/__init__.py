@@ -1,3 +1,37 @@
-"""PPO from human feedback on Accelerate, DeepSpeed and peft."""
+"""PPO from human feedback on Accelerate, DeepSpeed and peft.
 
-__version__ = "0.1.0"
+`PPOTrainer(load(Config, "run.yaml")).fit()` trains; `RewardTrainer` makes a reward model of ratings or preferences.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from rlhf_accel.system.version import __version__
+
+if TYPE_CHECKING:
+    from rlhf_accel.config import Config, RewardTrainingConfig, load
+    from rlhf_accel.training.ppo_trainer import PPOTrainer
+    from rlhf_accel.training.reward_trainer import RewardTrainer
+
+__all__ = ["__version__", "Config", "PPOTrainer", "RewardTrainer", "RewardTrainingConfig", "load"]
+
+_HOMES = {
+    "Config": "rlhf_accel.config",
+    "RewardTrainingConfig": "rlhf_accel.config",
+    "load": "rlhf_accel.config",
+    "PPOTrainer": "rlhf_accel.training.ppo_trainer",
+    "RewardTrainer": "rlhf_accel.training.reward_trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # At first use: torch, transformers and peft take seconds to import, which `--help` need not wait for.
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -8,9 +8,11 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from rlhf_accel import console
-from rlhf_accel.config import DEFAULT_RECIPE, Config, ConfigError, Finished, RunFailed, from_command_line, recipe_names
-from rlhf_accel.terminal import guard_messages, say
+from rlhf_accel.config.loading import DEFAULT_RECIPE, from_command_line, recipe_names
+from rlhf_accel.config.schema import Config
+from rlhf_accel.system import console
+from rlhf_accel.system.errors import ConfigError, Finished, RunFailed
+from rlhf_accel.system.terminal import guard_messages, say
 
 _OTHERS_WAIT = 20.0  # seconds; other processes of the launch may still be importing torch
 _SPEAKER_NEEDS = 2.0  # seconds, to say it once it is known who does
@@ -34,59 +36,59 @@ Without --config, train uses {DEFAULT_RECIPE}."""
 def train(arguments: list[str]) -> None:
     config = from_command_line(Config, arguments, DEFAULT_RECIPE)
     console.may_fail()
-    from rlhf_accel.trainer import PPOTrainer
+    from rlhf_accel.training.ppo_trainer import PPOTrainer
 
     PPOTrainer(config).fit()
 
 
 def generate(arguments: list[str]) -> None:
-    from rlhf_accel.generate import main
+    from rlhf_accel.commands.generate import main
 
     main(arguments)
 
 
 def evaluate(arguments: list[str]) -> None:
-    from rlhf_accel.evaluate import main
+    from rlhf_accel.commands.evaluate import main
 
     console.may_fail()
     main(arguments)
 
 
 def merge(arguments: list[str]) -> None:
-    from rlhf_accel.merge import main
+    from rlhf_accel.commands.merge import main
 
     console.may_fail()
     main(arguments)
 
 
 def push(arguments: list[str]) -> None:
-    from rlhf_accel.hub import main
+    from rlhf_accel.runs.hub import main
 
     console.may_fail()
     main(arguments)
 
 
 def replay(arguments: list[str]) -> None:
-    from rlhf_accel.replay import main
+    from rlhf_accel.commands.replay import main
 
     main(arguments)
 
 
 def report(arguments: list[str]) -> None:
-    from rlhf_accel.report import main
+    from rlhf_accel.runs.report.page import main
 
     console.may_fail()
     main(arguments)
 
 
 def doctor(arguments: list[str]) -> None:
-    from rlhf_accel.doctor import main
+    from rlhf_accel.commands.doctor import main
 
     main(arguments)
 
 
 def train_reward(arguments: list[str]) -> None:
-    from rlhf_accel.reward_trainer import main
+    from rlhf_accel.training.reward_trainer import main
 
     main(arguments)
 
@@ -139,7 +141,7 @@ def _leave(said: str, status: int) -> NoReturn:
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        from rlhf_accel.distributed import first_of_all
+        from rlhf_accel.distributed.runtime import first_of_all
 
         speaks = first_of_all("error")
         silent = not speaks  # somebody has said it

@@ -44,15 +44,20 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf_accel import assets, data, decoding, kernels
 from rlhf_accel.__main__ import run
-from rlhf_accel.config import Config, ConfigError, load
-from rlhf_accel.environment import cpu_name
-from rlhf_accel.rollout import Sampler
-from rlhf_accel.runtime import computes_in_bf16, quiet_libraries, tune_process
-from rlhf_accel.tokens import Tokens
-from rlhf_accel.trainer import PPOTrainer
-from rlhf_accel.types import PromptBatch
+from rlhf_accel.algorithm.batches import PromptBatch
+from rlhf_accel.config.loading import load
+from rlhf_accel.config.schema import Config
+from rlhf_accel.data import embedded as assets
+from rlhf_accel.data import prompts as data
+from rlhf_accel.data.tokenizer import Tokens
+from rlhf_accel.models import cpu_kernels as kernels
+from rlhf_accel.rollout import sampling as decoding
+from rlhf_accel.rollout.scoring import Sampler
+from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.system.process import computes_in_bf16, quiet_libraries, tune_process
+from rlhf_accel.system.provenance import cpu_name
+from rlhf_accel.training.ppo_trainer import PPOTrainer
 
 PEER = "trl==1.12.0"
 PHASES = ("sampling", "scoring", "update", "total")

@@ -97,8 +97,8 @@ def peak_memory_mib() -> float:
 
 @functools.cache
 def ours() -> Any:
-    """rlhf_accel/runtime.py, which needs nothing else of the package: the same settings and the same measure."""
-    file = Path(__file__).parents[1] / "rlhf_accel" / "runtime.py"
+    """rlhf_accel/system/process.py, which needs nothing else of the package: the same settings and the same measure."""
+    file = Path(__file__).parents[1] / "rlhf_accel" / "system" / "process.py"
     spec = importlib.util.spec_from_file_location("runtime", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_accel import plan
-from rlhf_accel.config import Config, parse, to_yaml
-from rlhf_accel.doctor import Doctor
+from rlhf_accel.commands import memory_plan as plan
+from rlhf_accel.commands.doctor import Doctor
+from rlhf_accel.config.loading import parse, to_yaml
+from rlhf_accel.config.schema import Config
 
 REPOSITORY = Path(__file__).parent.parent
 CASES = [f"{kind}-{launch}" for kind in ("full", "lora") for launch in ("zero2-1", "zero2-2", "zero3-1", "zero3-2")]

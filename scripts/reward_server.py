@@ -29,12 +29,14 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from rlhf_accel import assets
 from rlhf_accel.__main__ import run
-from rlhf_accel.config import ConfigError, RewardConfig, parse
-from rlhf_accel.metrics import finite_or_none
+from rlhf_accel.config.loading import parse
+from rlhf_accel.config.schema import RewardConfig
+from rlhf_accel.data import embedded as assets
 from rlhf_accel.reward import TOKEN_VARIABLE, Reward, RewardError, load_reward
-from rlhf_accel.runtime import has_gpu, quiet_libraries, tune_process
+from rlhf_accel.runs.metrics import finite_or_none
+from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.system.process import has_gpu, quiet_libraries, tune_process
 
 LOOPBACK = ("127.0.0.1", "localhost")
 

@@ -26,7 +26,8 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from rlhf_accel.config import Config, parse
+from rlhf_accel.config.loading import parse
+from rlhf_accel.config.schema import Config
 
 # Tiny matrices: a second thread costs more than it brings.
 torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""What test_faults.py runs on a disk that fails, under faulty_disk.c: `python disk_worker.py every|full CONFIG`."""
+"""What test_nonfinite.py runs on a disk that fails, under faulty_disk.c: `python disk_worker.py every|full CONFIG`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from rlhf_accel import checkpoint, keeper
-from rlhf_accel.config import Config, load
-from rlhf_accel.trainer import PPOTrainer
+from rlhf_accel.config.loading import load
+from rlhf_accel.config.schema import Config
+from rlhf_accel.runs import checkpoint
+from rlhf_accel.runs import recorder as keeper
+from rlhf_accel.training.ppo_trainer import PPOTrainer
 
 # fp32 that is fp32 also on a CPU with bf16 units, as in the test that compares: tune_process() would allow these.
 torch.set_float32_matmul_precision("highest")

@@ -14,9 +14,8 @@ import warnings
 import pytest
 import torch
 
-from rlhf_accel import borrowed
-from rlhf_accel.reward import Reward, RewardError, import_function
-from rlhf_accel.trainer import PPOTrainer
+from rlhf_accel.reward import Reward, RewardError, borrowed, import_function
+from rlhf_accel.training.ppo_trainer import PPOTrainer
 from tests.conftest import share_of_o
 
 HELD = []  # what a function leaves open

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_accel.builds import remove_abandoned_locks
+from rlhf_accel.distributed.builds import remove_abandoned_locks
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import optimize, stats
 
-from rlhf_accel.calibration import (
+from rlhf_accel.algorithm.calibration import (
     accuracy,
     agreement,
     fit_temperature,

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from rlhf_accel import charts
-from rlhf_accel.charts import Chart, Course, Curve, FrontierChart, Line
+from rlhf_accel.runs.report import charts
+from rlhf_accel.runs.report.charts import Chart, Course, Curve, FrontierChart, Line
 
 ODD = r"_run $\frac$ & <b>"
 

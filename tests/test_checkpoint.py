@@ -14,10 +14,14 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from rlhf_accel import checkpoint, lock
-from rlhf_accel.config import Config, ConfigError, RunFailed, key_names, load, parse
-from rlhf_accel.tokens import Tokens
-from rlhf_accel.trainer import PPOTrainer
+from rlhf_accel.config.keys import key_names
+from rlhf_accel.config.loading import load, parse
+from rlhf_accel.config.schema import Config
+from rlhf_accel.data.tokenizer import Tokens
+from rlhf_accel.runs import checkpoint
+from rlhf_accel.system import lock
+from rlhf_accel.system.errors import ConfigError, RunFailed
+from rlhf_accel.training.ppo_trainer import PPOTrainer
 
 pytestmark = pytest.mark.usefixtures("exact_fp32")
 

@@ -17,24 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from rlhf_accel.config import (
+from rlhf_accel.config.keys import key_names
+from rlhf_accel.config.loading import (
     DEFAULT_RECIPE,
     RECIPES,
-    BatchSizes,
-    Config,
-    ConfigError,
-    ModelConfig,
-    OptimConfig,
-    PPOConfig,
-    RewardTrainingConfig,
-    RolloutConfig,
-    RunConfig,
-    changed_keys,
-    check_trainable,
     describe,
     for_a_look,
     from_command_line,
-    key_names,
     load,
     load_run,
     parse,
@@ -43,7 +32,19 @@ from rlhf_accel.config import (
     recipe_names,
     to_yaml,
 )
-from rlhf_accel.terminal import visible
+from rlhf_accel.config.rules import changed_keys, check_trainable
+from rlhf_accel.config.schema import (
+    BatchSizes,
+    Config,
+    ModelConfig,
+    OptimConfig,
+    PPOConfig,
+    RewardTrainingConfig,
+    RolloutConfig,
+    RunConfig,
+)
+from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.system.terminal import visible
 
 ROOT = Path(__file__).parent.parent
 LAUNCH_FILES = sorted([*ROOT.glob("accelerate_configs/*"), *ROOT.glob("ds_configs/*")])
@@ -341,7 +342,7 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def refuse(*_: object, **__: object) -> str:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("rlhf_accel.config._read_text", refuse)
+    monkeypatch.setattr("rlhf_accel.config.loading._read_text", refuse)
     assert command_line_error("--config", "run.yaml") == "--config run.yaml: cannot be read (Permission denied)"
 
 

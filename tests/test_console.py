@@ -8,9 +8,9 @@ import sys
 import pytest
 import yaml
 
-from rlhf_accel import console
-from rlhf_accel.config import RunFailed
-from rlhf_accel.metrics import Progressline
+from rlhf_accel.runs.metrics import Progressline
+from rlhf_accel.system import console
+from rlhf_accel.system.errors import RunFailed
 from tests.distributed.conftest import tree
 from tests.distributed.launch import ROOT, environment
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from rlhf_accel.config import RolloutConfig
-from rlhf_accel.distribution import distribution, in_words, truncated
+from rlhf_accel.config.distribution import distribution, in_words, truncated
+from rlhf_accel.config.schema import RolloutConfig
 
 
 @pytest.mark.parametrize(

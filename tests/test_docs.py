@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from rlhf_accel import __main__ as command_line
-from rlhf_accel import metrics
-from rlhf_accel.config import Config, RewardTrainingConfig, key_names, load
+from rlhf_accel.config.keys import key_names
+from rlhf_accel.config.loading import load
+from rlhf_accel.config.schema import Config, RewardTrainingConfig
 from rlhf_accel.reward import RewardConfig, load_reward
-from rlhf_accel.trainer import PPOTrainer
+from rlhf_accel.runs import metrics
+from rlhf_accel.training.ppo_trainer import PPOTrainer
 from scripts.reward_server import RewardServer
 from tests.conftest import TEXTS
 from tests.distributed.launch import environment
@@ -81,7 +83,7 @@ def toy(gpt2_folder, tmp_path, monkeypatch):
 def test_the_blocks_of_the_page_on_rewards_run(exact_fp32, toy, tmp_path, monkeypatch):
     """In their order: files are written, Python is run, lines for the shell are run in this process at toy size."""
     # What the page loads in Python is to be of toy size as well.
-    monkeypatch.setattr("rlhf_accel.config.load", lambda cls, source, own=(): load(cls, source, [*own, *toy]))
+    monkeypatch.setattr("rlhf_accel.config.loading.load", lambda cls, source, own=(): load(cls, source, [*own, *toy]))
     address, ran, names = "", [], {}
     for block in _BLOCK.finditer((REPOSITORY / "docs" / "own_reward.md").read_text(encoding="utf-8")):
         marker, code = block["marker"] or "", block["code"]

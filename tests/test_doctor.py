@@ -11,13 +11,15 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_accel import __main__ as command_line
-from rlhf_accel import models, reward
-from rlhf_accel.config import ConfigError, to_yaml
-from rlhf_accel.data import load_rows
-from rlhf_accel.doctor import Doctor, _look_at_format, _look_at_stops, diagnose
-from rlhf_accel.tokens import Tokens
+from rlhf_accel import reward
+from rlhf_accel.commands.doctor import Doctor, _look_at_format, _look_at_stops, diagnose
+from rlhf_accel.config.loading import to_yaml
+from rlhf_accel.data.prompts import load_rows
+from rlhf_accel.data.tokenizer import Tokens
+from rlhf_accel.models import policy as models
+from rlhf_accel.system.errors import ConfigError
 from tests.conftest import TEXTS
-from tests.test_tokens import llama2_tokens
+from tests.test_tokenizer import llama2_tokens
 
 pytestmark = pytest.mark.usefixtures("exact_fp32")
 

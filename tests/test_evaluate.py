@@ -12,19 +12,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlhf_accel import __main__ as command_line
-from rlhf_accel import evaluate
-from rlhf_accel.checkpoint import load_progress
-from rlhf_accel.config import Config, load
-from rlhf_accel.evaluate import FRONTIER_STEP, Judge
-from rlhf_accel.evaluation import EVALUATION_SEED, EVALUATION_STEP
-from rlhf_accel.metrics import Progressline
-from rlhf_accel.trainer import PPOTrainer
+from rlhf_accel.commands import evaluate
+from rlhf_accel.commands.evaluate import FRONTIER_STEP, Judge
+from rlhf_accel.config.loading import load
+from rlhf_accel.config.schema import Config
+from rlhf_accel.runs.checkpoint import load_progress
+from rlhf_accel.runs.metrics import Progressline
+from rlhf_accel.training.evaluation import EVALUATION_SEED, EVALUATION_STEP
+from rlhf_accel.training.ppo_trainer import PPOTrainer
 
 pytestmark = pytest.mark.usefixtures("exact_fp32")
 
 QUIET = Progressline(1, enabled=False)
 RUN = {"total_steps": 3, "eval_every": 1, "save_every": 1, "keep_checkpoints": 0, "eval_samples": 4, "sample_every": 0}
-GOLD = {"calibrate": True, "calibrate_samples": 32, "gold": "tests.test_trainer:length"}
+GOLD = {"calibrate": True, "calibrate_samples": 32, "gold": "tests.test_ppo_trainer:length"}
 
 
 @pytest.fixture
@@ -206,7 +207,7 @@ def test_a_run_that_goes_on_is_judged_by_its_checkpoint(fitted) -> None:
 
 def test_golds_may_be_asked_for_afterwards(fitted) -> None:
     run = fitted(reward={"function": "tests.conftest:share_of_o"}).folder
-    options = ["--which", "final", "--reward.gold", "tests.test_trainer:length", "--batch", "2"]
+    options = ["--which", "final", "--reward.gold", "tests.test_ppo_trainer:length", "--batch", "2"]
     evaluate.main([str(run), "--trust_code", *options])
     final = tree(run / "evaluation.json")["models"]["final"]
     assert final["gold/length"] > 0
@@ -257,7 +258,7 @@ def folders(tmp_path_factory, gpt2_folder, prompts_file):
         (kept / "step-000001" / "learned.safetensors").unlink()
         told = tree(kept / "step-000001" / "manifest.json")
         del told["files"]["learned.safetensors"], told["sha256"]
-        from rlhf_accel import checkpoint
+        from rlhf_accel.runs import checkpoint
 
         told["sha256"] = checkpoint._digest(told)
         (kept / "step-000001" / "manifest.json").write_text(json.dumps(told))

@@ -12,12 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_accel import checkpoint, evaluation, reward
-from rlhf_accel.config import Config, ConfigError, RewardConfig, changed_keys, parse
-from rlhf_accel.evaluation import measure
+from rlhf_accel import reward
+from rlhf_accel.algorithm.batches import Rollout, Sequences
+from rlhf_accel.config.loading import parse
+from rlhf_accel.config.rules import changed_keys
+from rlhf_accel.config.schema import Config, RewardConfig
 from rlhf_accel.reward import Reward, RewardError, load_golds
-from rlhf_accel.trainer import PPOTrainer
-from rlhf_accel.types import Rollout, Sequences
+from rlhf_accel.runs import checkpoint
+from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.training import evaluation
+from rlhf_accel.training.evaluation import measure
+from rlhf_accel.training.ppo_trainer import PPOTrainer
 
 pytestmark = pytest.mark.usefixtures("exact_fp32")
 

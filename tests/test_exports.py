@@ -20,11 +20,14 @@ from transformers import (
     Qwen3_5ForConditionalGeneration,
 )
 
-from rlhf_accel import checkpoint, distributed, doctor, exports, models
-from rlhf_accel.config import RunFailed
-from rlhf_accel.distributed import Runtime
-from rlhf_accel.exports import ExportError
-from rlhf_accel.trainer import PPOTrainer
+from rlhf_accel.commands import doctor
+from rlhf_accel.distributed import runtime as distributed
+from rlhf_accel.distributed.runtime import Runtime
+from rlhf_accel.models import policy as models
+from rlhf_accel.runs import checkpoint, exports
+from rlhf_accel.runs.exports import ExportError
+from rlhf_accel.system.errors import RunFailed
+from rlhf_accel.training.ppo_trainer import PPOTrainer
 
 
 def raise_(error: Exception) -> None:

@@ -12,8 +12,13 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
-from rlhf_accel import adapters, models, padding, plan, probes
-from rlhf_accel.config import Config, ConfigError, parse
+from rlhf_accel.commands import memory_plan as plan
+from rlhf_accel.config.loading import parse
+from rlhf_accel.config.schema import Config
+from rlhf_accel.models import adapters, probes
+from rlhf_accel.models import policy as models
+from rlhf_accel.rollout import padding
+from rlhf_accel.system.errors import ConfigError
 from tests.families import FAMILIES, PAD, REFUSED, save_tiny, tiny_config, tiny_model
 
 CPU = torch.device("cpu")

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from rlhf_accel import files
+from rlhf_accel.system import files
 
 
 def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path):

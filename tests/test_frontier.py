@@ -9,8 +9,8 @@ import json
 import numpy as np
 import pytest
 
-from rlhf_accel import frontier
-from rlhf_accel.frontier import Frontier, best_of_n_kl, estimate, expected_maxima, share_of_optimum
+from rlhf_accel.algorithm import frontier
+from rlhf_accel.algorithm.frontier import Frontier, best_of_n_kl, estimate, expected_maxima, share_of_optimum
 
 OUTCOMES = 8
 

@@ -15,10 +15,15 @@ from contextlib import contextmanager
 import pytest
 import yaml
 
-from rlhf_accel import charts, checkpoint, doctor, evaluate, generate, hub, merge, replay, report
-from rlhf_accel.config import Config, ConfigError, RunFailed, load, parse
-from rlhf_accel.experience import make_experience
-from rlhf_accel.trainer import PPOTrainer
+from rlhf_accel.algorithm.advantages import make_experience
+from rlhf_accel.commands import doctor, evaluate, generate, merge, replay
+from rlhf_accel.config.loading import load, parse
+from rlhf_accel.config.schema import Config
+from rlhf_accel.runs import checkpoint, hub
+from rlhf_accel.runs.report import charts
+from rlhf_accel.runs.report import page as report
+from rlhf_accel.system.errors import ConfigError, RunFailed
+from rlhf_accel.training.ppo_trainer import PPOTrainer
 
 SECONDS = 10
 DEEP = "[" * 100_000

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from rlhf_accel import __main__ as command_line
-from rlhf_accel import generate
-from rlhf_accel.config import ConfigError, RolloutConfig
-from rlhf_accel.tokens import Tokens
-from rlhf_accel.trainer import PPOTrainer
+from rlhf_accel.commands import generate
+from rlhf_accel.config.schema import RolloutConfig
+from rlhf_accel.data.tokenizer import Tokens
+from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.training.ppo_trainer import PPOTrainer
 from tests.conftest import share_of_o
 
 pytestmark = pytest.mark.usefixtures("exact_fp32")

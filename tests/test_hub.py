@@ -11,9 +11,9 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from rlhf_accel import __main__ as command_line
-from rlhf_accel import hub
-from rlhf_accel.config import ConfigError
-from rlhf_accel.trainer import PPOTrainer
+from rlhf_accel.runs import hub
+from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.training.ppo_trainer import PPOTrainer
 
 pytestmark = pytest.mark.usefixtures("exact_fp32")
 

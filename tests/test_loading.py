@@ -10,11 +10,16 @@ import pytest
 import torch
 
 import rlhf_accel
-from rlhf_accel import classifiers, doctor, generate, loading, merge, plan
-from rlhf_accel.config import Config, ConfigError, RewardConfig, RewardTrainingConfig, parse
+from rlhf_accel.commands import doctor, generate, merge
+from rlhf_accel.commands import memory_plan as plan
+from rlhf_accel.config.loading import parse
+from rlhf_accel.config.schema import Config, RewardConfig, RewardTrainingConfig
+from rlhf_accel.data import loading
+from rlhf_accel.data.tokenizer import Tokens
+from rlhf_accel.models import classifier as classifiers
 from rlhf_accel.reward import load_reward
-from rlhf_accel.tokens import Tokens
-from rlhf_accel.trainer import PPOTrainer
+from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.training.ppo_trainer import PPOTrainer
 
 CPU = torch.device("cpu")
 

@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 
-from rlhf_accel import lock
-from rlhf_accel.config import ConfigError, RunFailed
-from rlhf_accel.trainer import PPOTrainer
+from rlhf_accel.system import lock
+from rlhf_accel.system.errors import ConfigError, RunFailed
+from rlhf_accel.training.ppo_trainer import PPOTrainer
 
 HOLD = """
 import sys, time

@@ -17,9 +17,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from rlhf_accel import __main__ as command_line
-from rlhf_accel import distributed
-from rlhf_accel.config import Config, ConfigError, DataConfig, key_names, load, parse, to_yaml
-from rlhf_accel.data import split_rows
+from rlhf_accel.config.keys import key_names
+from rlhf_accel.config.loading import load, parse, to_yaml
+from rlhf_accel.config.schema import Config, DataConfig
+from rlhf_accel.data.prompts import split_rows
+from rlhf_accel.distributed import runtime as distributed
+from rlhf_accel.system.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("exact_fp32")
 
@@ -330,7 +333,7 @@ def test_no_reward(refused):
 
 def test_a_reward_that_does_not_vary_cannot_be_calibrated(refused):
     refused(
-        *("--reward.function", "tests.test_trainer:always_one", "--reward.calibrate", "true"),
+        *("--reward.function", "tests.test_ppo_trainer:always_one", "--reward.calibrate", "true"),
         words=["reward.calibrate=true"],
     )
 
@@ -450,7 +453,7 @@ def test_training_from_the_command_line(refused, place, capfd):
 
 
 def test_a_crash_is_not_a_bad_input(refused, monkeypatch):
-    from rlhf_accel.trainer import PPOTrainer
+    from rlhf_accel.training.ppo_trainer import PPOTrainer
 
     def fail(self, prompts):
         raise ZeroDivisionError

@@ -13,12 +13,13 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_accel import merge, models
-from rlhf_accel.config import ConfigError
-from rlhf_accel.exports import ExportError
-from rlhf_accel.probes import export_is_memory
-from rlhf_accel.tokens import Tokens
-from rlhf_accel.trainer import PPOTrainer
+from rlhf_accel.commands import merge
+from rlhf_accel.data.tokenizer import Tokens
+from rlhf_accel.models import policy as models
+from rlhf_accel.models.probes import export_is_memory
+from rlhf_accel.runs.exports import ExportError
+from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.training.ppo_trainer import PPOTrainer
 
 
 @pytest.fixture

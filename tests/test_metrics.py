@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from rlhf_accel import metrics
-from rlhf_accel.metrics import METRICS, NAMES, JsonLines, Progressline, Stopwatch, markdown_table, read_rows
+from rlhf_accel.runs import metrics
+from rlhf_accel.runs.metrics import METRICS, NAMES, JsonLines, Progressline, Stopwatch, markdown_table, read_rows
 
 # The keys that design.md promises to readers of metrics.jsonl.
 PROMISED = """

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
-from rlhf_accel import decoding, models, padding, probes
-from rlhf_accel.config import ConfigError
-from rlhf_accel.trainer import PPOTrainer
+from rlhf_accel.models import calls, probes
+from rlhf_accel.models import policy as models
+from rlhf_accel.rollout import padding
+from rlhf_accel.rollout import sampling as decoding
+from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.training.ppo_trainer import PPOTrainer
 
 CPU = torch.device("cpu")
 
@@ -41,7 +44,7 @@ def test_the_critic_is_looked_at_too(tiny, monkeypatch):
 
 
 def test_a_cache_that_forgets(tiny, monkeypatch):
-    accepted = decoding.accepted
+    accepted = calls.accepted
 
     def forgetful(model, **extras):
         return {name: value for name, value in accepted(model, **extras).items() if name != "past_key_values"}

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf_accel import evaluate, generate, merge, places
-from rlhf_accel.config import Config, changed_keys, load, parse
-from rlhf_accel.trainer import PPOTrainer
+from rlhf_accel.commands import evaluate, generate, merge
+from rlhf_accel.config import places
+from rlhf_accel.config.loading import load, parse
+from rlhf_accel.config.rules import changed_keys
+from rlhf_accel.config.schema import Config
+from rlhf_accel.training.ppo_trainer import PPOTrainer
 
 REWARD = """
 import os

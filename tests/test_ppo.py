@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from rlhf_accel import ppo as unchecked
+from rlhf_accel.algorithm import ppo as unchecked
 
 PUBLIC = {
     name: function

@@ -13,9 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from rlhf_accel import decoding, models, ppo
-from rlhf_accel.models import load_export, logits_of
-from rlhf_accel.probes import (
+from rlhf_accel.algorithm import ppo
+from rlhf_accel.algorithm.batches import Sequences
+from rlhf_accel.data.tokenizer import Tokens
+from rlhf_accel.models import policy as models
+from rlhf_accel.models.policy import load_export, logits_of
+from rlhf_accel.models.probes import (
     Finding,
     RatioLimits,
     export_is_memory,
@@ -27,9 +30,8 @@ from rlhf_accel.probes import (
     sampled_is_learnt,
     values_in_reach,
 )
-from rlhf_accel.tokens import Tokens
-from rlhf_accel.types import Sequences
-from tests.test_tokens import with_template
+from rlhf_accel.rollout import sampling as decoding
+from tests.test_tokenizer import with_template
 
 IDS = torch.tensor([[40, 41, 42, 43], [7, 8, 9, 10]])
 
@@ -66,7 +68,7 @@ def test_an_export_that_is_whole_passes_and_one_with_a_fault_names_it(llama_fold
 
 
 def test_the_limit_follows_from_the_dtype_and_the_size_of_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhf_accel.probes.multiplies_exactly", lambda device: True)
+    monkeypatch.setattr("rlhf_accel.models.probes.multiplies_exactly", lambda device: True)
     logits = torch.tensor([[-100.0, 50.0, torch.finfo(torch.float32).min]])
     limits = [rounding_limit(logits, dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)]
     assert limits == pytest.approx([0.01, 1, 6]), "a padded vocabulary's -3e38 counts as no size"

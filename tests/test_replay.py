@@ -12,13 +12,17 @@ import pytest
 import torch
 
 from rlhf_accel import __main__ as command_line
-from rlhf_accel import models, ppo, replay
-from rlhf_accel.checkpoint import Dump, read_dump
-from rlhf_accel.config import Config, RunFailed, parse
-from rlhf_accel.faults import Fault, explain, rollout_fault
+from rlhf_accel.algorithm import ppo
+from rlhf_accel.commands import replay
+from rlhf_accel.config.loading import parse
+from rlhf_accel.config.schema import Config
+from rlhf_accel.models import policy as models
 from rlhf_accel.reward import Reward
-from rlhf_accel.trainer import PPOTrainer
-from tests.test_types import make_rollout
+from rlhf_accel.runs.checkpoint import Dump, read_dump
+from rlhf_accel.system.errors import RunFailed
+from rlhf_accel.training.nonfinite import Fault, explain, rollout_fault
+from rlhf_accel.training.ppo_trainer import PPOTrainer
+from tests.test_batches import make_rollout
 
 pytestmark = pytest.mark.usefixtures("exact_fp32")
 

@@ -12,11 +12,16 @@ import numpy as np
 import pytest
 import yaml
 
-from rlhf_accel import charts, frontier, metrics, report
 from rlhf_accel.__main__ import main
-from rlhf_accel.config import Config, ConfigError, to_yaml
-from rlhf_accel.metrics import METRICS
-from rlhf_accel.trainer import PPOTrainer
+from rlhf_accel.algorithm import frontier
+from rlhf_accel.config.loading import to_yaml
+from rlhf_accel.config.schema import Config
+from rlhf_accel.runs import metrics
+from rlhf_accel.runs.metrics import METRICS
+from rlhf_accel.runs.report import charts
+from rlhf_accel.runs.report import page as report
+from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.training.ppo_trainer import PPOTrainer
 
 NASTY = "</td><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}\u2028&amp;"
 
@@ -390,8 +395,8 @@ def test_what_is_no_run_ends_in_one_line(folder: Path, tmp_path: Path, capsys: p
 
 
 def test_without_matplotlib_the_line_names_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "rlhf_accel.charts", raising=False)
-    monkeypatch.delattr("rlhf_accel.charts", raising=False)
+    monkeypatch.delitem(sys.modules, "rlhf_accel.runs.report.charts", raising=False)
+    monkeypatch.delattr("rlhf_accel.runs.report.charts", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigError, match="pip install 'matplotlib"):
         report.write([folder])

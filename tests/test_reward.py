@@ -18,8 +18,9 @@ from transformers import (
 )
 
 from rlhf_accel import reward
-from rlhf_accel.config import ConfigError, RewardConfig
+from rlhf_accel.config.schema import RewardConfig
 from rlhf_accel.reward import Classifier, Reward, RewardError, import_function, load_reward
+from rlhf_accel.system.errors import ConfigError
 from tests.conftest import TEXTS, make_tokenizer
 
 CPU = torch.device("cpu")

@@ -17,9 +17,11 @@ from urllib.request import Request, urlopen
 import pytest
 
 from rlhf_accel import reward as rewards
-from rlhf_accel.config import Config, ConfigError, RewardConfig, load, parse
+from rlhf_accel.config.loading import load, parse
+from rlhf_accel.config.schema import Config, RewardConfig
 from rlhf_accel.reward import RemoteReward, Reward, RewardError, load_reward
-from rlhf_accel.trainer import PPOTrainer
+from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.training.ppo_trainer import PPOTrainer
 from scripts.reward_server import RewardServer
 from tests.conftest import share_of_o
 

@@ -13,11 +13,18 @@ import transformers
 from tokenizers import processors
 from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification, XLNetConfig
 
-from rlhf_accel import classifiers, probes, reward, reward_texts, reward_trainer, runtime
-from rlhf_accel.config import Config, ConfigError, RewardConfig, RewardTrainingConfig, RunFailed, parse
-from rlhf_accel.doctor import _look_at_classifier
+from rlhf_accel import reward
+from rlhf_accel.commands.doctor import _look_at_classifier
+from rlhf_accel.config.loading import parse
+from rlhf_accel.config.schema import Config, RewardConfig, RewardTrainingConfig
+from rlhf_accel.data import reward_texts
+from rlhf_accel.models import classifier as classifiers
+from rlhf_accel.models import probes
 from rlhf_accel.reward import Classifier, cautions, load_reward
-from rlhf_accel.trainer import PPOTrainer
+from rlhf_accel.system import process as runtime
+from rlhf_accel.system.errors import ConfigError, RunFailed
+from rlhf_accel.training import reward_trainer
+from rlhf_accel.training.ppo_trainer import PPOTrainer
 from tests.conftest import TEXTS, make_tokenizer
 
 pytestmark = pytest.mark.usefixtures("exact_fp32")

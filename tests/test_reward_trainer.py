@@ -23,11 +23,15 @@ from transformers import (
     pipeline,
 )
 
-from rlhf_accel import lock, preferences, reward_trainer
-from rlhf_accel.config import Config, ConfigError, RewardConfig, RewardTrainingConfig, RunFailed, load, parse
+from rlhf_accel.config.loading import load, parse
+from rlhf_accel.config.schema import Config, RewardConfig, RewardTrainingConfig
+from rlhf_accel.data import feedback as preferences
 from rlhf_accel.reward import Classifier
-from rlhf_accel.reward_trainer import train_reward
-from rlhf_accel.trainer import PPOTrainer
+from rlhf_accel.system import lock
+from rlhf_accel.system.errors import ConfigError, RunFailed
+from rlhf_accel.training import reward_trainer
+from rlhf_accel.training.ppo_trainer import PPOTrainer
+from rlhf_accel.training.reward_trainer import train_reward
 from tests.test_lock import elsewhere
 
 WORDS = {"awful": -3.0, "dull": -1.5, "odd": 0.0, "good": 1.5, "superb": 3.0}

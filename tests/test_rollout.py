@@ -8,12 +8,13 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from rlhf_accel import data, models
-from rlhf_accel.config import RolloutConfig
-from rlhf_accel.distributed import Runtime
+from rlhf_accel.config.schema import RolloutConfig
+from rlhf_accel.data import prompts as data
+from rlhf_accel.data.tokenizer import Tokens
+from rlhf_accel.distributed.runtime import Runtime
+from rlhf_accel.models import policy as models
 from rlhf_accel.reward import Reward
-from rlhf_accel.rollout import FailedScoring, Sampler, sampling_settings
-from rlhf_accel.tokens import Tokens
+from rlhf_accel.rollout.scoring import FailedScoring, Sampler, sampling_settings
 
 pytestmark = pytest.mark.usefixtures("exact_fp32")
 

@@ -15,11 +15,11 @@ from rich.text import Text
 
 import rlhf_accel
 from rlhf_accel import __main__ as command_line
-from rlhf_accel import terminal
-from rlhf_accel.config import ConfigError, RunFailed
-from rlhf_accel.metrics import Progressline
-from rlhf_accel.terminal import Terminal, guard_messages, say, visible
-from rlhf_accel.trainer import PPOTrainer
+from rlhf_accel.runs.metrics import Progressline
+from rlhf_accel.system import terminal
+from rlhf_accel.system.errors import ConfigError, RunFailed
+from rlhf_accel.system.terminal import Terminal, guard_messages, say, visible
+from rlhf_accel.training.ppo_trainer import PPOTrainer
 
 EVIL = "a\x1b]0;owned\x07\x1b[2J\x1b[1A\rb\x9b31mc\u202ed\u2028"
 SHOWN = r"a\x1b]0;owned\x07\x1b[2J\x1b[1A\rb\x9b31mc\u202ed\u2028"

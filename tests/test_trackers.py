@@ -8,9 +8,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rlhf_accel import __main__ as command_line
-from rlhf_accel import trackers
-from rlhf_accel.config import ConfigError, to_yaml
-from rlhf_accel.trainer import PPOTrainer
+from rlhf_accel.config.loading import to_yaml
+from rlhf_accel.distributed import trackers
+from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.training.ppo_trainer import PPOTrainer
 
 pytestmark = pytest.mark.usefixtures("exact_fp32")
 
@@ -53,7 +54,7 @@ def test_a_tracker_that_fails_only_at_the_end_is_said_too(tiny, monkeypatch, cap
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_loads(tiny, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("rlhf_accel.distributed.get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr("rlhf_accel.distributed.runtime.get_available_trackers", lambda: ["tensorboard"])
     (tmp_path / "config.yaml").write_text(to_yaml(tiny(run={"trackers": ["tensorboard", "mlflow", "comet_ml"]})))
     with pytest.raises(SystemExit) as stopped:
         command_line.main(

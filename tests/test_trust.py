@@ -6,9 +6,10 @@ import shutil
 import pytest
 
 from rlhf_accel import __main__ as command_line
-from rlhf_accel import trust
-from rlhf_accel.config import Config, load, parse
-from rlhf_accel.trainer import PPOTrainer
+from rlhf_accel.config import trust
+from rlhf_accel.config.loading import load, parse
+from rlhf_accel.config.schema import Config
+from rlhf_accel.training.ppo_trainer import PPOTrainer
 
 CALLED: list[str] = []
 

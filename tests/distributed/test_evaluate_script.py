@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_accel import evaluate
-from rlhf_accel.config import Config, parse
-from rlhf_accel.trainer import PPOTrainer
+from rlhf_accel.commands import evaluate
+from rlhf_accel.config.loading import parse
+from rlhf_accel.config.schema import Config
+from rlhf_accel.training.ppo_trainer import PPOTrainer
 from tests.distributed.conftest import tree
 from tests.distributed.launch import ROOT, launched, run, truly_cut
 
@@ -21,7 +22,7 @@ def test_two_processes_under_zero3_say_what_one_says(gpt2_folder: Path, prompts_
     folder = tmp_path / "run"
     settings = {
         "run": {"output_dir": str(folder), "total_steps": 2, "eval_every": 0, "eval_samples": 3, "precision": "fp32"},
-        "reward": {"gold": "tests.test_trainer:length", "calibrate": True},
+        "reward": {"gold": "tests.test_ppo_trainer:length", "calibrate": True},
         "optim": {"lr": 0.02},
     }
     PPOTrainer(parse(Config, tree(gpt2_folder, prompts_file, settings))).fit()

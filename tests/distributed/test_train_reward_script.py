@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_accel.config import RewardConfig
+from rlhf_accel.config.schema import RewardConfig
 from rlhf_accel.reward import Classifier
 from tests.distributed.launch import ROOT, launched, run, truly_cut
 

@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_accel.config import Config, ConfigError, parse
-from rlhf_accel.trainer import PPOTrainer
+from rlhf_accel.config.loading import parse
+from rlhf_accel.config.schema import Config
+from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.training.ppo_trainer import PPOTrainer
 from tests.distributed.conftest import BUDGETS, LAUNCHES, PHASES, POISONED, ROUNDED, RUNS, SAVED, tree
 from tests.distributed.launch import rows
 

@@ -23,10 +23,12 @@ from accelerate.state import AcceleratorState
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from rlhf_accel import kernels, models
-from rlhf_accel.config import Config, parse
-from rlhf_accel.distributed import Runtime
-from rlhf_accel.trainer import PPOTrainer
+from rlhf_accel.config.loading import parse
+from rlhf_accel.config.schema import Config
+from rlhf_accel.distributed.runtime import Runtime
+from rlhf_accel.models import cpu_kernels as kernels
+from rlhf_accel.models import policy as models
+from rlhf_accel.training.ppo_trainer import PPOTrainer
 
 # fp32 that is fp32 also on a CPU with bf16 units, which tune_process() would use: the runs are compared digit by digit.
 torch.set_float32_matmul_precision("highest")

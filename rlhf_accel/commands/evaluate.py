@@ -1,0 +1,424 @@
+"""Judge what a run left: its models on its own held-out prompts, and how far its reference could be steered at all.
+
+Reads a run's folder and writes `evaluation.json` and `frontier.json` into it. Knows how a run is set up again; the
+figures are those of evaluation.py and frontier.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from rich.table import Table
+from torch import Tensor
+
+from rlhf_accel.algorithm import frontier
+from rlhf_accel.algorithm.batches import PromptBatch
+from rlhf_accel.config.distribution import distribution, in_words, truncated
+from rlhf_accel.config.loading import for_a_look, load_run
+from rlhf_accel.config.rules import changed_keys
+from rlhf_accel.config.schema import Config, LoraConfig
+from rlhf_accel.config.trust import add_flag, require_trust
+from rlhf_accel.distributed.runtime import check_portable, failure, portable_weights
+from rlhf_accel.models.policy import CRITIC, exported_weights, scaled_adapter
+from rlhf_accel.reward import Reward, RewardError, RewardFunction
+from rlhf_accel.runs.checkpoint import CHECKPOINTS, model_folder, read_summary, reward_scale, write_json
+from rlhf_accel.runs.metrics import Progressline, read_rows
+from rlhf_accel.system.errors import ConfigError, RunFailed, key_in
+from rlhf_accel.system.process import reseed
+from rlhf_accel.training.evaluation import EVALUATION_SEED, Evaluation, evaluate, mean_interval
+from rlhf_accel.training.ppo_trainer import PPOTrainer
+
+# Of the sampling streams: evaluations have those from 2**31 on.
+FRONTIER_STEP = 3 * 2**30
+FRONTIER_SAMPLES = 64
+BASE = "base"
+# What a run may be judged by though it was not trained so: its figures name it.
+_DRAWN_FROM = ("rollout.temperature", "rollout.top_k", "rollout.top_p")
+
+# Rows of the table: what it says, the figure, the half-width of its interval if it has one, and how it is written.
+_ROWS = (
+    ("score", "score", "score_ci", "+.3f"),
+    ("KL to the reference, nats", "kl", "kl_ci", ".2f"),
+    ("wins over the base", "win_rate", "win_rate_ci", ".1%"),
+    ("response tokens", "length", "", ".1f"),
+    ("ended by a stop", "eos_fraction", "", ".1%"),
+    ("distinct tokens", "distinct_1", "", ".3f"),
+    ("distinct pairs of tokens", "distinct_2", "", ".3f"),
+    ("4-grams that repeat", "self_repetition", "", ".2%"),
+    ("perplexity under the reference", "reference_perplexity", "", ".1f"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """A run set up again to sample and to score: its reference, its held-out prompts, its reward on its own scale."""
+
+    run: Path
+    config: Config
+    trainer: PPOTrainer  # never trained
+    reward: Reward
+    prompts: PromptBatch
+
+    @classmethod
+    def of(
+        cls, run: Path, config: Config, *, prompts: int | None = None, reward: RewardFunction | None = None
+    ) -> Judge:
+        """`prompts` held-out prompts, run.eval_samples by default; `reward` is the callable of a run that got one.
+
+        Raises `ConfigError` if the run cannot be set up here, holds out nothing, or has not calibrated its reward yet.
+        """
+        scale = reward_scale(run)
+        if scale is None and config.reward.calibrate:
+            raise ConfigError(f"{run} has neither a summary.json nor a checkpoint with the scale of its scores yet")
+        count = prompts or config.run.eval_samples
+        if not count:
+            raise ConfigError(
+                f"run.eval_samples=0 in {run / 'config.yaml'}; say how many with --prompts", key="run.eval_samples"
+            )
+        look = for_a_look(config, run / "evaluate")
+        model = replace(look.model, critic="head", gradient_checkpointing=False)  # no critic, but the least of them
+        trainer = PPOTrainer(replace(look, model=model), reward=reward)
+        if trainer.held_out is None:
+            raise ConfigError(
+                "no text of data.source falls into the tenth held out, so there is nothing to judge by",
+                key="data.source",
+            )
+        return cls(
+            run=run,
+            config=config,
+            trainer=trainer,
+            reward=replace(trainer.reward, **(scale or {})),
+            prompts=trainer.held_out.fixed(count),
+        )
+
+    def base(self, samples: int, line: Progressline, done: int = 0) -> Evaluation:
+        """The run's reference, which is what the policy was set up as: before any `model`."""
+        return self._evaluate(samples, line, done, BASE, None)
+
+    def model(self, which: str, base: Evaluation, samples: int, line: Progressline, done: int = 0) -> Evaluation:
+        """A model of the run's folder: `final`, `best`, or the portable checkpoint `step-NNNNNN`; with `@SCALE` after
+        its name, that model with its adapter so much smaller."""
+        name, scale = _split(which)
+        weights = self._weights(model_folder(self.run, name))
+        self.trainer.runtime.set_weights(weights if scale == 1 else scaled_adapter(weights, scale))
+        return self._evaluate(samples, line, done, which, base)
+
+    def reference_scores(self, samples: int, line: Progressline) -> Float[Tensor, "P N"]:
+        """Scores of that many responses of the reference to each prompt, with random numbers of their own: before any
+        `model`. Raises `RewardError` if the reward fails or says what is not finite."""
+        runtime, sampler, count = self.trainer.runtime, self.trainer.sampler, len(self.prompts)
+        columns: list[Tensor] = []
+        try:
+            with runtime.gathered():
+                for number in range(samples):
+                    reseed(self.config.run.seed, FRONTIER_STEP + number, runtime.rank)
+                    responses = sampler.sample(self.prompts, seed=EVALUATION_SEED, step=FRONTIER_STEP + number)
+                    columns.append(runtime.gather_rows(sampler.score(responses, self.reward), count))
+                    line.advance(number + 1, f"of the reference for {count} prompts")
+        except KeyboardInterrupt:
+            said = f"stopped by Ctrl-C after {len(columns)} of {samples} samples; nothing is written"
+            raise KeyboardInterrupt(said) from None
+        scores = torch.stack(columns, dim=1)
+        if not scores.isfinite().all():
+            raise RewardError(f"{int((~scores.isfinite()).sum())} of {scores.numel()} scores of the reference are nan")
+        return scores
+
+    def _evaluate(self, samples: int, line: Progressline, done: int, name: str, base: Evaluation | None) -> Evaluation:
+        line.say(f"evaluating {name} on {len(self.prompts)} held-out prompts")
+        reseed(self.config.run.seed, 0, self.trainer.runtime.rank)
+        return evaluate(
+            self.trainer.sampler,
+            self.reward,
+            self.prompts,
+            golds=self.trainer.golds,
+            base=None if base is None else base.scores,
+            samples=samples,
+            say=line.say,
+            after=lambda number: line.advance(done + number, name),
+        )
+
+    def _weights(self, place: Path) -> dict[str, Tensor]:
+        policy = self.trainer.runtime.plain_module.policy
+        if place.parent.name != CHECKPOINTS:
+            return {f"policy.{key}": value for key, value in exported_weights(policy, self.config, str(place)).items()}
+        learned = portable_weights(place)
+        return {
+            key: value for key, value in learned.items() if key.startswith("policy.") and CRITIC not in key.split(".")
+        }
+
+
+def main(arguments: list[str]) -> None:
+    """The command; raises `ConfigError` for a folder or options that cannot work, `RunFailed` if the reward fails."""
+    options, overrides = _parse(arguments)
+    options.run = options.run.absolute()
+    config = _config(options, overrides)
+    names = _names(options, config.lora)
+    judge = Judge.of(options.run, config, prompts=options.prompts)
+    main_only = judge.trainer.runtime.is_main
+    curves, reference, evaluations = None, None, {}
+    try:
+        if options.frontier is not None:
+            with Progressline(options.frontier, enabled=main_only, unit="sample") as line:
+                reference = judge.reference_scores(options.frontier, line)
+            curves = frontier.estimate(reference.double().numpy())
+            curves = replace(curves, no_share=truncated(config.rollout) or curves.no_share)
+        if names is not None:
+            total = (len(names) + 1) * options.samples
+            with Progressline(total, enabled=main_only, unit="evaluation") as line:
+                base = judge.base(options.samples, line)
+                evaluations[BASE] = base
+                for number, name in enumerate(names, start=1):
+                    evaluations[name] = judge.model(name, base, options.samples, line, number * options.samples)
+    except RewardError as error:
+        raise RunFailed(f"{error}; nothing is written") from error
+    said = Progressline(1, enabled=main_only)
+    if evaluations:
+        _write(judge, "evaluation.json", evaluation_tree(judge, options.samples, evaluations), said)
+        said.console.print(_table(evaluations, in_words(distribution(config.rollout))))
+    if curves is not None and reference is not None:
+        points = frontier_points(judge, curves, reference, evaluations, said.say)
+        _write(judge, "frontier.json", {**curves.to_json(), "points": points}, said)
+        said.console.print(_frontier_table(curves, points))
+        if curves.no_share is not None:
+            said.say(f"no share of the optimum is stated: {curves.no_share}")
+    judge.trainer.runtime.anywhere(False)  # the main process has written: all leave together
+    judge.trainer.runtime.close()
+
+
+def evaluation_tree(judge: Judge, samples: int, evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
+    """What evaluation.json holds: the figures of each model, as summary.json names them, and what they are of."""
+    return {
+        "prompts": len(judge.prompts),
+        "samples": samples,
+        "sampling": distribution(judge.config.rollout),
+        "reward": [name for name, _, _ in judge.reward.terms],
+        "gold": list(judge.trainer.golds),
+        "calibration": {"mean": judge.reward.mean, "std": judge.reward.std},
+        "models": {
+            name: {"step": step_of(judge.run, name), **evaluation.figures} for name, evaluation in evaluations.items()
+        },
+    }
+
+
+def frontier_points(
+    judge: Judge,
+    curves: frontier.Frontier,
+    reference: Float[Tensor, "P N"],
+    evaluations: Mapping[str, Evaluation],
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Where the run stands beside the frontier: its evaluations while training, and those made now.
+
+    A gain is the mean score less that of the reference's N samples for the same prompts, which knows the reference
+    better than the one sample a prompt that training compares with. For an evaluation made now its interval is that of
+    the mean over prompts of these differences, from which drops out what sets prompts apart; for one made while
+    training, of which only the mean is kept, it is the score's, which is the wider one.
+    """
+    points = []
+    rows, _ = read_rows(judge.run / "metrics.jsonl")
+    held_out, usual = judge.trainer.held_out, judge.config.run.eval_samples
+    if held_out is not None and len(judge.prompts) != min(usual, len(held_out)):
+        say(f"evaluations while training had other prompts (run.eval_samples={usual}) and are not set beside these")
+        rows = []
+    then, now = (distribution(config.rollout) for config in (load_run(judge.run / "config.yaml"), judge.config))
+    if rows and then != now:
+        say(f"evaluations while training drew from {in_words(then)}, not from {in_words(now)}, and are left out")
+        rows = []
+    for row in rows:
+        known = {key: row[key] for key in ("step", "eval/score", "eval/kl") if isinstance(row.get(key), (int, float))}
+        if len(known) < 3:  # none was due, or its figures were not finite
+            continue
+        row = {**row, **{key: None for key in ("eval/score_ci", "eval/kl_ci") if not isinstance(row.get(key), float)}}
+        gain = (row["eval/score"] - curves.score, row.get("eval/score_ci"))
+        points.append(_point(curves, f"step {row['step']}", row["step"], (row["eval/kl"], row.get("eval/kl_ci")), gain))
+    for name, evaluation in evaluations.items():
+        if name != BASE:
+            gain = mean_interval(evaluation.scores.mean(1) - reference.mean(1))
+            kl = evaluation.figures["kl"], evaluation.figures["kl_ci"]
+            points.append(_point(curves, name, step_of(judge.run, name), kl, gain))
+    return points
+
+
+def step_of(run: Path, which: str) -> int | None:
+    """The step that a model of a run's folder is of; None where the folder does not tell."""
+    if which == BASE:
+        return 0
+    which, _ = _split(which)
+    if which.startswith("step-"):
+        return int(which.removeprefix("step-").removesuffix(".old"))
+    summary = read_summary(run) or {}
+    return summary.get("steps") if which == "final" else (summary.get("best") or {}).get("step")
+
+
+def _point(
+    curves: frontier.Frontier,
+    name: str,
+    step: int | None,
+    kl: tuple[float, float | None],
+    gain: tuple[float, float | None],
+) -> dict[str, Any]:
+    """A place beside the curves; `kl` and `gain` with the half-widths of their intervals, where they are known."""
+    kl_half, half = (math.nan if part is None else part for part in (kl[1], gain[1]))
+    share = frontier.share_of_optimum(curves, kl[0], gain[0])
+    return {
+        **{"name": name, "step": step, "kl": kl[0], "kl_low": kl[0] - kl_half, "kl_high": kl[0] + kl_half},
+        **{"gain": gain[0], "low": gain[0] - half, "high": gain[0] + half},
+        "share": None if share is None else share.value,
+        "share_is_lower_bound": None if share is None else share.is_lower_bound,
+    }
+
+
+def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="rlhf_accel evaluate",
+        description=__doc__,
+        allow_abbrev=False,
+        epilog="Keys of the run's config that change no result, reward.gold, and what responses are drawn from "
+        f"({', '.join(_DRAWN_FROM)}) may be given as --section.key value.",
+    )
+    parser.add_argument("run", type=Path, help="a run's folder")
+    parser.add_argument(
+        "--which",
+        nargs="+",
+        metavar="MODEL",
+        help="base, best, final, or step-NNNNNN of a portable checkpoint; by default best and final. The base is "
+        "always evaluated, for the others are compared with it. final@0.7 is final with its adapter scaled by 0.7: "
+        "less gain for much less KL",
+    )
+    parser.add_argument("--samples", type=_count, default=1, help="responses to each prompt (default 1)")
+    parser.add_argument("--prompts", type=_count, help="held-out prompts (default: run.eval_samples)")
+    parser.add_argument(
+        "--batch", type=_count, help="responses sampled at once on a process (rollout.forward_batch_size)"
+    )
+    parser.add_argument(
+        "--frontier",
+        nargs="?",
+        type=_count,
+        const=FRONTIER_SAMPLES,
+        metavar="N",
+        help="draw N responses of the reference to each prompt (default 64), and estimate the best gain at each KL; "
+        "without --which nothing else is evaluated",
+    )
+    add_flag(parser)
+    return parser.parse_known_args(arguments)
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def _config(options: argparse.Namespace, overrides: Sequence[str]) -> Config:
+    """The run's config with the overrides; raises `ConfigError` for one that would judge another run than this."""
+    path = options.run / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{options.run} is no run's folder: it holds no config.yaml")
+    before = load_run(path)
+    if options.batch is not None:
+        overrides = [*overrides, "--rollout.forward_batch_size", str(options.batch)]
+    config = load_run(path, overrides)
+    changed = [change for change in changed_keys(before, config) if key_in(change) not in _DRAWN_FROM]
+    if changed:
+        raise ConfigError(
+            f"{', '.join(changed)}: a run is evaluated as it was; only {', '.join(_DRAWN_FROM)} and keys that change "
+            "no result may differ",
+            key=key_in(changed[0]),
+        )
+    # What the command line names is the user's own.
+    ours = replace(config.reward, gold=() if before.reward.gold != config.reward.gold else config.reward.gold)
+    require_trust(replace(config, reward=ours), options.run, options.trust_code)
+    return config
+
+
+def _names(options: argparse.Namespace, lora: LoraConfig) -> list[str] | None:
+    """The models to evaluate beside the base, checked to be there; None for no evaluation."""
+    run = options.run
+    if options.which is None:
+        if options.frontier is not None:
+            return None
+        names = [name for name in ("best", "final") if (run / name).is_dir()]
+        if not names:
+            raise ConfigError(
+                f"{run} holds neither best/ nor final/ yet; name a checkpoint, --which step-NNNNNN, or base",
+                key="--which",
+            )
+        return names
+    names = [name for name in dict.fromkeys(options.which) if name != BASE]
+    for which in names:
+        name, scale = _split(which)
+        if (name not in ("best", "final") and not name.startswith("step-")) or not 0 < scale <= 1:
+            raise ConfigError(
+                f"--which {which}: expected base, best, final or step-NNNNNN; after an @ a scale above 0 and up to 1",
+                key="--which",
+            )
+        if scale != 1 and (not lora.r or lora.use_dora or lora.modules_to_save or lora.adapter):
+            raise ConfigError(
+                f"--which {which}: only runs with lora.r above 0, and without lora.use_dora, lora.modules_to_save and "
+                "lora.adapter, have an adapter whose scale leads back to the base",
+                key="--which",
+            )
+        place = model_folder(run, name)
+        if place.parent.name == CHECKPOINTS:
+            check_portable(place)
+    return names
+
+
+def _split(which: str) -> tuple[str, float]:
+    """The model's name and the scale of its adapter: nan if that is no number."""
+    name, at, scale = which.partition("@")
+    try:
+        return name, float(scale) if at else 1.0
+    except ValueError:
+        return name, math.nan
+
+
+def _write(judge: Judge, name: str, tree: Mapping[str, Any], line: Progressline) -> None:
+    runtime, path = judge.trainer.runtime, judge.run / name
+    problem = runtime.first_failure(failure(lambda: write_json(path, tree)) if runtime.is_main else None)
+    if problem is not None:
+        raise RunFailed(f"{path} could not be written: {problem}")
+    line.say(f"wrote {path}")
+
+
+def _table(evaluations: Mapping[str, Evaluation], drawn_from: str) -> Table:
+    title = f"held-out prompts, responses at {drawn_from}, ± half of a 95 % interval"
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for name in evaluations:
+        table.add_column(name, justify="right")
+    golds = next(iter(evaluations.values())).golds
+    rows = [*_ROWS, *((f"{name}, not trained on", f"gold/{name}", f"gold_ci/{name}", "+.3f") for name in golds)]
+    for said, name, half, form in rows:
+        table.add_row(said, *(_cell(evaluation.figures, name, half, form) for evaluation in evaluations.values()))
+    return table
+
+
+def _cell(figures: Mapping[str, float], name: str, half: str, form: str) -> str:
+    if name not in figures:
+        return ""
+    return f"{figures[name]:{form}}" + (f" ± {figures[half]:{form.removeprefix('+')}}" if half else "")
+
+
+def _frontier_table(curves: frontier.Frontier, points: Sequence[Mapping[str, Any]]) -> Table:
+    known = "not known" if curves.no_share is not None else f"known up to {curves.reliable_kl:.2f} nats"
+    title = f"gain over the reference's {curves.score:+.3f}; the optimum is {known}"
+    table = Table(title=title, title_justify="left")
+    for column in ("", "KL, nats", "gain", "share of the optimum at that KL"):
+        table.add_column(column, justify="right" if column else "left")
+    for best in curves.best_of_n:
+        table.add_row(f"best of {best.n}", f"{best.kl:.2f}", f"{best.gain:+.3f}", "")
+    for point in points:
+        share = "" if point["share"] is None else f"{point['share']:.0%}"
+        if point["share_is_lower_bound"]:
+            share = f"at least {share}"
+        table.add_row(point["name"], f"{point['kl']:.2f}", f"{point['gain']:+.3f}", share)
+    return table

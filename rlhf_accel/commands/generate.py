@@ -1,0 +1,234 @@
+"""Continue prompts with a trained model, if wanted beside its base and with the score of each."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import AutoPeftModelForCausalLM
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+
+from rlhf_accel.algorithm.batches import Sequences
+from rlhf_accel.config.loading import load_run, parse
+from rlhf_accel.config.schema import Config, RolloutConfig
+from rlhf_accel.config.trust import add_flag, require_trust
+from rlhf_accel.data import embedded as assets
+from rlhf_accel.data.loading import adapted, adapter_config, pretrained
+from rlhf_accel.data.rows import text_lines
+from rlhf_accel.data.tokenizer import Tokens
+from rlhf_accel.models.policy import check_prompts, end_of_text_ids
+from rlhf_accel.reward import Reward, RewardError, load_reward
+from rlhf_accel.rollout import sampling as decoding
+from rlhf_accel.rollout.scoring import sampling_settings
+from rlhf_accel.runs.checkpoint import model_folder, reward_scale
+from rlhf_accel.runs.metrics import plain
+from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.system.process import has_gpu, quiet_libraries, tune_process
+from rlhf_accel.system.terminal import Terminal
+
+BATCH = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writer:
+    """A causal language model with its tokenizer, sampled as a run samples."""
+
+    name: str
+    model: Any
+    tokens: Tokens
+    rollout: RolloutConfig
+    adapter_off: bool = False
+
+    def write(self, prompts: Sequence[str], seed: int) -> tuple[str, ...]:
+        """A response to each prompt; the same seed gives the same random numbers to each row."""
+        rows = self.tokens.encode(prompts)
+        if [] in rows:
+            text = prompts[rows.index([])]
+            raise ConfigError(f"the tokenizer makes no token of the prompt {text!r:.40}; give another one")
+        new_tokens = self.rollout.max_new_tokens
+        check_prompts(self.model, prompts, list(map(len, rows)), new_tokens, "--max_new_tokens")
+        queries, query_mask = self.tokens.pad_left(rows)
+        stop = self.tokens.stop_condition(self.rollout.stop, end_of_text_ids(self.model))
+        device = self.model.device
+        with self.model.disable_adapter() if self.adapter_off else nullcontext():
+            sampled = decoding.sample(
+                self.model,
+                queries.to(device),
+                query_mask.to(device),
+                decoding.uniforms(seed, 0, range(len(prompts)), self.rollout.max_new_tokens).to(device),
+                sampling_settings(self.rollout),
+                pad_id=self.tokens.pad_id,
+                stop_ids=stop.ids,
+                ended=stop.after(queries, query_mask),
+            )
+        sequences = Sequences(
+            queries=queries,
+            query_mask=query_mask,
+            responses=sampled.responses.cpu(),
+            response_mask=sampled.response_mask.cpu(),
+        )
+        return self.tokens.decode(sequences)[1]
+
+
+def main(arguments: list[str]) -> None:
+    """The command; raises `ConfigError` for a folder or a file that cannot be used."""
+    options = _parse(arguments)
+    tune_process()
+    quiet_libraries()
+    config, writers = _writers(options)
+    if config is not None:
+        tune_process(config.run.matmul_precision)
+    reward = _reward(config, Path(options.model)) if options.score else None
+    for number, prompts in enumerate(_prompts(options)):
+        try:
+            _show(prompts, writers, reward, options.seed + number)
+        except RewardError as error:
+            raise ConfigError(f"--score: {error}", key="--score") from error
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="rlhf_accel generate", description=__doc__)
+    parser.add_argument("model", help="a run's folder, or a model or adapter (folder or hub id)")
+    parser.add_argument(
+        "prompts", nargs="*", help="prompts; without any, lines of --file or of stdin, or interactively"
+    )
+    parser.add_argument("--file", type=Path, help="a text file with one prompt a line")
+    parser.add_argument("--which", choices=("final", "best"), default="final", help="which model of a run's folder")
+    parser.add_argument("--compare", action="store_true", help="show the base's continuation beside it")
+    parser.add_argument("--score", action="store_true", help="score each with the run's reward (with a run's folder)")
+    parser.add_argument("--seed", type=int, default=0)
+    for key, kind in (("max_new_tokens", int), ("temperature", float), ("top_k", int), ("top_p", float)):
+        parser.add_argument(f"--{key}", type=kind, help=f"instead of the run's rollout.{key}")
+    add_flag(parser)
+    return parser.parse_args(arguments)
+
+
+def _writers(options: argparse.Namespace) -> tuple[Config | None, list[Writer]]:
+    """The run's config, if it is a run's folder, and the models to show, the base first."""
+    folder, config = Path(options.model), None
+    if (folder / "config.yaml").is_file():
+        config = load_run(folder / "config.yaml")
+        keys = ("reward.function", "reward.url") if options.score else ()
+        require_trust(config, folder, options.trust_code, (*keys, "model.trust_remote_code"))
+        folder = model_folder(folder, options.which)
+    if options.score and config is not None and config.reward.chat_field is not None:
+        raise ConfigError(
+            f"--score: the run's reward reads reward.chat_field={config.reward.chat_field} of its data, which prompts "
+            "given here do not have; use evaluate",
+            key="--score",
+        )
+    if options.score and config is None:
+        raise ConfigError("--score needs a run's folder, whose config.yaml names the reward", key="--score")
+    if options.prompts and options.file is not None:
+        raise ConfigError("prompts are given beside --file; keep one of them", key="--file")
+    path = str(folder) if config is not None or folder.exists() else assets.resolve_model(options.model)
+    trust = options.trust_code if config is None else config.model.trust_remote_code
+    rollout = (config or Config()).rollout
+    changes = {key: getattr(options, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p")}
+    rollout = parse(
+        RolloutConfig, asdict(rollout) | {key: value for key, value in changes.items() if value is not None}
+    )
+
+    adapter = (folder / "adapter_config.json").is_file()
+    kind = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
+    tokens = Tokens.load(path, trust_remote_code=trust)
+    # The run's config knows where its base lies; in the adapter's it is as the user wrote it, relative perhaps.
+    known = None if config is None or not adapter else assets.resolve_model(config.model.name_or_path)
+    trained = Writer(name="trained", model=_load(kind, path, trust, known), tokens=tokens, rollout=rollout)
+    if not options.compare:
+        return config, [trained]
+    if adapter:
+        return config, [replace(trained, name="base", adapter_off=True), trained]
+    if config is None:
+        raise ConfigError("--compare needs a run's folder or an adapter, which name their base", key="--compare")
+    base = _load(AutoModelForCausalLM, assets.resolve_model(config.model.name_or_path), trust)
+    return config, [replace(trained, name="base", model=base), trained]
+
+
+def _load(kind: Any, path: str, trust_remote_code: bool, base: str | None = None) -> Any:
+    device = "cuda" if has_gpu() else "cpu"
+    try:
+        if base is not None:
+            return adapted(_load(AutoModelForCausalLM, base, trust_remote_code), path).eval().to(device)
+        if kind is AutoPeftModelForCausalLM:
+            adapter_config(path)
+        return pretrained(kind, path, trust_remote_code=trust_remote_code).eval().to(device)
+    except ConfigError:
+        raise
+    except Exception as error:  # a missing, broken or foreign file raises many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{path}: no such model could be loaded ({reason})") from error
+
+
+def _reward(config: Config | None, run: Path) -> Reward:
+    assert config is not None, "checked with the options"
+    device = torch.device("cuda" if has_gpu() else "cpu")
+    path = assets.resolve_model(config.reward.model) if config.reward.model else None
+    reward = load_reward(config.reward, path, device, trust_remote_code=config.model.trust_remote_code)
+    if not config.reward.calibrate:
+        return reward
+    scale = reward_scale(run)
+    if scale is None:
+        raise ConfigError(
+            f"--score: {run} has no summary.json with the scale of its scores, and no checkpoint", key="--score"
+        )
+    return replace(reward, **scale)
+
+
+def _prompts(options: argparse.Namespace) -> Iterator[list[str]]:
+    """Batches of prompts: from the arguments, a file, stdin, or one at a time as they are typed."""
+    if options.prompts:
+        lines = options.prompts
+    elif options.file is not None:
+        try:
+            lines = text_lines(options.file.read_bytes())
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", error)
+            raise ConfigError(f"--file {options.file}: cannot be read ({reason})", key="--file") from error
+    elif sys.stdin.isatty():
+        yield from ([line] for line in _typed(input))
+        return
+    else:
+        try:
+            lines = text_lines(sys.stdin.buffer.read())
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"standard input cannot be read as UTF-8 ({error})") from error
+    lines = [line for line in lines if line.strip()]
+    if not lines:
+        raise ConfigError("no prompts; give some as arguments, in --file or on stdin", key="--file")
+    yield from (lines[start : start + BATCH] for start in range(0, len(lines), BATCH))
+
+
+def _typed(ask: Callable[[str], str]) -> Iterator[str]:
+    while True:
+        try:
+            line = ask("prompt (empty to leave)> ")
+        except EOFError:
+            return
+        if not line.strip():
+            return
+        yield line
+
+
+def _show(prompts: list[str], writers: list[Writer], reward: Reward | None, seed: int) -> None:
+    written = {writer.name: writer.write(prompts, seed) for writer in writers}
+    scores = {name: reward.try_out(prompts, texts, {}).tolist() for name, texts in written.items()} if reward else {}
+    table = Table(show_lines=True)
+    table.add_column("prompt", overflow="fold")
+    for name in written:
+        table.add_column(name, overflow="fold")
+        if reward:
+            table.add_column("score", justify="right")
+    for i, prompt in enumerate(prompts):
+        cells = [prompt]
+        for name, texts in written.items():
+            cells += [texts[i], *([f"{scores[name][i]:+.2f}"] if reward else [])]
+        table.add_row(*map(plain, cells))
+    Terminal().print(table)

@@ -1,0 +1,175 @@
+"""A trained adapter and its base as one full model, which plain transformers loads."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from rlhf_accel.config.loading import load_run
+from rlhf_accel.config.trust import add_flag, require_trust
+from rlhf_accel.data import embedded as assets
+from rlhf_accel.data.loading import adapted, adapter_config
+from rlhf_accel.data.tokenizer import Tokens
+from rlhf_accel.distributed.runtime import failure
+from rlhf_accel.models.policy import CRITIC, DTYPES, load_export, load_pretrained, logits_of, scaled_adapter
+from rlhf_accel.models.probes import Finding, export_is_memory
+from rlhf_accel.runs.checkpoint import VALUE_HEAD, model_folder
+from rlhf_accel.runs.exports import ExportError
+from rlhf_accel.system import files
+from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.system.process import quiet_libraries
+from rlhf_accel.system.terminal import say
+
+# What base with adapter and the merged model both read: that they say the same of it is checked.
+_READ = "A dull film about a brilliant idea, which nobody who has seen it would call wrong."
+
+
+def main(arguments: list[str]) -> None:
+    """The command; raises `ConfigError` for a folder that holds no adapter, or one that is taken."""
+    parser = argparse.ArgumentParser(prog="rlhf_accel merge", description=__doc__)
+    parser.add_argument("model", type=Path, help="a run's folder, or an adapter's")
+    parser.add_argument("output", type=Path, help="folder of the merged model, not there yet")
+    parser.add_argument("--which", choices=("final", "best"), default="final", help="which adapter of a run's folder")
+    parser.add_argument("--base", help="the base instead of the one that the run or the adapter names")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the merged weights (default fp32)")
+    parser.add_argument(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="of what the adapter adds, up to 1: less gain for much less KL (default 1)",
+    )
+    add_flag(parser)
+    options = parser.parse_args(arguments)
+    quiet_libraries()
+    folder, base, trust = options.model, options.base, options.trust_code
+    if (folder / "config.yaml").is_file():
+        config = load_run(folder / "config.yaml")
+        require_trust(config, folder, options.trust_code, ("model.trust_remote_code",))
+        model = config.model
+        base, trust = base or model.name_or_path, model.trust_remote_code
+        folder = model_folder(folder, options.which)
+    merge(folder, options.output, base=base, dtype=options.dtype, trust_remote_code=trust, scale=options.scale)
+    say(f"merged into {options.output}")
+
+
+def merge(
+    adapter: Path,
+    output: Path,
+    *,
+    base: str | None = None,
+    dtype: str = "fp32",
+    trust_remote_code: bool = False,
+    scale: float = 1.0,
+) -> None:
+    """Write base and adapter as one model to `output`, with the tokenizer and the value head that lie beside it.
+
+    The sum is taken in fp32 and rounded once; `scale` is that of the adapter in it. Tied embeddings of which the
+    adapter changes one become two. Raises `ConfigError` if there is no adapter, if it has no scale, or if `output` is
+    taken or cannot be written, and `ExportError` if what was written would not be the base with the adapter.
+    """
+    if not 0 < scale <= 1:
+        raise ConfigError(f"--scale {scale:g}: expected a number above 0 and up to 1", key="--scale")
+    if not adapter.is_dir():
+        raise ConfigError(f"{adapter}: no such folder; name a run's, or that of an adapter")
+    if not (adapter / "adapter_config.json").is_file():
+        raise ConfigError(f"{adapter} holds no adapter; only runs with lora.r above 0 have something to merge")
+    if output.exists():
+        raise ConfigError(f"{output} is there already; name another folder")
+    about = _settings(adapter)
+    if scale != 1 and (about.use_dora or about.modules_to_save):
+        raise ConfigError(
+            f"--scale {scale:g}: {adapter} has DoRA or layers that learnt in full, which no scale leads back",
+            key="--scale",
+        )
+    name = base or about.base_model_name_or_path
+    if not isinstance(name, str):
+        raise ConfigError(f"{adapter}: adapter_config.json names no base; name it with --base", key="--base")
+    path = assets.resolve_model(name, "--base")
+    model = load_pretrained(
+        AutoModelForCausalLM, path, f"--base {name}", trust_remote_code=trust_remote_code, dtype=DTYPES["fp32"]
+    )
+    try:
+        both = adapted(model, str(adapter))
+        if scale != 1:
+            both.load_state_dict(scaled_adapter(both.state_dict(), scale))
+        _untie(both)
+        both.eval()
+        tokens = Tokens.load(str(adapter), trust_remote_code=trust_remote_code)
+        ids = torch.tensor(tokens.encode([_READ]))
+        before = logits_of(both, ids)
+        merged = both.merge_and_unload(safe_merge=True)
+    except ConfigError:
+        raise
+    except Exception as error:  # peft raises many kinds for broken or foreign files
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{adapter} does not fit the base {name} ({reason})") from error
+    found = export_is_memory(before, logits_of(merged, ids), dtype=DTYPES["fp32"])
+    if not found.passed:
+        raise ExportError(
+            f"{adapter} added into the weights of {name} is not that adapter on that base: logits differ by "
+            f"{found.difference:.2g} (limit {found.limit:.2g}); nothing is written"
+        )
+    merged = merged.to(DTYPES[dtype])
+
+    def write() -> None:
+        with files.work_folder(output) as beside:
+            merged.save_pretrained(beside)
+            tokens.save(beside)
+            if (adapter / VALUE_HEAD).is_file():
+                shutil.copy(adapter / VALUE_HEAD, beside)
+            if (adapter / CRITIC).is_dir():  # an adapter of the critic's own, on the base as it was
+                shutil.copytree(adapter / CRITIC, beside / CRITIC)
+            files.flush_all(beside, like=beside / "config.json")
+            found = _as_loaded(beside, merged, ids, trust_remote_code, str(output))
+            if not found.passed:
+                raise ExportError(f"{found.message}; nothing is written")
+            beside.rename(output)
+
+    problem = failure(write)
+    if problem is not None:
+        raise ConfigError(f"{output} cannot be written ({problem}); name another folder")
+
+
+def _untie(both: Any) -> None:
+    """Give the vocabulary layer a matrix of its own if it shares that of the embedding and the adapter changes one of
+    the two: with one matrix, what is added for the one would be added for the other too."""
+    base = both.get_base_model()
+    ends = base.get_input_embeddings(), base.get_output_embeddings()
+    plain = [getattr(end, "base_layer", getattr(end, "original_module", end)) for end in ends]
+    changed = any(end is not layer for end, layer in zip(ends, plain, strict=True))
+    if not changed or plain[0].weight is not plain[1].weight:
+        return
+    plain[1].weight = nn.Parameter(plain[1].weight.detach().clone())
+    for config in (base.config, base.config.get_text_config()):
+        config.tie_word_embeddings = False
+
+
+def _as_loaded(folder: Path, merged: Any, ids: Tensor, trust_remote_code: bool, what: str) -> Finding:
+    """What others load from the folder, against the model in memory."""
+    loaded, lacking = load_export(str(folder), dtype=merged.dtype, trust_remote_code=trust_remote_code)
+    return export_is_memory(
+        logits_of(merged, ids),
+        logits_of(loaded, ids),
+        dtype=merged.dtype,
+        ours=merged.state_dict(),
+        theirs=loaded.state_dict(),
+        lacking=lacking,
+        what=what,
+    )
+
+
+def _settings(adapter: Path) -> PeftConfig:
+    try:
+        return adapter_config(str(adapter))
+    except ConfigError:
+        raise
+    except Exception as error:  # peft raises many kinds for what it did not write
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{adapter / 'adapter_config.json'} is not what peft writes ({reason})") from error

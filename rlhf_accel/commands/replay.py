@@ -1,0 +1,148 @@
+"""Run again what stopped a run: the reward on the texts that it failed on, or the model on the samples of a dump."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from rlhf_accel.algorithm.batches import Experience, Sequences
+from rlhf_accel.config.loading import for_a_look
+from rlhf_accel.config.schema import RewardConfig
+from rlhf_accel.config.trust import add_flag, require_trust
+from rlhf_accel.data import embedded as assets
+from rlhf_accel.models.policy import DTYPES, model_inputs
+from rlhf_accel.reward import RewardError, load_reward
+from rlhf_accel.runs.checkpoint import Dump, read_dump
+from rlhf_accel.runs.metrics import plain
+from rlhf_accel.system.errors import ConfigError, RunFailed
+from rlhf_accel.system.process import has_gpu, quiet_libraries, tune_process
+from rlhf_accel.system.terminal import Terminal
+from rlhf_accel.training.ppo_trainer import PPOTrainer
+
+SHOWN = 20
+
+
+def main(arguments: list[str]) -> None:
+    """The command; raises `ConfigError` for a folder that is no dump, or whose run cannot be set up here."""
+    parser = argparse.ArgumentParser(prog="python -m rlhf_accel replay", description=__doc__)
+    parser.add_argument("dump", type=Path, help="a folder dumps/step-NNNNNN of a run")
+    add_flag(parser)
+    options = parser.parse_args(arguments)
+    dump = read_dump(options.dump)
+    of_model = bool(dump.experience) and dump.facts["phase"] != "score"
+    keys = () if of_model else ("reward.function", "reward.url")
+    require_trust(dump.config, options.dump, options.trust_code, (*keys, "model.trust_remote_code"))
+    console = Terminal(soft_wrap=True, emoji=False)
+    console.print(f"the run said: {dump.facts['message']}", highlight=False, markup=False)
+    if "traceback" in dump.facts:
+        console.print(dump.facts["traceback"], highlight=False, markup=False)
+    dump, where = as_the_run_did(dump)
+    console.print(f"running each sample by itself, {where}", highlight=False)
+    tune_process(dump.config.run.matmul_precision)
+    quiet_libraries()
+    try:
+        found = replay_model(dump, options.dump) if of_model else replay_reward(dump)
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, (ConfigError, RewardError, RunFailed)):
+            raise
+        raise ConfigError(
+            f"{options.dump}: its tensors are not of this run ({type(error).__name__}: {error})"
+        ) from error
+    _show(console, found)
+
+
+def as_the_run_did(dump: Dump) -> tuple[Dump, str]:
+    """The dump with the precision and dtypes that the run made of `auto`, and in words where it runs again.
+
+    A run on a CPU is run again on one, whatever this machine has; dumps of old versions do not say.
+    """
+    did = dump.facts.get("arithmetic", {})
+    config = dump.config
+    allowed = {"precision": ("fp32", "bf16"), "model_dtype": tuple(DTYPES), "reward_dtype": tuple(DTYPES)}
+    found = {key: did[key] for key, known in allowed.items() if did.get(key) in known}
+    config = replace(
+        config,
+        run=replace(config.run, precision=found.get("precision", config.run.precision)),
+        model=replace(config.model, dtype=found.get("model_dtype", config.model.dtype)),
+        reward=replace(config.reward, dtype=found.get("reward_dtype", config.reward.dtype)),
+    )
+    if did.get("device") == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    here = "cuda" if has_gpu() else "cpu"
+    where = f"on {here} in {', '.join(f'{key} {value}' for key, value in found.items()) or 'what the config says'}"
+    differs = did.get("device") not in (None, here)
+    return replace(dump, config=config), where + (f" (the run was on {did['device']})" if differs else "")
+
+
+def replay_reward(dump: Dump) -> list[dict[str, Any]]:
+    """Score each text by itself: a row for each with the score, or with what the reward raised."""
+    config, facts, trusted = dump.config.reward, dump.facts, dump.config.model.trust_remote_code
+    path = None if config.model is None else assets.resolve_model(config.model, "reward.model")
+    device = torch.device("cuda" if has_gpu() else "cpu")
+    reward = replace(load_reward(config, path, device, trust_remote_code=trusted), retries=0)
+    rows = []
+    for i, (prompt, response) in enumerate(zip(facts["prompts"], facts["responses"], strict=True)):
+        columns = {name: [column[i]] for name, column in facts.get("columns", {}).items()}
+        try:
+            score, said = float(reward([prompt], [response], columns)[0]), ""
+        except RewardError as error:
+            score, said = math.nan, str(error).partition(" raised ")[2] or str(error)
+        rows.append({"sample": i, "prompt": prompt, "response": response, "score": score, "raised": said})
+    return rows
+
+
+def replay_model(dump: Dump, folder: Path) -> list[dict[str, Any]]:
+    """What the model makes of each sample by itself, in one process: its log-probability and value where these were at
+    fault, else loss and gradient."""
+    config = replace(for_a_look(dump.config, folder / "replay"), reward=RewardConfig())
+    trainer = PPOTrainer(config, reward=lambda prompts, responses, **columns: [0.0] * len(prompts))
+    module = trainer.runtime.plain_module
+    module.load_state_dict(dump.weights, strict=False)
+    experience = experience_of(dump)
+    learned = [p for p in module.parameters() if p.requires_grad]
+    rows = []
+    for row in dump.facts["rows"]:
+        part = experience.select(torch.tensor([row]))
+        if dump.facts["phase"] == "rollout":
+            with torch.no_grad(), trainer.runtime.autocast():
+                said = module(*model_inputs(part.sequences.to(trainer.runtime.device)))
+            figures = {"log-probability": float(said.logprobs.sum()), "values": float(said.values.sum())}
+        else:
+            module.zero_grad()
+            with trainer.runtime.autocast():
+                loss = trainer.loss_of(part)
+            loss.backward()
+            norm = torch.stack([p.grad.norm() for p in learned if p.grad is not None]).norm()
+            figures = {"loss": float(loss.detach()), "gradient norm": float(norm)}
+        texts = {"prompt": dump.facts["prompts"][row], "response": dump.facts["responses"][row]}
+        rows.append({"sample": row, **texts, **figures})
+    return rows
+
+
+def experience_of(dump: Dump) -> Experience:
+    tensors = dump.experience
+    sequences = Sequences(**{field.name: tensors[field.name] for field in fields(Sequences)})
+    rest = {field.name: tensors[field.name] for field in fields(Experience) if field.name != "sequences"}
+    return Experience(sequences=sequences, **rest)
+
+
+def _show(console: Terminal, rows: list[dict[str, Any]]) -> None:
+    bad = [row for row in rows if any(isinstance(v, float) and not math.isfinite(v) for v in row.values())]
+    table = Table(show_lines=True)
+    for key in rows[0] if rows else ():
+        table.add_column(key, justify="right" if isinstance(rows[0][key], float) else "left", overflow="fold")
+    for row in (bad or rows)[:SHOWN]:
+        shown = {**row, "score": ""} if row.get("raised") else row
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else plain(str(v)) for v in shown.values()))
+    console.print(table)
+    if bad:
+        console.print(f"again: {len(bad)} of {len(rows)} samples, each by itself, are not finite or fail")
+    else:
+        console.print(f"not again: each of the {len(rows)} samples, by itself on this machine, is finite")

@@ -1,0 +1,287 @@
+"""YAML and dotted overrides <-> a config: loading, parsing, suggestions for misspelt keys, and the command line.
+
+Knows the files of the recipes. Knows no tensor, no model and no rank.
+"""
+
+from __future__ import annotations
+
+import stat
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from rlhf_accel.config.keys import key_names, short, unknown
+from rlhf_accel.config.rules import check_trainable
+from rlhf_accel.config.schema import Config
+from rlhf_accel.system import files
+from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.system.terminal import say, visible
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+DEFAULT_RECIPE = "movie_reviews"
+_MOST_YAML, _MOST_YAML_PARTS = 256 << 10, 50_000  # bytes, for which PyYAML takes seconds; and parts behind aliases
+C = TypeVar("C")
+
+
+def load(cls: type[C], source: str | Path | None = None, overrides: Sequence[str] = ()) -> C:
+    """A config of type `cls` from a recipe's name or a YAML file, with `--section.key value` overrides on top.
+
+    Raises `ConfigError` naming the key for an unknown key, a wrong type, a value out of range, a contradiction or what
+    `check_trainable` refuses.
+    """
+    return parse(cls, read_tree(cls, source, overrides))
+
+
+def load_run(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The config.yaml that a run wrote, to look at the run or to compare with: what an older version trained with may
+    stand in it. Raises `ConfigError` as `load` does for everything else."""
+    return parse(Config, read_tree(Config, path, overrides), to_train=False)
+
+
+def read_tree(cls: Any, source: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What `load` parses: the mapping in the source with the overrides on top, whose keys are known. Raises
+    `ConfigError`."""
+    tree = read_yaml(source) if source is not None else {}
+    for key, value in parse_overrides(overrides):
+        _set(tree, key, value, cls)
+    return tree
+
+
+def from_command_line(cls: type[C], arguments: Sequence[str], default: str) -> C:
+    """A config from `[--config RECIPE_OR_FILE] [--section.key value …]`.
+
+    `--print_config` prints the resolved config and `--help` the keys, and both exit with status 0. Raises `ConfigError`
+    as `load` does.
+    """
+    rest = list(arguments)
+    if "-h" in rest or "--help" in rest:
+        say(f"options: --config RECIPE_OR_FILE (default {default}), --print_config, and any of\n\n{describe(cls)}")
+        sys.exit(0)
+    print_config = "--print_config" in rest
+    rest = [argument for argument in rest if argument != "--print_config"]
+    source = take_option(rest, "config", "RECIPE_OR_FILE") or default
+    config = load(cls, source, rest)
+    if print_config:
+        say(to_yaml(config), end="")
+        sys.exit(0)
+    return config
+
+
+def take_option(arguments: list[str], name: str, value: str) -> str | None:
+    """Take `--name VALUE` or `--name=VALUE` out of the arguments; None if it is not there.
+
+    Raises `ConfigError` if it has no value, which the error calls `value`, or stands there twice.
+    """
+    places = [i for i, argument in enumerate(arguments) if argument.partition("=")[0] == f"--{name}"]
+    if len(places) > 1:
+        raise ConfigError(f"--{name} is given more than once; keep one of them", key=f"--{name}")
+    if not places:
+        return None
+    i = places[0]
+    _, equals, said = arguments[i].partition("=")
+    if not equals:
+        said = "".join(arguments[i + 1 : i + 2])
+    if not said or (not equals and said.startswith("--")):
+        raise ConfigError(f"--{name} needs a value: --{name} {value}", key=f"--{name}")
+    del arguments[i : i + (1 if equals else 2)]
+    return said
+
+
+def describe(cls: Any, prefix: str = "") -> str:
+    """Every key of a config class with its default and its doc line."""
+    hints = get_type_hints(cls)
+    lines = []
+    for field in fields(cls):
+        if is_dataclass(hints[field.name]):
+            lines.append(describe(hints[field.name], f"{prefix}{field.name}."))
+        else:
+            info = cls.__pydantic_fields__[field.name]
+            doc = f"  {' '.join(info.description.split())}" if info.description else ""
+            lines.append(f"--{prefix}{field.name} ({short(info.default)}){doc}")
+    return "\n".join(lines)
+
+
+def parse(cls: type[C], tree: Mapping[str, Any], *, to_train: bool = True) -> C:
+    """The mapping as a checked config; raises `ConfigError` on the first thing that is wrong. Without `to_train`,
+    `check_trainable` is left out."""
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"expected a mapping of sections, found {short(tree)}")
+    _refuse_unknown_keys(cls, tree, "", key_names(cls))
+    try:
+        config = TypeAdapter(cls).validate_python(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        contradiction = first.get("ctx", {}).get("error")
+        if isinstance(contradiction, ConfigError):
+            raise contradiction from None
+        key = ".".join(str(part) for part in first["loc"] if isinstance(part, str) and "[" not in part)
+        raise ConfigError(f"{key}={short(first['input'])}: {_message(first)}", key=key) from None
+    if to_train and isinstance(config, Config):
+        check_trainable(config)
+    return config
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved config as YAML that `load` reads back."""
+    tree = _plain(asdict(config))
+    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    # PyYAML leaves U+0085 as it is, and reads it back as a space, and a console shows other control characters as their
+    # codes: in ASCII both are escaped so that they are read back.
+    return text if visible(text) == text else yaml.safe_dump(tree, sort_keys=False)
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def read_yaml(source: str | Path) -> dict[str, Any]:
+    """The mapping in a recipe (by name) or a YAML file (by path); raises `ConfigError` if there is none."""
+    path = RECIPES / f"{source}.yaml" if str(source) in recipe_names() else Path(source)
+    try:
+        text = _read_text(path)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"--config {source}: neither a file nor a recipe; recipes are {', '.join(recipe_names())}", key="--config"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"--config {source}: cannot be read ({error.strerror})", key="--config") from None
+    except ValueError as error:  # not UTF-8, or a name that no file can have
+        raise ConfigError(f"--config {source}: not a text file ({error})", key="--config") from None
+    try:
+        tree = parse_yaml(text)
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" (line {where.line + 1})" if where else ""
+        raise ConfigError(
+            f"--config {source}: not valid YAML{line}; {getattr(error, 'problem', error)}", key="--config"
+        ) from None
+    if tree is None:
+        raise ConfigError(f"--config {source}: the file is empty", key="--config")
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"--config {source}: expected a mapping of sections, found {type(tree).__name__}", key="--config"
+        )
+    return tree
+
+
+def _read_text(path: Path) -> str:
+    """Of a file, or of a pipe that the shell made; of a device without end only so much."""
+    if stat.S_ISFIFO(path.stat().st_mode) and not str(path).startswith(("/dev/", "/proc/")):
+        raise files.Malformed("a pipe, which nobody may write to")
+    with path.open("rb") as file:
+        content = file.read(_MOST_YAML + 1)
+    return files.whole(content, _MOST_YAML).decode("utf-8")
+
+
+def parse_yaml(text: str) -> Any:
+    """The tree in a YAML text. Raises `yaml.YAMLError` for whatever is wrong, also for aliases without end."""
+    try:
+        return files.bounded(_safe_load(text), _MOST_YAML_PARTS)
+    except files.Malformed as error:
+        raise yaml.YAMLError(str(error)) from error
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
+    """`--a.b 1`, `--a.b=1` -> [("a.b", 1), …]; values are read as YAML. Raises `ConfigError` on anything else.
+
+    >>> parse_overrides(["--optim.lr", "3e-4", "--rollout.stop=['.', '!']"])
+    [('optim.lr', '3e-4'), ('rollout.stop', ['.', '!'])]
+    """
+    pairs = []
+    rest = list(arguments)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--") or len(flag) < 3:
+            raise ConfigError(f"unexpected argument {flag!r}; overrides look like --section.key value", key=flag)
+        key, equals, value = flag[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ConfigError(f"--{key} needs a value: --{key} VALUE", key=f"--{key}")
+            value = rest.pop(0)
+        try:
+            pairs.append((key, parse_yaml(value)))
+        except yaml.YAMLError:
+            pairs.append((key, value))
+    return pairs
+
+
+def for_a_look(config: Config, place: Path) -> Config:
+    """The config for setting the run up again without training it: a new run that tells no tracker and no hub, in a
+    folder that is not made, without what only training needs."""
+    run = replace(config.run, resume=None, changes=(), trackers=(), push_to_hub=None, output_dir=str(place))
+    reward, ppo = replace(config.reward, partial_every=0), replace(config.ppo, kl_estimator="k1")
+    return replace(config, run=run, model=replace(config.model, critic_init="policy"), reward=reward, ppo=ppo)
+
+
+def _refuse_unknown_keys(cls: Any, tree: Mapping[Any, Any], prefix: str, known: Sequence[str]) -> None:
+    """`known` are all dotted keys of the whole config: a key may stand in the wrong section."""
+    hints = get_type_hints(cls)
+    names = [field.name for field in fields(cls)]
+    for key, value in tree.items():
+        if key not in names:
+            raise ConfigError(unknown(f"{prefix}{key}", known), key=f"{prefix}{key}")
+        if is_dataclass(hints[key]):
+            if not isinstance(value, Mapping):
+                raise ConfigError(
+                    f"{prefix}{key}: expected a mapping of keys, found {short(value)}", key=f"{prefix}{key}"
+                )
+            _refuse_unknown_keys(hints[key], value, f"{prefix}{key}.", known)
+
+
+def _set(tree: dict[str, Any], dotted: str, value: Any, cls: Any) -> None:
+    known = key_names(cls)
+    if dotted not in known:
+        raise ConfigError(unknown(dotted, known), key=dotted)
+    *sections, key = dotted.split(".")
+    for section in sections:
+        below = tree.setdefault(section, {})
+        if not isinstance(below, dict):
+            raise ConfigError(f"{section}: expected a mapping of keys, found {short(below)}", key=section)
+        tree = below
+    tree[key] = value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, of which YAML would keep the last without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _safe_load(text: str) -> Any:
+    """Raises `yaml.YAMLError` for whatever is wrong, also where PyYAML raises something else."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        # A date or a number that Python refuses, a tag that does not fit its value, brackets without end.
+        raise yaml.YAMLError(str(error)) from error
+
+
+def _message(error: Mapping[str, Any]) -> str:
+    """What pydantic found, in the words of a YAML file."""
+    if error["type"] == "missing":
+        return "too few items"
+    message: str = error["msg"].removeprefix("Value error, ").replace(" after validation", "")
+    message = (message[0].lower() + message[1:]).replace("tuple", "list")
+    if error["type"] in ("string_type", "tuple_type") and not isinstance(error["input"], (Mapping, list)):
+        return f"{message}; put a text that YAML reads otherwise in quotes of its own"
+    return message
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,43 @@
+"""Where a config's local paths lead, settled once at the start: neither a reward that changes the working folder nor a
+command from another one moves them. Knows the config and the disk."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import TypeVar
+
+from rlhf_accel.config.schema import Config
+
+Name = TypeVar("Name", str, "str | None")
+
+
+def absolute(config: Config) -> Config:
+    """The config with absolute paths where they are relative and lead to something; hub ids and the like stay.
+
+    A folder of the name of a hub id comes first, as in transformers and datasets. `reward.import_from` becomes the
+    working folder, unless it is set or there is nothing to import.
+    """
+    run, reward, here = config.run, config.reward, os.getcwd()
+    imports = here if reward.import_from is None and (reward.function or reward.gold) else reward.import_from
+    resume = run.resume if run.resume in (None, "latest", "auto") else _path(run.resume)
+    return replace(
+        config,
+        run=replace(run, output_dir=None if run.output_dir is None else os.path.abspath(run.output_dir), resume=resume),
+        model=replace(config.model, name_or_path=_folder(config.model.name_or_path)),
+        lora=replace(config.lora, adapter=_folder(config.lora.adapter)),
+        data=replace(config.data, source=_path(config.data.source), eval_split=_file(config.data.eval_split)),
+        reward=replace(reward, model=_folder(reward.model), import_from=_path(imports)),
+    )
+
+
+def _path(name: Name) -> Name:
+    return os.path.abspath(name) if name is not None and os.path.exists(name) else name
+
+
+def _folder(name: Name) -> Name:
+    return _path(name) if name is not None and os.path.isdir(name) else name
+
+
+def _file(name: Name) -> Name:
+    return _path(name) if name is not None and os.path.isfile(name) else name

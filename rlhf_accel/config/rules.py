@@ -1,0 +1,377 @@
+"""Which keys contradict each other, and which of them a resumed run may change.
+
+Every rule needs the config alone, so a run that cannot work fails before any model loads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from rlhf_accel.config.keys import flatten, key_names, short, unknown
+from rlhf_accel.system.errors import ConfigError
+
+if TYPE_CHECKING:  # the schema calls these rules when a config is made
+    from rlhf_accel.config.schema import Config, RewardConfig, RewardTrainingConfig
+
+# Keys of local paths: a run keeps them absolute, older versions kept them as they were given.
+_PATHS = ("model.name_or_path", "lora.adapter", "data.source", "data.eval_split", "reward.model")
+
+
+# Keys that a run which goes on may change: what it has learnt and will learn does not depend on them but for rounding,
+# except that total_steps is part of the learning rate's schedule, which people mean when they raise it.
+MAY_CHANGE = frozenset(
+    [
+        *("run.output_dir", "run.name", "run.total_steps", "run.save_every", "run.keep_checkpoints", "run.checkpoint"),
+        *("run.max_failed_saves", "run.max_skipped_steps", "run.eval_every", "run.sample_every", "run.sample_count"),
+        *("run.resume", "run.changes", "run.collective_timeout", "run.trackers", "run.project", "run.best_kl_budget"),
+        *("run.push_to_hub", "run.hub_private", "run.report", "reward.gold"),
+        *("run.fast_kernels", "rollout.logprobs"),
+        *("model.gradient_checkpointing", "rollout.gather_parameters", "rollout.forward_batch_size"),
+        *(
+            "reward.import_from",
+            "reward.batch_size",
+            "reward.timeout",
+            "reward.retries",
+            "reward.retry_wait",
+            "ppo.micro_batch_tokens",
+        ),
+    ]
+)
+
+
+def reward_contradictions(config: RewardTrainingConfig) -> Iterator[ConfigError]:
+    run, data, model = config.run, config.data, config.model
+    if data.eval_split in (data.split, data.source):
+        yield ConfigError(
+            f"data.eval_split={data.eval_split} is what training reads; name another", key="data.eval_split"
+        )
+    if data.tuning_split is not None and data.tuning_split in (data.split, data.source, data.eval_split):
+        yield ConfigError(
+            f"data.tuning_split={data.tuning_split} is what training or the report reads; name another, or remove it "
+            "for half of data.eval_split",
+            key="data.tuning_split",
+            others=("data.eval_split",),
+        )
+    if run.eval_every > 1 and run.eval_every != int(run.eval_every):
+        yield ConfigError(
+            f"run.eval_every={run.eval_every:g} is no number of steps; use a whole one, or a share below 1",
+            key="run.eval_every",
+        )
+    if data.objective != "pairs":
+        given = [key for key in ("choice_field", "margin_field") if getattr(data, key) is not None]
+        if given:
+            yield ConfigError(
+                f"data.{given[0]} is set, which is for pairs; remove it, or set data.objective=pairs",
+                key=f"data.{given[0]}",
+                others=("data.objective",),
+            )
+        if model.normalize not in ("auto", "none"):
+            yield ConfigError(
+                f"model.normalize={model.normalize} would change what the scores of data.objective={data.objective} "
+                "mean; remove it",
+                key="model.normalize",
+                others=("data.objective",),
+            )
+    elif data.source.startswith("embedded:") and (data.choice_field or data.margin_field):
+        yield ConfigError(
+            f"data.choice_field and data.margin_field are not in {data.source}; remove them",
+            key="data.choice_field",
+            others=("data.margin_field", "data.source"),
+        )
+    if data.pair_fields[0] == data.pair_fields[1]:
+        yield ConfigError(
+            f"data.pair_fields={list(data.pair_fields)} names one column twice; name two", key="data.pair_fields"
+        )
+
+
+def check_trainable(config: Config) -> None:
+    """Raises `ConfigError` for what older versions trained with and no run may, as it gives wrong results.
+
+    As a reward an estimator c(y) has the gradient E[c grad log pi], not that of its mean. For k1 the two are equal. For
+    k3 it is grad KL(pi || ref) - grad KL(ref || pi), for k2 that of log-ratios squared, whatever their sign: near the
+    reference both vanish to first order, so nothing pulls back, and what is left pushes away (arXiv 2512.21852).
+    """
+    ppo = config.ppo
+    if ppo.kl_estimator != "k1" and ppo.kl_coef > 0:
+        raise ConfigError(
+            f"ppo.kl_estimator={ppo.kl_estimator} in the reward drives the policy away from the reference (its "
+            "gradient is not that of the KL; arXiv 2512.21852); set ppo.kl_estimator=k1, and to resume a run of an "
+            "older version with it, run.changes=[ppo.kl_estimator]",
+            key="ppo.kl_estimator",
+            found=ppo.kl_estimator,
+            expected="k1",
+        )
+
+
+def changed_keys(before: Config, now: Config) -> list[str]:
+    """Keys whose values differ, but for those that may, each as `key (was X, is Y)`."""
+    allowed = MAY_CHANGE | set(now.run.changes)
+    was, is_now = flatten(asdict(before)), flatten(asdict(now))
+    return [
+        f"{key} (was {short(was[key])}, is {short(is_now[key])})"
+        for key in key_names(type(now))
+        if key not in allowed and was[key] != is_now[key] and not (key in _PATHS and _leads_to(was[key], is_now[key]))
+    ]
+
+
+def _leads_to(relative: str | None, path: str | None) -> bool:
+    """Whether a relative path, from whatever folder it was given, may be this absolute one.
+
+    >>> _leads_to("./models/a", "/home/me/models/a"), _leads_to("a", "/home/me/models/b"), _leads_to("/a", "/b/a")
+    (True, False, False)
+    """
+    if relative is None or path is None or Path(relative).is_absolute() or not Path(path).is_absolute():
+        return False
+    parts = [part for part in Path(relative).parts if part != ".."]
+    return bool(parts) and list(Path(path).parts[-len(parts) :]) == parts
+
+
+def contradictions(config: Config) -> Iterator[ConfigError]:
+    run, data, rollout, ppo = config.run, config.data, config.rollout, config.ppo
+    if rollout.batch_size % ppo.num_minibatches:
+        yield ConfigError(
+            f"ppo.num_minibatches={ppo.num_minibatches} does not divide rollout.batch_size={rollout.batch_size}; "
+            "choose a divisor",
+            key="ppo.num_minibatches",
+            others=("rollout.batch_size",),
+        )
+    if rollout.min_new_tokens > rollout.max_new_tokens:
+        yield ConfigError(
+            f"rollout.min_new_tokens={rollout.min_new_tokens} is above "
+            f"rollout.max_new_tokens={rollout.max_new_tokens}; lower it",
+            key="rollout.min_new_tokens",
+            others=("rollout.max_new_tokens",),
+        )
+    if not run.project.strip(". ") or set(run.project) & set("/\\#?%:"):
+        yield ConfigError(
+            f"run.project={short(run.project)} is no name for trackers; use none of / \\ # ? % :",
+            key="run.project",
+        )
+    if not all(rollout.stop):
+        yield ConfigError(
+            "rollout.stop holds an empty text, which every response contains; remove it", key="rollout.stop"
+        )
+    if data.eval_split is not None and data.eval_split in (data.split, data.source):
+        yield ConfigError(
+            f"data.eval_split={data.eval_split} is what training reads; name another, or leave it out to hold out a "
+            "tenth of data.split",
+            key="data.eval_split",
+            others=("data.split",),
+        )
+    if data.prompt_tokens is not None:
+        low, high = data.prompt_tokens
+        if low > high:
+            yield ConfigError(
+                f"data.prompt_tokens=[{low}, {high}] is not a range; put the smaller number first",
+                key="data.prompt_tokens",
+            )
+        if high > rollout.max_prompt_tokens:
+            yield ConfigError(
+                f"data.prompt_tokens=[{low}, {high}] goes above rollout.max_prompt_tokens="
+                f"{rollout.max_prompt_tokens}; raise the latter",
+                key="data.prompt_tokens",
+                others=("rollout.max_prompt_tokens",),
+            )
+    yield from _scoring_contradictions(config)
+    yield from _model_contradictions(config)
+    yield from _ppo_contradictions(config)
+
+
+def _ppo_contradictions(config: Config) -> Iterator[ConfigError]:
+    run, rollout, ppo = config.run, config.rollout, config.ppo
+    if rollout.max_prompt_tokens + rollout.max_new_tokens > ppo.micro_batch_tokens:
+        yield ConfigError(
+            f"ppo.micro_batch_tokens={ppo.micro_batch_tokens} is below one sample's rollout.max_prompt_tokens + "
+            f"rollout.max_new_tokens={rollout.max_prompt_tokens + rollout.max_new_tokens}; raise it",
+            key="ppo.micro_batch_tokens",
+            others=("rollout.max_prompt_tokens", "rollout.max_new_tokens"),
+        )
+    if ppo.kl_target is not None and ppo.kl_coef == 0:
+        yield ConfigError(
+            "ppo.kl_target is set and ppo.kl_coef=0, which could never rise; set ppo.kl_coef above 0",
+            key="ppo.kl_target",
+            others=("ppo.kl_coef",),
+        )
+    # The controller changes its coefficient by at most 0.2 x batch / horizon of it, which has to stay below all of it.
+    if ppo.kl_target is not None and ppo.kl_horizon <= 0.2 * rollout.batch_size:
+        yield ConfigError(
+            f"ppo.kl_horizon={ppo.kl_horizon:g} could turn the coefficient to 0 in a step of rollout.batch_size="
+            f"{rollout.batch_size}; raise it above {0.2 * rollout.batch_size:g}",
+            key="ppo.kl_horizon",
+            others=("rollout.batch_size",),
+        )
+    if run.resume in ("latest", "auto") and run.output_dir is None:
+        yield ConfigError(
+            f"run.resume={run.resume} needs run.output_dir, the folder of the run to go on with",
+            key="run.resume",
+            others=("run.output_dir",),
+        )
+    known = key_names(type(config))
+    for key in run.changes:
+        if key not in known:
+            yield ConfigError(f"run.changes: {unknown(key, known)}", key="run.changes")
+
+
+def _scoring_contradictions(config: Config) -> Iterator[ConfigError]:
+    reward = config.reward
+    terms = (reward.model is not None) + (reward.url is not None) + len(reward.function)
+    if reward.weights is not None and len(reward.weights) != terms:
+        yield ConfigError(
+            f"reward.weights has {len(reward.weights)} numbers for {terms} rewards (reward.model, reward.url and "
+            "reward.function); give one for each",
+            key="reward.weights",
+            others=("reward.model", "reward.url", "reward.function"),
+        )
+    if reward.url is not None:
+        yield from _url_problems(reward.url)
+    yield from _gold_problems(reward)
+    patience = (reward.timeout or 0.0) * (reward.retries + 1) + reward.retry_wait * (2**reward.retries - 1)
+    if reward.timeout is not None and patience >= config.run.collective_timeout:
+        yield ConfigError(
+            f"reward.timeout={reward.timeout:g} with reward.retries={reward.retries} may take {patience:g} s, and "
+            f"others wait for run.collective_timeout={config.run.collective_timeout:g} s; raise the latter",
+            key="reward.timeout",
+            others=("reward.retries", "run.collective_timeout"),
+        )
+    if reward.partial_every and config.ppo.whiten_rewards:
+        yield ConfigError(
+            f"reward.partial_every={reward.partial_every} needs rewards in the unit of the scores, and "
+            "ppo.whiten_rewards=true scales them; leave the latter out (reward.calibrate=true scales scores), or set "
+            "the former to 0",
+            key="reward.partial_every",
+            others=("ppo.whiten_rewards",),
+        )
+    if reward.model is None and reward.label is not None:
+        yield ConfigError(
+            "reward.label is set without reward.model; name the model or remove the label",
+            key="reward.label",
+            others=("reward.model",),
+        )
+    if reward.model is None and reward.format != "auto":
+        yield ConfigError(
+            f"reward.format={reward.format} is set without reward.model; name the model or remove the format",
+            key="reward.format",
+            others=("reward.model",),
+        )
+    if reward.model is None and reward.chat_field is not None:
+        yield ConfigError(
+            "reward.chat_field is set without reward.model; name the model or remove the field",
+            key="reward.chat_field",
+            others=("reward.model",),
+        )
+    if reward.format == "plain" and reward.chat_field is not None:
+        yield ConfigError(
+            "reward.chat_field is set, and reward.format=plain reads no turns; remove one of them",
+            key="reward.chat_field",
+            others=("reward.format",),
+        )
+
+
+def _gold_problems(reward: RewardConfig) -> Iterator[ConfigError]:
+    names = [gold_name(target) for target in reward.gold]
+    for name in names:
+        if names.count(name) > 1:
+            yield ConfigError(
+                f"reward.gold names {name} twice; figures go by the callable's name, so rename one or remove it",
+                key="reward.gold",
+            )
+    for target in reward.gold:
+        if target in reward.function:
+            yield ConfigError(
+                f"reward.gold={target} is also in reward.function, and training must not see it; remove one of them",
+                key="reward.gold",
+                others=("reward.function",),
+            )
+
+
+def _url_problems(url: str) -> Iterator[ConfigError]:
+    """Only the server's name is repeated: what stands before or behind it may be a secret."""
+    expected = "expected http://HOST:PORT/PATH or https://…"
+    try:
+        parts = urlsplit(url)
+        port_is_one = parts.port is None or parts.port > 0
+    except ValueError:
+        yield ConfigError(f"reward.url is not an address; {expected}", key="reward.url")
+        return
+    if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_one:
+        yield ConfigError(f"reward.url is not an address; {expected}", key="reward.url")
+    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+        yield ConfigError(
+            f"reward.url to {parts.hostname} holds more than scheme, host, port and path, and config.yaml would keep "
+            "it; put a secret into the environment variable RLHF_ACCEL_REWARD_TOKEN",
+            key="reward.url",
+        )
+
+
+def _model_contradictions(config: Config) -> Iterator[ConfigError]:
+    model, lora = config.model, config.lora
+    if model.critic_init == "reward" and (model.critic != "separate" or config.reward.model is None):
+        yield ConfigError(
+            "model.critic_init=reward needs model.critic=separate and reward.model",
+            key="model.critic_init",
+            others=("model.critic", "reward.model"),
+        )
+    if lora.modules_to_save and model.dtype in ("bf16", "fp16"):
+        yield ConfigError(
+            f"lora.modules_to_save learn in full, and in model.dtype={model.dtype} would lose small updates to "
+            "rounding; use model.dtype=fp32 with run.precision=bf16",
+            key="lora.modules_to_save",
+            others=("model.dtype",),
+        )
+    if model.critic == "adapter" and lora.r == 0:
+        yield ConfigError(
+            "model.critic=adapter is a second LoRA adapter; set lora.r above 0, or use head or separate",
+            key="model.critic",
+            others=("lora.r",),
+        )
+    if model.load_in_4bit and lora.r == 0:
+        yield ConfigError(
+            "model.load_in_4bit=true freezes the weights; set lora.r above 0 to train adapters on them",
+            key="model.load_in_4bit",
+            others=("lora.r",),
+        )
+    if model.load_in_4bit and model.critic == "separate":
+        yield ConfigError(
+            "model.load_in_4bit=true holds one base; use model.critic=adapter or head",
+            key="model.load_in_4bit",
+            others=("model.critic",),
+        )
+    unused = [key for key in ("modules_to_save", "use_rslora", "use_dora") if getattr(lora, key)]
+    if lora.r == 0 and unused:
+        yield ConfigError(
+            f"lora.{unused[0]} is set and lora.r=0 is full fine-tuning; set lora.r above 0",
+            key=f"lora.{unused[0]}",
+            others=("lora.r",),
+        )
+    if lora.adapter is not None and lora.r == 0:
+        yield ConfigError(
+            "lora.adapter is set and lora.r=0 is full fine-tuning; set lora.r to the adapter's rank",
+            key="lora.adapter",
+            others=("lora.r",),
+        )
+    if lora.adapter is not None and lora.modules_to_save:
+        yield ConfigError(
+            "lora.modules_to_save is set beside lora.adapter, which brings its own; remove the former",
+            key="lora.modules_to_save",
+            others=("lora.adapter",),
+        )
+    if lora.r == 0 and model.dtype in ("bf16", "fp16"):
+        yield ConfigError(
+            f"model.dtype={model.dtype} with lora.r=0 would lose small updates to rounding; "
+            "use model.dtype=fp32 with run.precision=bf16, or lora.r above 0",
+            key="model.dtype",
+            others=("lora.r",),
+        )
+
+
+def gold_name(target: str) -> str:
+    """What the figures of a gold reward go by: the callable's name.
+
+    >>> gold_name("rlhf_accel.reward:vader")
+    'vader'
+    """
+    return target.rpartition(":")[2]

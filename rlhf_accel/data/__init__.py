@@ -1,0 +1,4 @@
+"""What comes from outside: prompts, feedback, the tokenizer, embedded data, pretrained folders.
+
+Knows rows and texts; knows no model that computes, no reward and no run.
+"""

@@ -1,0 +1,317 @@
+"""Prompts from a data set: hub, local files or the embedded reviews, as typed batches in an order fixed by the seed.
+
+The batch of a step is a function of (seed, step) alone, so nothing has to be remembered to resume, and every process
+builds the same one. Knows no model and no rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+
+from rlhf_accel.algorithm.batches import PromptBatch
+from rlhf_accel.config.schema import DataConfig
+from rlhf_accel.data import embedded as assets
+from rlhf_accel.data.rows import READERS, Table, read_file
+from rlhf_accel.data.tokenizer import Tokens
+from rlhf_accel.system.errors import ConfigError
+
+_ARGUMENTS = ("prompts", "responses")  # of a reward function, beside which it gets the columns by their names
+
+# Streams of random numbers, told apart by their first entropy word.
+_ORDER, _LENGTH, _FIXED_LENGTH, _FIXED_ORDER = 1, 2, 3, 5
+
+
+def load_rows(
+    source: str,
+    split: str,
+    max_samples: int | None = None,
+    *,
+    source_key: str = "data.source",
+    split_key: str = "data.split",
+) -> Table:
+    """Rows of `embedded:NAME`, of a .jsonl, .csv, .parquet or .txt file, or of a hub data set's split; the first
+    `max_samples` of them.
+
+    Raises `ConfigError` when nothing can be read, naming `source_key` or `split_key`, the keys that the two came from.
+    """
+    name = source.removeprefix("embedded:")
+    if name != source:
+        rows: Table = assets.embedded_dataset(name, split)
+    elif is_file_name(source):
+        if split != "train":
+            raise ConfigError(
+                f"{split_key}={split}: the file {source} has no splits; remove {split_key}", key=split_key, split=split
+            )
+        rows = _load_file(source, source_key, max_samples)
+    else:
+        rows = _load_hub(source, split, source_key, split_key)
+    if len(rows) == 0:
+        raise ConfigError(f"{source_key}={source} holds no rows; name one that has some", key=source_key, source=source)
+    return rows.select(range(min(max_samples or len(rows), len(rows))))
+
+
+def is_file_name(source: str) -> bool:
+    """Whether a source is a file by its name, rather than a hub id, a folder or embedded."""
+    return Path(source).suffix.lower() in READERS
+
+
+def checked_texts(rows: Table, source: str, text_field: str) -> list[str]:
+    """The column of texts; raises `ConfigError` if it is absent or a row holds no text, naming the first such row."""
+    if text_field not in rows.column_names:
+        raise ConfigError(
+            f"data.text_field={text_field} is not a column of {source}; it has {', '.join(rows.column_names)}",
+            key="data.text_field",
+            columns=rows.column_names,
+        )
+    texts = list(rows[text_field])
+    for number, text in enumerate(texts, start=1):
+        if not _is_text(text):
+            fix = "remove the row or choose another data.text_field"
+            if isinstance(text, list) and text and isinstance(text[0], dict):
+                fix = "write the conversations into a column of texts by the policy's chat template, and name that one"
+            raise ConfigError(
+                f"data.text_field={text_field}: row {number} of {source} has no text there (found {text!r:.40}); {fix}",
+                key="data.text_field",
+                row=number,
+            )
+    return texts
+
+
+def _is_text(value: Any) -> bool:
+    if not isinstance(value, str) or not value.strip():
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON may hold and no tokenizer reads
+        return False
+    return True
+
+
+def _check_column_names(rows: Table, source: str, source_key: str, text_field: str) -> None:
+    taken = [name for name in rows.column_names if name in _ARGUMENTS and name != text_field]
+    if taken:
+        raise ConfigError(
+            f"{source_key}={source} has a column {taken[0]}, which is the name of an argument that every reward "
+            "function has already; rename the column",
+            key=source_key,
+            column=taken[0],
+        )
+
+
+def held_out(text: str) -> bool:
+    """Whether a text belongs to the fixed tenth that is held out when data.eval_split is not given."""
+    return hashlib.sha256(text.encode()).digest()[0] % 10 == 0
+
+
+def split_rows(config: DataConfig) -> tuple[Table, Table]:
+    """Rows to train on and rows held out from training.
+
+    Without data.eval_split the second may be empty, where there are too few texts for a tenth of them to be one.
+    """
+    rows = load_rows(config.source, config.split, config.max_samples)
+    texts = checked_texts(rows, config.source, config.text_field)
+    _check_column_names(rows, config.source, "data.source", config.text_field)
+    if config.eval_split is not None:
+        return rows, _eval_rows(config, config.eval_split)
+    train = [i for i, text in enumerate(texts) if not held_out(text)]
+    held_rows = [i for i, text in enumerate(texts) if held_out(text)]
+    return (rows.select(train), rows.select(held_rows)) if train else (rows, rows.select([]))
+
+
+def _eval_rows(config: DataConfig, eval_split: str) -> Table:
+    if is_file_name(eval_split):
+        held = load_rows(eval_split, "train", source_key="data.eval_split")
+        checked_texts(held, eval_split, config.text_field)
+        _check_column_names(held, eval_split, "data.eval_split", config.text_field)
+        return held
+    if is_file_name(config.source):
+        raise ConfigError(
+            f"data.eval_split={eval_split}: data.source={config.source} is a file, which has no splits; name another "
+            "file, or set data.eval_split=null to hold out a tenth of this one",
+            key="data.eval_split",
+        )
+    held = load_rows(config.source, eval_split, split_key="data.eval_split")
+    checked_texts(held, config.source, config.text_field)
+    return held
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Prompts of a run: `batch(step)` for training, `fixed(n)` for evaluation."""
+
+    rows: Table
+    tokens: Tokens
+    config: DataConfig
+    max_prompt_tokens: int
+    seed: int
+
+    @classmethod
+    def of(cls, rows: Table, tokens: Tokens, config: DataConfig, max_prompt_tokens: int, seed: int) -> Prompts:
+        """Leaves out rows that are too long to be a whole prompt and warns of their number; raises `ConfigError` if
+        none is left."""
+        if config.prompt_tokens is None:
+            texts = checked_texts(rows, config.source, config.text_field)
+            encoded = tokens.encode(texts)
+            if [] in encoded:
+                row = encoded.index([])
+                raise ConfigError(
+                    f"data.text_field={config.text_field}: the tokenizer makes no token of the text {texts[row]!r:.40} "
+                    f"of {config.source}; remove the row",
+                    key="data.text_field",
+                )
+            lengths = [len(ids) - len(tokens.prefix) for ids in encoded]
+            short = [i for i, length in enumerate(lengths) if length <= max_prompt_tokens]
+            if not short:
+                raise ConfigError(
+                    f"rollout.max_prompt_tokens={max_prompt_tokens}: all {len(rows)} prompts of {config.source} are "
+                    f"longer (the shortest has {min(lengths)} tokens); raise it or set data.prompt_tokens",
+                    key="rollout.max_prompt_tokens",
+                    shortest=min(lengths),
+                )
+            if len(short) < len(rows):
+                warnings.warn(
+                    f"{len(rows) - len(short)} of {len(rows)} prompts of {config.source} are longer than "
+                    f"rollout.max_prompt_tokens={max_prompt_tokens} and left out",
+                    stacklevel=2,
+                )
+            rows = rows.select(short)
+        return cls(rows=rows, tokens=tokens, config=config, max_prompt_tokens=max_prompt_tokens, seed=seed)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, step: int, size: int) -> PromptBatch:
+        """The prompts of a step, counted from 1: the next `size` of an endless series of shuffled passes."""
+        start, end = (step - 1) * size, step * size
+        first, last = start // len(self), (end - 1) // len(self)
+        order = np.concatenate([self._pass(number) for number in range(first, last + 1)])
+        rows = order[start - first * len(self) : end - first * len(self)].tolist()
+        return self._prompts(rows, np.random.default_rng((_LENGTH, self.seed, step)))
+
+    def fixed(self, count: int) -> PromptBatch:
+        """Always the same `count` rows at the same lengths, whatever the run's seed: runs are compared on them.
+
+        Drawn from all over, since many data sets list one label after the other; more of them hold the fewer.
+        """
+        order = np.random.default_rng(_FIXED_ORDER).permutation(len(self))[:count]
+        return self._prompts(order.tolist(), np.random.default_rng(_FIXED_LENGTH))
+
+    def some_texts(self, count: int) -> list[str]:
+        """Whole texts of `count` rows from all over, or of all where there are fewer."""
+        order = np.random.default_rng(_FIXED_ORDER).permutation(len(self))[:count]
+        return list(self.rows[order.tolist()][self.config.text_field])
+
+    def _pass(self, number: int) -> np.ndarray:
+        return np.random.default_rng((_ORDER, self.seed, number)).permutation(len(self))
+
+    def _prompts(self, rows: Sequence[int], lengths: np.random.Generator) -> PromptBatch:
+        chosen: dict[str, list[Any]] = self.rows[list(rows)]
+        low, high = self.config.prompt_tokens or (self.max_prompt_tokens, self.max_prompt_tokens)
+        limits = lengths.integers(low, high, size=len(rows), endpoint=True)
+        texts = chosen.pop(self.config.text_field)
+        encoded = self.tokens.encode(texts)
+        return prompt_batch(
+            [ids[: limit + len(self.tokens.prefix)] for ids, limit in zip(encoded, limits, strict=True)],
+            self.tokens,
+            chosen,
+        )
+
+
+def prompt_batch(
+    ids: Sequence[Sequence[int]], tokens: Tokens, columns: dict[str, list[Any]] | None = None
+) -> PromptBatch:
+    """Rows of prompt ids as a batch; the text of a prompt is what its ids decode to."""
+    queries, query_mask = tokens.pad_left(ids)
+    return PromptBatch(
+        queries=queries,
+        query_mask=query_mask,
+        index=torch.arange(len(ids)),
+        texts=tuple(tokens.text(row) for row in ids),
+        columns={name: tuple(column) for name, column in (columns or {}).items()},
+    )
+
+
+def own_prompts(texts: Sequence[str], tokens: Tokens) -> PromptBatch:
+    """Prompts that a caller wrote, whole; raises `ConfigError` if there are none, naming the first that has no text."""
+    if isinstance(texts, str):
+        raise ConfigError(f"prompts are a list of texts, and here one text: {texts!r:.40}; put it into a list")
+    texts = list(texts)
+    if not texts:
+        raise ConfigError("there are no prompts; give at least one")
+    encoded = [tokens.encode([text])[0] if _is_text(text) else [] for text in texts]
+    if [] in encoded:
+        number = encoded.index([])
+        raise ConfigError(
+            f"prompt {number + 1} of {len(texts)} has no text (found {texts[number]!r:.40})", prompt=number + 1
+        )
+    return prompt_batch(encoded, tokens)
+
+
+def _load_file(source: str, key: str, most: int | None) -> Table:
+    path = Path(source)
+    if not path.is_file():
+        raise ConfigError(f"{key}={source}: no such file", key=key)
+    if path.stat().st_size == 0:
+        raise ConfigError(f"{key}={source} holds no rows; name one that has some", key=key)
+    try:
+        return read_file(path, most)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or _first_line(error)
+        raise ConfigError(f"{key}={source}: cannot be read as {path.suffix} ({reason})", key=key) from error
+
+
+def _load_hub(source: str, split: str, source_key: str, split_key: str) -> Table:
+    try:
+        with _quiet_readers():
+            rows: Table = datasets.load_dataset(source, split=split)
+            return rows
+    except Exception as error:  # network, permission and format errors come in many kinds
+        reason = _first_line(error)
+        if isinstance(error, ValueError) and reason.startswith(("Unknown split", "Unrecognized instruction")):
+            raise ConfigError(f"{split_key}={split}: {reason}", key=split_key) from error
+        cache = Path(datasets.config.HF_DATASETS_CACHE)
+        if _is_refused(error, cache):
+            raise ConfigError(
+                f"{cache}, the cache of data sets, cannot be written ({getattr(error, 'strerror', None) or reason}); "
+                "set HF_HOME to a folder that can be",
+                key="HF_HOME",
+                cache=str(cache),
+            ) from error
+        raise ConfigError(
+            f"{source_key}={source}: neither a .jsonl, .csv, .parquet or .txt file nor a data set that the hub or its "
+            f"cache gave ({reason})",
+            key=source_key,
+        ) from error
+
+
+def _is_refused(error: Exception, folder: Path) -> bool:
+    """Whether the system refused to write in this folder, or to make it or one above it."""
+    if not isinstance(error, OSError) or error.errno is None or error.filename is None:
+        return False
+    place = Path(error.filename)
+    return folder.is_relative_to(place) or place.is_relative_to(folder)
+
+
+@contextmanager
+def _quiet_readers() -> Iterator[None]:
+    """Without the lines that `datasets` logs before it raises: the error says the same."""
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,345 @@
+"""Checks at the borders of a run that cost seconds and are made in every run: what two ways must agree on is compared.
+
+A probe is a pure function: models and texts in, a `Finding` out. Whoever calls it stops the run with the finding's
+message, or prints it. Knows models and token ids; knows no config, no rank and no file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlhf_accel.system.process import multiplies_exactly, product_arithmetic, product_error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What a probe found: `difference` is the largest one that it measured, in `unit`, `limit` the most that rounding
+    explains, and `message` one line that names what was compared and, where it failed, the cause to look at."""
+
+    probe: str
+    difference: float
+    limit: float
+    unit: str
+    message: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether the difference is within the limit; one that is not a number is not."""
+        return self.difference <= self.limit
+
+
+# Two ways through the same weights: the largest difference of logits that rounding explains, as a share of their size.
+# On one CPU it was below a tenth of these; the rest is for two devices, such as a GPU and a CPU, which no one measured.
+_ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+_ROUNDED_FACTORS = 2e-2  # fp32 whose products the device rounds to TF32 or bf16
+_NAMED = 3  # tensors in a message
+_SPELLED = 6  # tokens in a message
+
+
+def export_is_memory(
+    memory: Tensor,
+    loaded: Tensor,
+    *,
+    dtype: torch.dtype,
+    ours: Mapping[str, Tensor] | None = None,
+    theirs: Mapping[str, Tensor] | None = None,
+    lacking: Sequence[str] = (),
+    what: str = "the export",
+) -> Finding:
+    """Whether a model that was written and loaded again is the one in memory.
+
+    `memory` and `loaded` are the logits of both for the same tokens, computed in `dtype`. `ours` are tensors in memory
+    by name, each of which must be in `theirs` (the state of the loaded model) bit for bit; `lacking` are names of
+    tensors that the folder did not hold. A tensor at fault fails the probe whatever the logits are: an expert that no
+    token was routed to changes none.
+    """
+    faults = _tensors_at_fault(ours or {}, theirs or {}, lacking)
+    limit = max(rounding_limit(memory, dtype), rounding_limit(loaded, dtype))
+    if memory.shape != loaded.shape:
+        faults.insert(0, f"logits are {tuple(loaded.shape)}, in memory {tuple(memory.shape)}")
+        difference = torch.inf
+    else:
+        difference = largest_difference(memory, loaded)
+    found = f"{what} as loaded gives the logits of the policy in memory up to {difference:.2g} (limit {limit:.2g})"
+    if faults:
+        found = f"{what} as loaded is not what is in memory: {_named(faults)}; logits differ by {difference:.2g}"
+        difference = torch.inf
+    elif not difference <= limit:
+        found = (
+            f"{what} as loaded is not what is in memory: logits differ by {difference:.2g} (limit {limit:.2g}) though "
+            "no tensor does: its config.json or adapter_config.json describes another model, or its base is another"
+        )
+    return Finding(probe="export = memory", difference=difference, limit=limit, unit="logits", message=found)
+
+
+def tensors_are_memory(
+    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], *, what: str = "the export"
+) -> Finding:
+    """`export_is_memory` for the tensors alone: each of `ours` is in `theirs` bit for bit."""
+    faults = _tensors_at_fault(ours, theirs, ())
+    found = (
+        f"{what} as loaded is not what is in memory: {_named(faults)}" if faults else f"{what} holds what is in memory"
+    )
+    difference = torch.inf if faults else 0.0
+    return Finding(probe="export = memory", difference=difference, limit=0.0, unit="of a weight", message=found)
+
+
+def scored_alone(
+    score: Callable[[Sequence[Any]], Float[Tensor, "B K"]], texts: Sequence[Any], dtype: torch.dtype
+) -> Finding:
+    """Whether a classifier's logits of each text are the same beside longer and shorter texts as they are alone.
+
+    `dtype` is what it computes in; texts of different lengths tell most.
+    """
+    together, alone = score(texts), torch.cat([score([text]) for text in texts])
+    difference = largest_difference(together, alone)
+    return Finding(
+        probe="scored alone",
+        difference=difference,
+        limit=rounding_limit(alone, dtype),
+        unit="score",
+        message=f"a text's score changes by {difference:.3g} with the texts that it is padded with",
+    )
+
+
+def trained_scored(
+    texts: Sequence[str],
+    ids: Sequence[Sequence[int]],
+    scores: Float[Tensor, "B K"],
+    recorded_ids: Sequence[Sequence[int]],
+    recorded_scores: Float[Tensor, "B K"],
+    dtype: torch.dtype,
+) -> Finding:
+    """Whether training texts become the ids, and get the scores, that were recorded in training. Where ids differ, that
+    is the finding: the difference is the number of texts, and the scores are not compared."""
+    changed = [i for i, (now, then) in enumerate(zip(ids, recorded_ids, strict=True)) if list(now) != list(then)]
+    if changed:
+        now, then = ids[changed[0]], recorded_ids[changed[0]]
+        place = next((i for i, (a, b) in enumerate(zip(now, then, strict=False)) if a != b), min(len(now), len(then)))
+        return Finding(
+            probe="trained = scored",
+            difference=float(len(changed)),
+            limit=0.0,
+            unit="texts",
+            message=f"the training text {texts[changed[0]]!r:.40} becomes {len(now)} tokens where training made "
+            f"{len(then)}, of which number {place + 1} is the first that differs (has {list(now[place : place + 1])}, "
+            f"had {list(then[place : place + 1])})",
+        )
+    each = [largest_difference(now, then) for now, then in zip(scores, recorded_scores, strict=True)]
+    worst = max(range(len(each)), key=lambda i: torch.inf if each[i] != each[i] else each[i], default=None)
+    message = "no training text was recorded"
+    if worst is not None:
+        message = (
+            f"the training text {texts[worst]!r:.40} scores {scores[worst].tolist()}, and training left "
+            f"{recorded_scores[worst].tolist()}"
+        )
+    return Finding(
+        probe="trained = scored",
+        difference=0.0 if worst is None else each[worst],
+        limit=rounding_limit(scores, dtype),
+        unit="score",
+        message=message,
+    )
+
+
+def largest_difference(one: Tensor, other: Tensor) -> float:
+    """Of two tensors of one shape; where both are the same infinity it is 0, where one is not a number it is nan."""
+    one, other = one.detach().double().cpu(), other.detach().double().cpu()
+    difference = torch.where(one == other, 0.0, (one - other).abs())
+    return float(difference.max()) if difference.numel() else 0.0
+
+
+def rounding_limit(logits: Tensor, dtype: torch.dtype) -> float:
+    """The most by which logits may differ that were computed twice in `dtype` from the same weights."""
+    share = _ROUNDING[dtype]
+    if dtype == torch.float32 and not multiplies_exactly(logits.device):
+        share = _ROUNDED_FACTORS
+    sizes = logits.detach().float().abs()
+    sizes = sizes[sizes < 1e6]  # models put finfo.min where the vocabulary is padded
+    return share * max(float(sizes.max()) if len(sizes) else 0.0, 1.0)
+
+
+def _named(faults: Sequence[str]) -> str:
+    return ", ".join(faults[:_NAMED]) + (f" and {len(faults) - _NAMED} more" if len(faults) > _NAMED else "")
+
+
+def _tensors_at_fault(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], lacking: Sequence[str]) -> list[str]:
+    """One phrase for each, those that the folder lacks first."""
+    faults = [f"{name} is not in the folder" for name in lacking]
+    for name, tensor in ours.items():
+        if name in lacking:
+            continue
+        if name not in theirs:
+            faults.append(f"{name} is not in the loaded model")
+        elif theirs[name].shape != tensor.shape:
+            faults.append(f"{name} is {tuple(theirs[name].shape)}, in memory {tuple(tensor.shape)}")
+        elif not torch.equal(theirs[name].cpu(), tensor.cpu()):
+            faults.append(f"{name} differs by {largest_difference(theirs[name], tensor):.2g}")
+    return faults
+
+
+def prompt_tokens(tokenizer: Any, texts: Sequence[str], read: Sequence[Sequence[int]]) -> Finding:
+    """Whether the policy reads of each text what the tokenizer makes of it in a call of its own: all that it puts
+    before the text, once even where the text brings it, and nothing of what it appends (T5's EOS), which would end the
+    prompt.
+
+    `read` are the ids that the policy reads, a row for each text.
+    """
+    expected = [_own_tokens(tokenizer, text) for text in texts]
+    wrong = [i for i, row in enumerate(read) if list(row) != expected[i]]
+    message = f"prompt tokens: the policy reads {len(texts)} texts as the tokenizer does"
+    if wrong:
+        first, ours = expected[wrong[0]], read[wrong[0]]
+        message = (
+            f"prompt tokens: {len(wrong)} of {len(texts)} texts reach the policy in other tokens than the tokenizer "
+            f"makes of them; {texts[wrong[0]]!r:.40} should be {_spelled(tokenizer, first)} and is "
+            f"{_spelled(tokenizer, ours)}: what the tokenizer of model.name_or_path puts before a text is not "
+            "understood, or its files disagree"
+        )
+    return Finding(probe="prompt tokens", difference=len(wrong), limit=0, unit="texts", message=message)
+
+
+def _own_tokens(tokenizer: Any, text: str) -> list[int]:
+    whole = list(tokenizer(text, verbose=False)["input_ids"])
+    plain = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    starts = [i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain]
+    if not plain or not starts:
+        return whole
+    # Of a text that begins with what the tokenizer puts before it, the call has that twice.
+    before = whole[: starts[0]]
+    twice = max(n for n in range(len(before) + 1) if plain[:n] == before[len(before) - n :])
+    return before + plain[twice:]
+
+
+def _spelled(tokenizer: Any, ids: Sequence[int]) -> str:
+    tokens = tokenizer.convert_ids_to_tokens(list(ids[:_SPELLED]))
+    return " ".join(map(str, tokens)) + (" …" if len(ids) > _SPELLED else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fp32 = fp32
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def fp32_products(device: torch.device) -> Finding:
+    """What an fp32 matrix product is on the device with this process's settings; nothing to stop a run for."""
+    error = product_error(device)
+    arithmetic = product_arithmetic(error)
+    message = f"fp32 matrix products on {device.type} are {arithmetic}: off by {error:.1e} of the largest"
+    if arithmetic != "fp32":
+        message += "; run.matmul_precision=highest makes them exact, and slower"
+    return Finding(
+        probe="fp32 = fp32", difference=error, limit=1e-5, unit="share of the largest product", message=message
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampled = learnt
+# ---------------------------------------------------------------------------------------------------------------------
+
+# In fp32 two ways to one log-probability agree to 1e-5 or so; a fault (dropout, positions, temperature) is above 0.01.
+_EXACT_RATIO = 1e-3
+# In bf16, what the layers below the logits add to the log-ratio: 0.06 nats (root mean square) were measured for
+# SmolLM2-135M between a batch with a KV cache and one pass, 0.005 for a GPT-2 of 2 layers.
+_BELOW = 0.15
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatioLimits:
+    """The most that rounding explains of log-ratios between two passes of one model: nats, rms and largest."""
+
+    rms: float
+    largest: float
+
+
+def ratio_limits(spacing: Float[Tensor, "*shape"] | None, dtype: torch.dtype) -> RatioLimits:
+    """The limits for a policy that computes in `dtype`, from `logit_spacing` of its tokens; None for exact fp32.
+
+    A log-probability is a logit less the log-normalizer, which lies near the largest logit. In each of two passes both
+    are rounded to a neighbour, at most half a spacing s away. So the log-ratio is off by up to 2 s; its four errors are
+    at most uniform on [-s/2, s/2] and independent, whose standard deviation is sqrt(4/12) s = 0.58 s, and 0.75 s leaves
+    a margin of a third. To this comes what the layers below add, as measured: for the largest, six times its rms.
+    A logit of -100 has s = 0.5 in bf16, and alone takes a ratio to 2.7: no fixed limit serves it and one of 10.
+    """
+    if spacing is None:
+        return RatioLimits(rms=_EXACT_RATIO, largest=_EXACT_RATIO)
+    below = _BELOW * torch.finfo(dtype).eps / torch.finfo(torch.bfloat16).eps
+    rms = float(spacing.float().square().mean().sqrt())
+    return RatioLimits(rms=max(below, 0.75 * rms), largest=6 * below + 2 * float(spacing.max()))
+
+
+def logit_spacing(sizes: Float[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
+    """The distance between neighbouring numbers of `dtype` at logits of these sizes.
+
+    >>> logit_spacing(torch.tensor([-100.0, 35.0, 1.0]), torch.bfloat16)
+    tensor([0.5000, 0.2500, 0.0078])
+    """
+    exponent = torch.floor(torch.log2(sizes.float().abs().clamp(min=torch.finfo(torch.float32).tiny)))
+    return torch.finfo(dtype).eps * torch.exp2(exponent)
+
+
+def sampled_is_learnt(rms: float, largest: float, limits: RatioLimits, *, recomputed: bool) -> Finding:
+    """Whether the update's log-probabilities are those that the rollout noted, before anything is learnt.
+
+    `rms` and `largest` are of the log-ratios of all tokens, in nats; `recomputed` says that the rollout took its own
+    from a pass like the update's and not from sampling.
+    """
+    # One figure for both: the share of its limit that the worse one is.
+    share = max(rms / limits.rms, largest / limits.largest) if math.isfinite(rms + largest) else math.nan
+    found = (
+        f"log-ratios of new to old probability before anything is learnt: {rms:.2g} nats rms (limit {limits.rms:.2g}), "
+        f"{largest:.2g} at most (limit {limits.largest:.2g})"
+    )
+    if not share <= 1:
+        found += "; the ratio should be 1: the update computes other log-probabilities than the rollout (dropout, "
+        found += "padding, positions or temperature)"
+        if not recomputed:
+            found += "; try rollout.logprobs=recomputed, which takes both from the same pass"
+    return Finding(probe="sampled = learnt", difference=share, limit=1.0, unit="of the limit", message=found)
+
+
+def reference_is_policy(kl_k3: float, tokens: float, limits: RatioLimits) -> Finding:
+    """Whether policy and reference are the same model, before anything is learnt.
+
+    `kl_k3` is in nats per response of `tokens` tokens, both means. Log-ratios that are rounding have a k3 of half their
+    square, so a response may have `tokens` times half the square of `limits.rms`.
+    """
+    limit = max(_EXACT_RATIO, tokens * limits.rms**2 / 2)
+    found = f"KL (k3) of the policy to the reference before anything is learnt: {kl_k3:.2g} nats a response (limit "
+    found += f"{limit:.2g})"
+    if not abs(kl_k3) <= limit:
+        found += "; they are the same model, so it should be 0: the reference differs in weights, dropout or adapter"
+    return Finding(probe="reference = policy", difference=abs(kl_k3), limit=limit, unit="nats", message=found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values that can reach their returns
+# ---------------------------------------------------------------------------------------------------------------------
+
+_PATIENCE = 25.0  # PPO steps; calibrated scores need 5 at the default cliprange_value
+_USUAL_CLIPRANGE = 0.2  # where values are not clipped
+
+
+def values_in_reach(distance: float, cliprange_value: float | None) -> Finding:
+    """Whether the critic can learn the returns soon, beside the policy.
+
+    `distance` is the root mean square of returns less values before anything is learnt. A value that has moved
+    `cliprange_value` from the rollout's gets no more gradient in that step, so the critic needs at least
+    distance / cliprange_value steps. Until then the value loss, its square, outweighs the policy's in the weights that
+    both share and in the norm that is clipped: scores a hundred times as large halved what 40 steps learnt, with values
+    clipped or not, and a vf_coef of 1e-5 gave it back.
+    """
+    steps = distance / (cliprange_value or _USUAL_CLIPRANGE)
+    found = f"returns are {distance:.3g} from the values (rms), {steps:.0f} times "
+    found += f"ppo.cliprange_value={cliprange_value:g}" if cliprange_value else f"the usual {_USUAL_CLIPRANGE:g}"
+    if not steps <= _PATIENCE:
+        found += ": the critic needs that many steps or more, and its loss drowns the policy's meanwhile; set "
+        found += "reward.calibrate=true, which gives scores a variance of 1, or lower ppo.vf_coef by far"
+    return Finding(probe="values reach returns", difference=steps, limit=_PATIENCE, unit="steps", message=found)

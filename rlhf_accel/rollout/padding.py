@@ -1,0 +1,152 @@
+"""The probes padded = alone and sampled = recomputed: whether a model of any family computes, in a batch that is padded
+and token by token, what plain transformers computes of each text alone.
+
+Knows models and token ids; knows no config, no rank and no file. Every function costs a few passes over a few tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_accel.algorithm import ppo
+from rlhf_accel.algorithm.batches import Sequences
+from rlhf_accel.models.policy import PolicyWithValue, model_inputs, response_hidden, response_logits
+from rlhf_accel.models.probes import Finding, rounding_limit
+from rlhf_accel.rollout.sampling import SamplingSettings, sample, uniforms
+
+_PROMPTS, _RESPONSE = (2, 6), 3  # tokens of what is made up; each pass costs a reading of the weights
+_SEEN = 2  # of a response, what a pass of a text alone reads
+
+
+def problem(look: Callable[[], Finding]) -> str | None:
+    """What is wrong by this probe, or why it could not be made; None if nothing is."""
+    try:
+        found = look()
+    except Exception as error:  # models are many, and meet these inputs in ways of their own
+        return cannot_run(error)
+    return None if found.passed else found.message
+
+
+def cannot_run(error: Exception) -> str:
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"this model cannot be run as a decoder of text ({said:.200}); choose another model"
+
+
+def made_up(ids: Tensor, pad_id: int) -> Sequences:
+    """Prompts of different lengths, padded on the left, each with a response, of these token ids, repeated if few."""
+    length, width = _PROMPTS[-1] + _RESPONSE, _PROMPTS[-1]
+    text = ids.repeat(-(-(length + len(_PROMPTS)) // len(ids)))
+    queries = torch.full((len(_PROMPTS), width), pad_id)
+    query_mask = torch.zeros(queries.shape, dtype=torch.bool)
+    for row, count in enumerate(_PROMPTS):
+        queries[row, width - count :], query_mask[row, width - count :] = text[:count], True
+    responses = torch.stack([text[width + row :][:_RESPONSE] for row in range(len(_PROMPTS))])
+    return Sequences(
+        queries=queries,
+        query_mask=query_mask,
+        responses=responses,
+        response_mask=torch.ones(responses.shape, dtype=torch.bool),
+    )
+
+
+@torch.no_grad()
+def policy_alone(policy: Any, batch: Sequences, dtype: torch.dtype) -> Finding:
+    """Whether the padded text of a batch has the log-probabilities that plain transformers gives it alone, without
+    mask and positions. `dtype` is that of the computation.
+
+    Alone only its beginning is read: what comes after a token must not count either.
+    """
+    logits, _ = response_logits(policy, *model_inputs(batch))
+    ids, start = _alone(batch)
+    plain = policy(input_ids=ids[None], use_cache=False).logits[:, start - 1 : -1]
+    theirs = ppo.token_logprobs(plain, ids[None, start:])[0]
+    differences = [_apart(ppo.token_logprobs(logits, batch.responses)[0, :_SEEN], theirs)]
+    reason = "padding on the left reaches what it computes"
+    found = _of_rows("padded = alone", differences, rounding_limit(logits, dtype) / 4, "nats")
+    if not found.passed:
+        reason = _reason(policy, batch, found.limit) or reason
+    return _explained(found, f"{_family(policy)}: log-probabilities in a padded batch and alone", reason)
+
+
+@torch.no_grad()
+def critic_alone(module: PolicyWithValue, batch: Sequences, dtype: torch.dtype) -> Finding:
+    """The same of the states that a critic's head reads, where they are not the policy's."""
+    with module.critic_trunk() as trunk:
+        states = response_hidden(trunk, *model_inputs(batch)).float()
+        ids, start = _alone(batch)
+        theirs = trunk(input_ids=ids[None], use_cache=False).last_hidden_state[0, start - 1 : -1].float()
+        sizes = theirs.norm(dim=-1).nan_to_num(1.0).clamp(min=1e-6)
+        differences = [_apart(states[0, :_SEEN], theirs).norm(dim=-1) / sizes]
+        said = f"{_family(trunk)}: the critic's states in a padded batch and alone"
+    limit = rounding_limit(torch.ones(1, device=states.device), dtype)
+    found = _of_rows("padded = alone", differences, limit, "of their size")
+    return _explained(found, said, "padding or positions reach what it computes")
+
+
+@torch.no_grad()
+def sampled_is_recomputed(policy: Any, batch: Sequences, pad_id: int, dtype: torch.dtype) -> Finding:
+    """Whether tokens sampled one by one, by whatever cache the model has, get the log-probabilities of one pass."""
+    count, length = batch.responses.shape
+    sampled = sample(
+        policy,
+        batch.queries,
+        batch.query_mask,
+        uniforms(0, 0, range(count), length).to(batch.queries.device),
+        SamplingSettings(max_new_tokens=length),
+        pad_id=pad_id,
+        ended=lambda tokens: torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device),
+    )
+    logits, _ = response_logits(policy, batch.queries, batch.query_mask, sampled.responses, sampled.response_mask)
+    differences = list(_apart(ppo.token_logprobs(logits, sampled.responses), sampled.logprobs))
+    found = _of_rows("sampled = recomputed", differences, rounding_limit(logits, dtype) / 4, "nats")
+    what = f"{_family(policy)}: log-probabilities of sampled tokens and of the same in one pass"
+    return _explained(found, what, "its cache does not continue a text as a pass reads it")
+
+
+def _alone(batch: Sequences) -> tuple[Tensor, int]:
+    """The first text without padding, as far as `_SEEN` tokens of its response, and where that starts."""
+    mask = batch.query_mask[0]
+    return torch.cat([batch.queries[0][mask], batch.responses[0, :_SEEN]]), int(mask.sum())
+
+
+def _reason(policy: Any, batch: Sequences, limit: float) -> str | None:
+    """Which of a decoder's promises a model breaks that reads a text without padding; None if it breaks none."""
+    last = batch.select(torch.tensor([len(batch) - 1]))
+    beginning = replace(last, responses=last.responses[:, :_SEEN], response_mask=last.response_mask[:, :_SEEN])
+    whole, cut = (
+        ppo.token_logprobs(response_logits(policy, *model_inputs(text))[0], text.responses)
+        for text in (last, beginning)
+    )
+    if not float((whole[:, :_SEEN] - cut).abs().mean()) <= limit:
+        return "what follows a token changes its log-probability: not a causal decoder (is_decoder in its config?)"
+    ids = torch.cat([last.queries, last.responses], dim=1)
+    plain = policy(input_ids=ids, use_cache=False).logits[:, last.queries.shape[1] - 1 : -1]
+    if not float((whole - ppo.token_logprobs(plain, last.responses)).abs().mean()) <= limit:
+        return "it counts positions in a way of its own"
+    return None
+
+
+def _apart(one: Tensor, other: Tensor) -> Tensor:
+    """The difference, 0 where neither is finite: an overflow is not a matter of padding, and others report it."""
+    return torch.where(one.isfinite() | other.isfinite(), one - other, 0.0)
+
+
+def _of_rows(probe: str, differences: Sequence[Tensor], limit: float, unit: str) -> Finding:
+    """The mean difference of the row that has most: rounding hits single tokens, padding whole rows."""
+    means = [float(row.abs().double().mean()) for row in differences]
+    worst = max(means, key=lambda mean: torch.inf if mean != mean else mean)
+    return Finding(probe=probe, difference=worst, limit=limit, unit=unit, message="")
+
+
+def _explained(found: Finding, what: str, reason: str) -> Finding:
+    figures = f"{what} differ by {found.difference:.2g} {found.unit}".rstrip() + f" (limit {found.limit:.2g})"
+    return replace(found, message=figures if found.passed else f"{figures}: {reason}; choose another model")
+
+
+def _family(model: Any) -> str:
+    return str(model.config.model_type)

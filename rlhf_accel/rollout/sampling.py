@@ -1,0 +1,198 @@
+"""The batched sampling loop with a KV cache: token ids in, token ids out, and what was computed of them on the way.
+
+A response depends on its prompt, the policy and its own row of uniform numbers, not on the batch or the process that it
+is sampled in. Knows nothing about tokenization: when a response ends, a callable says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from rlhf_accel.algorithm import ppo
+from rlhf_accel.models.calls import accepted, first_position, position_ids, vocabulary_inputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """responses (B, R) int64, R = max_new_tokens, filled up with the pad id; response_mask (B, R), True up to and
+    including the stop token; finished (B,), whether a stop ended the response; logprobs (B, R) fp32 in nats of the
+    sampled tokens under the policy at that temperature, before top-k and top-p; entropy (B, R) fp32 in nats of the
+    distribution of which they are; values (B, R) fp32, what `value` said. These three are 0 where masked."""
+
+    responses: Int[Tensor, "B R"]
+    response_mask: Bool[Tensor, "B R"]
+    finished: Bool[Tensor, " B"]
+    logprobs: Float[Tensor, "B R"]
+    entropy: Float[Tensor, "B R"]
+    values: Float[Tensor, "B R"]
+
+
+def uniforms(seed: int, step: int, index: Sequence[int], length: int) -> Float[Tensor, "B R"]:
+    """One number in [0, 1) for every token of every response, from (seed, step, index in the global batch) alone.
+
+    >>> rows = uniforms(0, 1, [0, 1, 2], 4)
+    >>> bool((rows[2:] == uniforms(0, 1, [2], 4)).all()), bool((rows[:, :2] == uniforms(0, 1, [0, 1, 2], 2)).all())
+    (True, True)
+    """
+    rows = [np.random.default_rng((seed, step, int(i))).random(length, dtype=np.float32) for i in index]
+    return torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, length)
+
+
+# Finished rows leave the batch when so large a share of it is left, since a cache that gets smaller is copied.
+_STILL_FULL = 0.75
+
+
+@torch.no_grad()
+def sample(
+    model: Any,
+    queries: Int[Tensor, "B Q"],
+    query_mask: Bool[Tensor, "B Q"],
+    uniform: Float[Tensor, "B R"],
+    settings: SamplingSettings,
+    *,
+    pad_id: int,
+    stop_ids: Sequence[int] = (),
+    ended: Callable[[Int[Tensor, "B t"]], Bool[Tensor, " B"]],
+    everywhere: Callable[[bool], bool] = bool,
+    value: Callable[[Float[Tensor, "n 1 H"]], Float[Tensor, "n 1"]] | None = None,
+) -> Sampled:
+    """Sample a response to each query by the inverse CDF of its own uniform numbers.
+
+    `model` is a causal language model of transformers. `stop_ids` are not sampled before min_new_tokens; `ended` says
+    of the tokens so far which responses the newest one ended. Stops once all have ended, which `everywhere` may widen
+    to the batches of other processes. `value` maps the states that the vocabulary layer reads to values; without it
+    they are 0.
+    """
+    count, length = uniform.shape
+    device, width = queries.device, queries.shape[1]
+    responses = torch.full((count, length), pad_id, dtype=torch.int64, device=device)
+    response_mask = torch.zeros(count, length, dtype=torch.bool, device=device)
+    logprobs, entropy, values = (torch.zeros(count, length, device=device) for _ in range(3))
+    finished = torch.zeros(count, dtype=torch.bool, device=device)
+    attention_mask = torch.cat([query_mask, torch.ones_like(response_mask)], dim=1).long()
+    positions = position_ids(attention_mask, first_position(model))
+    extras = accepted(model, logits_to_keep=torch.tensor([-1], device=device), position_ids=positions)
+    cache = next(iter(accepted(model, past_key_values=None, cache_params=None)), None)  # what the model calls it
+    rows = torch.arange(count, device=device)  # of the batch, those that the model still continues
+    tokens, past = queries, None
+    with contextlib.ExitStack() as stack:
+        states = stack.enter_context(vocabulary_inputs(model)) if value is not None else []
+        for t in range(length):
+            if everywhere(bool(finished.all())):
+                break
+            going = ~finished[rows]
+            if past is not None and 0 < int(going.sum()) <= _STILL_FULL * len(rows) and _select(past, going):
+                rows, tokens = rows[going], tokens[going]
+            seen = width + t
+            if "position_ids" in extras:
+                extras["position_ids"] = positions[rows, seen - tokens.shape[1] : seen]
+            # Of a text that is begun, a state space reads no mask: the state has it, and the new tokens all count.
+            masked = past is None or cache != "cache_params"
+            output = model(
+                input_ids=tokens,
+                attention_mask=attention_mask[rows, :seen] if masked else None,
+                use_cache=True,
+                **({} if cache is None else {cache: past}),
+                **extras,
+            )
+            past = None if cache is None else getattr(output, cache)
+            logits = ppo.tempered(output.logits[:, -1], settings.temperature)
+            probabilities = logits.softmax(-1)
+            choice = logits if t >= settings.min_new_tokens else _without(logits, stop_ids)
+            choice = truncate(choice, settings.top_k, settings.top_p)
+            picked = pick(probabilities if choice is logits else choice.softmax(-1), uniform[rows, t])
+            active = ~finished[rows]
+            tokens = picked.masked_fill(~active, pad_id)[:, None]
+            normalizer = ppo.log_normalizer(logits, probabilities)
+            said = (
+                (logprobs, logits.gather(1, tokens)[:, 0] - normalizer),
+                (entropy, ppo.entropy_of(logits, probabilities, normalizer)),
+                *([(values, value(states.pop()[:, -1:])[:, 0])] if value is not None else []),
+            )
+            for whole, part in said:
+                whole[rows, t] = part.masked_fill(~active, 0.0)
+            responses[rows, t] = tokens[:, 0]
+            response_mask[rows, t] = active
+            if t + 1 >= settings.min_new_tokens:
+                finished |= response_mask[:, t] & ended(responses[:, : t + 1])
+            if past is None:  # a model without a cache reads everything again
+                tokens = torch.cat([queries, responses[:, : t + 1]], dim=1)[rows]
+    return Sampled(
+        responses=responses,
+        response_mask=response_mask,
+        finished=finished,
+        logprobs=logprobs,
+        entropy=entropy,
+        values=values,
+    )
+
+
+def pick(probabilities: Float[Tensor, "B V"], uniform: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
+    """The token at which the cumulated probability first exceeds the row's uniform number.
+
+    >>> pick(torch.tensor([[0.5, 0.25, 0.25]]).expand(3, 3), torch.tensor([0.49, 0.51, 0.99])).tolist()
+    [0, 1, 2]
+    """
+    cumulated = probabilities.cumsum(-1)
+    total = cumulated[:, -1:]
+    # Rounding may bring the product up to the total itself, beyond which no token lies.
+    target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    # Of probabilities that are not finite comes a token all the same, whose log-probability then is not finite either.
+    tokens = torch.searchsorted(cumulated, target, right=True).clamp(max=probabilities.shape[-1] - 1)
+    # A GPU sums in parallel, and its cumulated sums may waver in the last bit where nothing is added. A token without
+    # probability that gets such a bit is replaced: it may be a forbidden one.
+    possible = probabilities.gather(1, tokens) > 0
+    if not possible.all():
+        tokens = torch.where(possible, tokens, probabilities.argmax(-1, keepdim=True))
+    return tokens[:, 0]
+
+
+def truncate(logits: Float[Tensor, "B V"], top_k: int, top_p: float) -> Float[Tensor, "B V"]:
+    """Logits with -inf outside the top_k likeliest tokens (0 keeps all) and outside the smallest set of likeliest
+    tokens that holds the probability top_p (Holtzman et al. 2020); the likeliest token always stays.
+
+    >>> truncate(torch.tensor([[0.5, 0.3, 0.2]]).log(), 0, 0.6).exp()
+    tensor([[0.5000, 0.3000, 0.0000]])
+    """
+    if 0 < top_k < logits.shape[-1]:
+        smallest = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    if top_p < 1.0:
+        ordered, order = logits.sort(descending=True, stable=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, before >= top_p)
+        logits = logits.masked_fill(dropped, -torch.inf)
+    return logits
+
+
+def _select(cache: Any, rows: Bool[Tensor, " n"]) -> bool:
+    """Keep these rows of a cache, if it is of a kind that can: layers with a state beside keys and values cannot."""
+    layers = getattr(cache, "layers", ())
+    if not layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        return False
+    cache.batch_select_indices(rows.nonzero()[:, 0])
+    return True
+
+
+def _without(logits: Float[Tensor, "B V"], ids: Sequence[int]) -> Float[Tensor, "B V"]:
+    if not ids:
+        return logits
+    return logits.index_fill(1, torch.tensor(list(ids), device=logits.device), -torch.inf)

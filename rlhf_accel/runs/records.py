@@ -1,0 +1,101 @@
+"""What the files in a run's folder look like, for commands that read a folder from elsewhere.
+
+Each is read within bounds, and its types are checked, so that whoever uses it need not. Knows names and types; knows no
+figure's meaning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import NotRequired, TypedDict
+
+from rlhf_accel.system.files import Malformed, read_json
+
+T = TypeVar("T")
+
+_MORE = ConfigDict(extra="allow", regex_engine="python-re")
+Figure = int | float | None  # null is one that was not finite
+Count = Annotated[int, Field(ge=0)]
+Figures = dict[str, Figure]
+Row = dict[str, str | int | float | None]
+
+
+class Scale(TypedDict):
+    mean: Annotated[float, Field(allow_inf_nan=False)]
+    std: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Summary(TypedDict, total=False):
+    """summary.json."""
+
+    __pydantic_config__ = _MORE  # type: ignore[misc]
+    steps: Count
+    seconds: Figure
+    calibration: Scale
+    base: Figures
+    trained: Figures
+    gain: Figure
+    samples: list[Row]
+    sampling: dict[str, float]
+    best: dict[str, Figure]
+
+
+class Evaluations(TypedDict, total=False):
+    """evaluation.json."""
+
+    __pydantic_config__ = _MORE  # type: ignore[misc]
+    models: dict[str, Figures]
+    sampling: dict[str, float]
+    prompts: Count
+    samples: Count
+
+
+class Dumped(TypedDict):
+    """dump.json: what stopped a run."""
+
+    __pydantic_config__ = _MORE  # type: ignore[misc]
+    phase: str
+    message: str
+    rows: list[Count]
+    prompts: list[str]
+    responses: list[str]
+    columns: NotRequired[dict[str, list[Any]]]
+    traceback: NotRequired[str]
+
+
+class Adapter(TypedDict):
+    """Of adapter_config.json what this package reads; peft checks the rest."""
+
+    __pydantic_config__ = _MORE  # type: ignore[misc]
+    base_model_name_or_path: str | None
+
+
+class Listed(TypedDict):
+    """A file in a checkpoint's manifest."""
+
+    bytes: Count
+    sha256: str
+
+
+def read(path: Path, kind: type[T]) -> T:
+    """The file as such a record; raises `Malformed` as `files.read_json`, or naming what has another type, and
+    `OSError` if it cannot be read."""
+    record: T = check(read_json(path), kind)
+    return record
+
+
+def check(tree: Any, kind: Any) -> Any:
+    """The tree as a record or a dataclass. Raises `Malformed` naming the first thing that is not as it should be."""
+    try:
+        return TypeAdapter(kind).validate_python(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])[:80]
+        raise Malformed(f"{place}: {first['msg']}" if place else first["msg"]) from None
+
+
+def why(error: Exception) -> str:
+    """In one line."""
+    return str(getattr(error, "strerror", None) or error)

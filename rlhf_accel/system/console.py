@@ -1,0 +1,122 @@
+"""A console that may fail: a full disk under the log, a pipe whose reader has left, a character that an encoding lacks.
+
+A run goes on without its console; a command whose output is the console ends with one line. Knows streams; knows
+nothing of what is printed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from rlhf_accel.system.errors import RunFailed
+
+
+class Stream:
+    """A text stream that is given up at its first failure, after which it goes nowhere.
+
+    What its encoding lacks is written as `?`. While `strict`, a failure raises `RunFailed` too. `find` gives the stream
+    each time, None where the process was started without one.
+    """
+
+    def __init__(self, find: Callable[[], Any], *, strict: bool = False) -> None:
+        self._find = find
+        self.strict = strict
+        self.given_up = False
+
+    def write(self, text: str) -> int:
+        self._try(lambda stream: _write(stream, text))
+        return len(text)
+
+    def writelines(self, lines: list[str]) -> None:
+        self.write("".join(lines))
+
+    def flush(self) -> None:
+        self._try(lambda stream: stream.flush())
+
+    def put(self, stream: Any) -> None:
+        """Write to this one from now on."""
+        self._find = lambda: stream
+
+    def isatty(self) -> bool:
+        with suppress(AttributeError, ValueError):
+            return bool(self._find().isatty())
+        return False
+
+    @property
+    def encoding(self) -> str:
+        return getattr(self._find(), "encoding", None) or "utf-8"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._find(), name)
+
+    def _try(self, work: Callable[[Any], None]) -> None:
+        if self.given_up:
+            return
+        try:
+            stream = self._find()
+            if stream is None:
+                raise OSError("the process has none")
+            work(stream)
+        except (OSError, ValueError) as error:  # ValueError: it was closed
+            self.given_up = True
+            _to_nowhere(stream)
+            if self.strict:
+                raise RunFailed(
+                    f"standard output cannot be written ({getattr(error, 'strerror', None) or error})"
+                ) from error
+
+
+def _write(stream: Any, text: str) -> None:
+    try:
+        stream.write(text)
+    except UnicodeEncodeError:
+        encoding = stream.encoding or "ascii"
+        stream.write(text.encode(encoding, "replace").decode(encoding))
+
+
+def _to_nowhere(stream: Any) -> None:
+    """Let what the stream still holds, which Python writes when it ends, go to the null device: else the status would
+    be 120, whatever the command did."""
+    with suppress(OSError, ValueError, AttributeError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+
+
+def standard_output() -> Any:
+    """sys.stdout as it is now, also below a progress bar of rich, which puts itself in its place."""
+    return getattr(sys.stdout, "rich_proxied_file", sys.stdout)
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """With both standard streams as such a `Stream`: errors always given up quietly, output strict until `may_fail`."""
+    _open_standard_files()
+    out, err = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Stream(lambda: out, strict=True), Stream(lambda: err)
+    try:
+        yield
+    finally:
+        may_fail()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = out, err
+
+
+def may_fail() -> None:
+    """From here on the command's result is not what it prints: standard output may fail."""
+    if isinstance(sys.stdout, Stream):
+        sys.stdout.strict = False
+
+
+def _open_standard_files() -> None:
+    """Have 0, 1 and 2 be open files: else the next that is opened, metrics.jsonl say, gets such a number, and with it
+    what libraries write to their console."""
+    with suppress(OSError):
+        while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+            pass
+        os.close(handle)

@@ -1,0 +1,50 @@
+"""What stops a command: one line for its user, with the key to change and the facts as fields."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlhf_accel.system.terminal import visible
+
+
+class ConfigError(ValueError):
+    """A config or an input that cannot work: one line with what was found, what was expected and the key to change.
+
+    The commands print it and exit with status 2. Line breaks in the message, such as a library's, become spaces.
+    `key` is what to change: a key of the config or of the launch's files, a command-line option or an environment
+    variable; None where no single one is at fault. `facts` holds what was found, by name, for code that reacts to the
+    error: numbers and strings, never parts of the message. Where keys contradict each other, the fact `others` names
+    those beside `key`.
+    """
+
+    def __init__(self, message: str, *, key: str | None = None, **facts: Any) -> None:
+        super().__init__(_one_line(message))
+        self.key = key
+        self.facts = facts
+
+
+class Finished(ConfigError):
+    """There is nothing left to do: the commands print it and exit with status 0."""
+
+
+class RunFailed(RuntimeError):
+    """A run that cannot go on, after what could be saved was saved: one line with what happened and how to go on.
+
+    The commands print it and exit with status 1. Line breaks become spaces.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_one_line(message))
+
+
+def key_in(named: str) -> str:
+    """The key of `key=value` or `--option value`, with which a message begins.
+
+    >>> key_in("reward.model=gpt2"), key_in("--base gpt2"), key_in("data.pair_fields: row 1")
+    ('reward.model', '--base', 'data.pair_fields')
+    """
+    return named.partition(" ")[0].partition("=")[0].removesuffix(":")
+
+
+def _one_line(message: str) -> str:
+    return visible(" ".join(line.strip() for line in message.splitlines()))

@@ -1,0 +1,71 @@
+"""What a run ran on: versions, machine, processes, commit. Knows no run and no file of one."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from rlhf_accel.system.version import __version__
+
+_PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "datasets", "tokenizers", "numpy")
+_PATIENCE = 5.0  # seconds for git, which may wait for a network file system
+
+
+def environment(processes: int, device: torch.device) -> dict[str, Any]:
+    """Versions of what is installed, the machine of this process, and how many processes there are on such devices."""
+    versions = {"rlhf_accel": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    machine: dict[str, Any] = {
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+    }
+    if device.type == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name(device)
+        machine["gpus_here"] = torch.cuda.device_count()
+        machine["cuda"] = torch.version.cuda
+    commit = _commit(Path(__file__).resolve().parents[2])
+    return {
+        "processes": processes,
+        "device": device.type,
+        "machine": machine,
+        "versions": versions,
+        **({} if commit is None else {"commit": commit}),
+    }
+
+
+def cpu_name() -> str:
+    """What the processor calls itself."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit(checkout: Path) -> str | None:
+    """The commit of a checkout, marked if files of it were changed since; None where the folder is none."""
+    if not (checkout / ".git").exists():  # or git would tell of a repository that the installed package lies in
+        return None
+    commands = (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+    try:
+        commit, changes = (
+            subprocess.run(
+                ["git", "-C", str(checkout), *command], capture_output=True, text=True, timeout=_PATIENCE, check=True
+            ).stdout.strip()
+            for command in commands
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{commit}, changed" if changes else commit

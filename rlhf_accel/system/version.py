@@ -1,0 +1,3 @@
+"""The version of the package, which checkpoints, cards and reports note."""
+
+__version__ = "0.1.0"

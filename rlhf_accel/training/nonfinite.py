@@ -1,0 +1,43 @@
+"""Numbers that are not finite: where, what and of which samples. Knows batches; knows no model and no rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhf_accel.algorithm.batches import Rollout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """Something that was not finite, for which a step was skipped; the same on every rank.
+
+    rows are places in the step's global batch: of the samples that are at fault where that is known (scores, rollout),
+    else of the minibatch that was not learnt from.
+    """
+
+    step: int
+    phase: str  # score, rollout or update
+    what: str  # the quantity: scores, logprobs, …, loss, gradient
+    rows: tuple[int, ...]
+    where: str = ""  # of an update: its epoch and minibatch
+
+
+def rollout_fault(rollout: Rollout, step: int) -> Fault | None:
+    """The first quantity of a rollout that is not finite for some samples, and which these are."""
+    for name in ("scores", "logprobs", "ref_logprobs", "values", "entropy"):
+        bad = ~getattr(rollout, name).isfinite().reshape(len(rollout), -1).all(1)
+        if bad.any():
+            phase = "score" if name == "scores" else "rollout"
+            return Fault(step=step, phase=phase, what=name, rows=tuple(bad.nonzero()[:, 0].tolist()))
+    return None
+
+
+def explain(fault: Fault, rollout: Rollout | None) -> str:
+    """One line that says what was not finite, where, and for which samples."""
+    shown = ", ".join(map(str, fault.rows[:8])) + (", …" if len(fault.rows) > 8 else "")
+    verb = "is" if fault.what in ("loss", "gradient", "entropy") else "are"
+    said = f"{fault.what} {verb} not finite in the {fault.phase} of step {fault.step}{fault.where}: samples {shown}"
+    if rollout is None or not fault.rows:
+        return said
+    prompt, response = rollout.prompts[fault.rows[0]], rollout.texts[fault.rows[0]]
+    return f"{said}; the first: {prompt!r:.60} -> {response!r:.60}"
