@@ -537,12 +537,12 @@ def test_an_estimator_that_drives_the_policy_away_is_refused_and_old_runs_with_i
 # key to change.
 KEYLESS = {
     *("checkpoint.model_folder", "checkpoint.read_summary", "checkpoint.reward_scale", "checkpoint.read_dump"),
-    *("config.parse", "data.own_prompts", "distributed.__init__", "distributed._check_precision_of_process"),
-    *("distributed._deepspeed_plugin", "distributed.set_weights", "doctor.build"),
+    *("loading.parse", "prompts.own_prompts", "runtime.__init__", "runtime._check_precision_of_process"),
+    *("runtime._deepspeed_plugin", "runtime.set_weights", "doctor.build"),
     *("evaluate._config", "evaluate.of", "evaluate.reference_scores", "generate._load", "hub.main"),
     *("generate._prompts", "generate.write"),
     *("loading.adapter_config", "merge.merge", "merge._settings", "metrics._unreadable", "replay.main"),
-    *("models.exported_weights", "report.write", "report.read_run"),
+    *("policy.exported_weights", "page.write", "page.read_run"),
 }
 
 

@@ -36,7 +36,7 @@ def unknown_names(text: str) -> list[str]:
     unknown = []
     for quoted in re.findall(r"`([^`\n]+)`", _BLOCK.sub("", text)):
         key = re.match(r"-{0,2}([a-z_]+\.[a-z_0-9]+)(?![\w/.])", quoted)
-        is_module = key and (REPOSITORY / "rlhf_accel" / key[1]).is_file()
+        is_module = key and any((REPOSITORY / "rlhf_accel").rglob(key[1]))
         if key and key[1].partition(".")[0] in SECTIONS and key[1] not in KEYS and not is_module:
             unknown.append(key[1])
         metric = re.fullmatch(r"([a-z_]+)/[a-z_0-9]+", quoted)
