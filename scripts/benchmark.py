@@ -48,6 +48,7 @@ from rlhf_accel.__main__ import run
 from rlhf_accel.algorithm.batches import PromptBatch
 from rlhf_accel.config.loading import load
 from rlhf_accel.config.schema import Config
+from rlhf_accel.data import cache, wheels
 from rlhf_accel.data import embedded as assets
 from rlhf_accel.data import prompts as data
 from rlhf_accel.data.tokenizer import Tokens
@@ -254,7 +255,7 @@ class Side:
 def build_model(workload: Workload, folder: Path) -> str:
     """A folder with the workload's model and tokenizer; random ones are made there once."""
     if workload.shape is None:
-        return assets.resolve_model("wheel:SmolLM2-135M-Instruct")
+        return wheels.resolve_model("wheel:SmolLM2-135M-Instruct")
     kind, layers, width, vocabulary = workload.shape
     place = folder / f"{kind}-{layers}-{width}-{vocabulary}"
     if (place / "config.json").is_file():
@@ -388,7 +389,7 @@ def measure(
     name: str, workload: Workload, options: argparse.Namespace, overrides: Sequence[str] = (), peer: str | None = None
 ) -> dict[str, Any]:
     """Medians of a workload's figures, of this trainer and, in turns with it, of the peer in the Python `peer`."""
-    path = build_model(workload, assets.cache_dir() / "benchmark")
+    path = build_model(workload, cache.cache_dir() / "benchmark")
     prompts = build_prompts(workload, path)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         config = build_config(workload, path, prompts, Path(folder))
@@ -505,7 +506,7 @@ def _chart(rows: list[dict[str, Any]], file: str) -> None:
 def sampling(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Seconds of 32 responses of 24 tokens, by this package and by `generate()` of transformers, in turns."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    path = assets.resolve_model("wheel:SmolLM2-135M-Instruct")
+    path = wheels.resolve_model("wheel:SmolLM2-135M-Instruct")
     prompts = torch.tensor(build_prompts(replace(_SMOL, batch=32), path)[:32], device=device)
     mask = torch.ones_like(prompts, dtype=torch.bool)
     uniform = decoding.uniforms(0, 1, range(32), 24).to(device)
@@ -605,7 +606,7 @@ def main(arguments: list[str]) -> None:
 
 def _peer_environment() -> Path:
     """The Python of an environment with the peer, built once beside the cached models."""
-    place = assets.cache_dir() / "benchmark" / PEER.replace("==", "-")
+    place = cache.cache_dir() / "benchmark" / PEER.replace("==", "-")
     python = place / "bin" / "python"
     if not (place / "complete").is_file():
         print(f"building an environment with {PEER} in {place} …", file=sys.stderr)

@@ -32,7 +32,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rlhf_accel.__main__ import run
 from rlhf_accel.config.loading import parse
 from rlhf_accel.config.schema import RewardConfig
-from rlhf_accel.data import embedded as assets
+from rlhf_accel.data import wheels
 from rlhf_accel.reward import TOKEN_VARIABLE, Reward, RewardError, load_reward
 from rlhf_accel.runs.metrics import finite_or_none
 from rlhf_accel.system.errors import ConfigError
@@ -198,7 +198,7 @@ def main(arguments: list[str]) -> None:
     config = parse(RewardConfig, keys)
     tune_process()
     quiet_libraries()
-    path = None if config.model is None else assets.resolve_model(config.model, "reward.model")
+    path = None if config.model is None else wheels.resolve_model(config.model, "reward.model")
     device = torch.device("cuda" if has_gpu() else "cpu")
     reward = replace(load_reward(config, path, device, trust_remote_code=options.trust_remote_code), retries=0)
     try:

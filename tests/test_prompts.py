@@ -253,9 +253,10 @@ def test_a_data_set_under_its_hub_id_without_a_hub(tmp_path: Path, gpt2_folder: 
     put_model(cache, "lvwerra/gpt2-imdb", gpt2_folder)
     code = """
 import datasets, json, transformers
-from rlhf_accel.config import ConfigError, DataConfig
-from rlhf_accel.data import load_rows, split_rows
-from rlhf_accel.tokens import Tokens
+from rlhf_accel.config.schema import DataConfig
+from rlhf_accel.data.prompts import load_rows, split_rows
+from rlhf_accel.data.tokenizer import Tokens
+from rlhf_accel.system.errors import ConfigError
 plain = datasets.load_dataset("stanfordnlp/imdb", split="train")
 train, held = split_rows(DataConfig(source="stanfordnlp/imdb", eval_split="test"))
 tokens = Tokens.load("lvwerra/gpt2-imdb")

@@ -30,8 +30,8 @@ from rlhf_accel.commands import memory_plan as plan
 from rlhf_accel.config.distribution import truncated
 from rlhf_accel.config.loading import DEFAULT_RECIPE, describe, parse, read_tree, take_option
 from rlhf_accel.config.schema import Config
-from rlhf_accel.data import embedded as assets
 from rlhf_accel.data import prompts as data
+from rlhf_accel.data import wheels
 from rlhf_accel.data.tokenizer import Tokens
 from rlhf_accel.models import policy as models
 from rlhf_accel.models import probes
@@ -169,7 +169,7 @@ class Doctor:
             self.note("ok", "data", f"{len(rows)} texts to train on, {len(held)} held out, of {config.data.source}")
             self._check("columns", _look_at_columns, rows, config.data.text_field)
         with self._checking("tokenizer"):
-            path = assets.resolve_model(config.model.name_or_path)
+            path = wheels.resolve_model(config.model.name_or_path)
             self.paths = (path, None)
             tokens = Tokens.load(path, trust_remote_code=config.model.trust_remote_code)
         if rows is not None and tokens is not None:
@@ -719,7 +719,7 @@ def diagnose(
     doctor.look(config)
     if config.reward.model is not None and doctor.paths is not None:
         with contextlib.suppress(ConfigError):  # the trainer says it
-            doctor.paths = (doctor.paths[0], assets.resolve_model(config.reward.model, "reward.model"))
+            doctor.paths = (doctor.paths[0], wheels.resolve_model(config.reward.model, "reward.model"))
     say("        building the run …")
     trainer = doctor.build(config)
     if trainer is not None:

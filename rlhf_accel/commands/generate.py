@@ -19,7 +19,7 @@ from rlhf_accel.algorithm.batches import Sequences
 from rlhf_accel.config.loading import load_run, parse
 from rlhf_accel.config.schema import Config, RolloutConfig
 from rlhf_accel.config.trust import add_flag, require_trust
-from rlhf_accel.data import embedded as assets
+from rlhf_accel.data import wheels
 from rlhf_accel.data.loading import adapted, adapter_config, pretrained
 from rlhf_accel.data.rows import text_lines
 from rlhf_accel.data.tokenizer import Tokens
@@ -128,7 +128,7 @@ def _writers(options: argparse.Namespace) -> tuple[Config | None, list[Writer]]:
         raise ConfigError("--score needs a run's folder, whose config.yaml names the reward", key="--score")
     if options.prompts and options.file is not None:
         raise ConfigError("prompts are given beside --file; keep one of them", key="--file")
-    path = str(folder) if config is not None or folder.exists() else assets.resolve_model(options.model)
+    path = str(folder) if config is not None or folder.exists() else wheels.resolve_model(options.model)
     trust = options.trust_code if config is None else config.model.trust_remote_code
     rollout = (config or Config()).rollout
     changes = {key: getattr(options, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p")}
@@ -140,7 +140,7 @@ def _writers(options: argparse.Namespace) -> tuple[Config | None, list[Writer]]:
     kind = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
     tokens = Tokens.load(path, trust_remote_code=trust)
     # The run's config knows where its base lies; in the adapter's it is as the user wrote it, relative perhaps.
-    known = None if config is None or not adapter else assets.resolve_model(config.model.name_or_path)
+    known = None if config is None or not adapter else wheels.resolve_model(config.model.name_or_path)
     trained = Writer(name="trained", model=_load(kind, path, trust, known), tokens=tokens, rollout=rollout)
     if not options.compare:
         return config, [trained]
@@ -148,7 +148,7 @@ def _writers(options: argparse.Namespace) -> tuple[Config | None, list[Writer]]:
         return config, [replace(trained, name="base", adapter_off=True), trained]
     if config is None:
         raise ConfigError("--compare needs a run's folder or an adapter, which name their base", key="--compare")
-    base = _load(AutoModelForCausalLM, assets.resolve_model(config.model.name_or_path), trust)
+    base = _load(AutoModelForCausalLM, wheels.resolve_model(config.model.name_or_path), trust)
     return config, [replace(trained, name="base", model=base), trained]
 
 
@@ -170,7 +170,7 @@ def _load(kind: Any, path: str, trust_remote_code: bool, base: str | None = None
 def _reward(config: Config | None, run: Path) -> Reward:
     assert config is not None, "checked with the options"
     device = torch.device("cuda" if has_gpu() else "cpu")
-    path = assets.resolve_model(config.reward.model) if config.reward.model else None
+    path = wheels.resolve_model(config.reward.model) if config.reward.model else None
     reward = load_reward(config.reward, path, device, trust_remote_code=config.model.trust_remote_code)
     if not config.reward.calibrate:
         return reward

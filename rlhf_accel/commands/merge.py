@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_accel.config.loading import load_run
 from rlhf_accel.config.trust import add_flag, require_trust
-from rlhf_accel.data import embedded as assets
+from rlhf_accel.data import wheels
 from rlhf_accel.data.loading import adapted, adapter_config
 from rlhf_accel.data.tokenizer import Tokens
 from rlhf_accel.distributed.runtime import failure
@@ -91,7 +91,7 @@ def merge(
     name = base or about.base_model_name_or_path
     if not isinstance(name, str):
         raise ConfigError(f"{adapter}: adapter_config.json names no base; name it with --base", key="--base")
-    path = assets.resolve_model(name, "--base")
+    path = wheels.resolve_model(name, "--base")
     model = load_pretrained(
         AutoModelForCausalLM, path, f"--base {name}", trust_remote_code=trust_remote_code, dtype=DTYPES["fp32"]
     )

@@ -16,7 +16,7 @@ from rlhf_accel.algorithm.batches import Experience, Sequences
 from rlhf_accel.config.loading import for_a_look
 from rlhf_accel.config.schema import RewardConfig
 from rlhf_accel.config.trust import add_flag, require_trust
-from rlhf_accel.data import embedded as assets
+from rlhf_accel.data import wheels
 from rlhf_accel.models.policy import DTYPES, model_inputs
 from rlhf_accel.reward import RewardError, load_reward
 from rlhf_accel.runs.checkpoint import Dump, read_dump
@@ -84,7 +84,7 @@ def as_the_run_did(dump: Dump) -> tuple[Dump, str]:
 def replay_reward(dump: Dump) -> list[dict[str, Any]]:
     """Score each text by itself: a row for each with the score, or with what the reward raised."""
     config, facts, trusted = dump.config.reward, dump.facts, dump.config.model.trust_remote_code
-    path = None if config.model is None else assets.resolve_model(config.model, "reward.model")
+    path = None if config.model is None else wheels.resolve_model(config.model, "reward.model")
     device = torch.device("cuda" if has_gpu() else "cpu")
     reward = replace(load_reward(config, path, device, trust_remote_code=trusted), retries=0)
     rows = []

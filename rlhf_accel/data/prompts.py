@@ -20,7 +20,7 @@ import torch
 
 from rlhf_accel.algorithm.batches import PromptBatch
 from rlhf_accel.config.schema import DataConfig
-from rlhf_accel.data import embedded as assets
+from rlhf_accel.data import embedded
 from rlhf_accel.data.rows import READERS, Table, read_file
 from rlhf_accel.data.tokenizer import Tokens
 from rlhf_accel.system.errors import ConfigError
@@ -46,7 +46,7 @@ def load_rows(
     """
     name = source.removeprefix("embedded:")
     if name != source:
-        rows: Table = assets.embedded_dataset(name, split)
+        rows: Table = embedded.embedded_dataset(name, split)
     elif is_file_name(source):
         if split != "train":
             raise ConfigError(

@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_accel.config.schema import RewardTrainingConfig
-from rlhf_accel.data import embedded as assets
+from rlhf_accel.data import wheels
 from rlhf_accel.data.loading import adapted, pretrained
 from rlhf_accel.models import adapters
 from rlhf_accel.system.errors import ConfigError, key_in
@@ -60,7 +60,7 @@ def load_tokenizer(path: str, said: str, *, trust_remote_code: bool) -> Any:
 def known_labels(config: RewardTrainingConfig) -> tuple[str, ...]:
     """Names of the labels of model.name_or_path; transformers makes up two where it is no classifier. Raises
     `ConfigError` if there is no such model."""
-    path = assets.resolve_model(config.model.name_or_path)
+    path = wheels.resolve_model(config.model.name_or_path)
     with _named(config):
         trusted, said = config.model.trust_remote_code, f"model.name_or_path={config.model.name_or_path}"
         found = pretrained(transformers.AutoConfig, path, trust_remote_code=trusted, said=said).id2label
@@ -192,7 +192,7 @@ def finish(
 
 def _load(config: RewardTrainingConfig, tokenizer: Any, labels: Sequence[str]) -> tuple[Classifier, list[str]]:
     """The model without adapters, and the names of its layers that no checkpoint gave."""
-    path = assets.resolve_model(config.model.name_or_path)
+    path = wheels.resolve_model(config.model.name_or_path)
     with _named(config):
         model, report = pretrained(
             AutoModelForSequenceClassification,

@@ -20,7 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 from rlhf_accel.config.distribution import in_words
 from rlhf_accel.config.keys import flatten
 from rlhf_accel.config.schema import Config
-from rlhf_accel.data.embedded import WHEELS
+from rlhf_accel.data.wheels import WHEELS
 
 _LABELS = {
     "score": "score",

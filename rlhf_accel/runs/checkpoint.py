@@ -26,7 +26,7 @@ from torch import Tensor
 from rlhf_accel.config.loading import load_run, to_yaml
 from rlhf_accel.config.rules import changed_keys
 from rlhf_accel.config.schema import Config
-from rlhf_accel.data.embedded import sha256
+from rlhf_accel.data.cache import sha256
 from rlhf_accel.data.tokenizer import Tokens
 from rlhf_accel.distributed.runtime import Runtime, failure
 from rlhf_accel.models.policy import CRITIC, POLICY, PolicyWithValue

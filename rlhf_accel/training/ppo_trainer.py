@@ -21,8 +21,8 @@ from rlhf_accel.config import places
 from rlhf_accel.config.distribution import distribution, truncated
 from rlhf_accel.config.rules import check_trainable
 from rlhf_accel.config.schema import BatchSizes, Config, OptimConfig
-from rlhf_accel.data import embedded as assets
 from rlhf_accel.data import prompts as data
+from rlhf_accel.data import wheels
 from rlhf_accel.data.reward_texts import special_token
 from rlhf_accel.data.tokenizer import Tokens
 from rlhf_accel.distributed.runtime import Runtime, cut_micro_batches, missing
@@ -109,7 +109,7 @@ class PPOTrainer:
 
         # What is quick to check comes first, what may be trained on first use comes last.
         train_rows, held_rows = self._on_main_first(lambda: data.split_rows(config.data))
-        policy_path = self._on_main_first(lambda: assets.resolve_model(config.model.name_or_path))
+        policy_path = self._on_main_first(lambda: wheels.resolve_model(config.model.name_or_path))
         self.tokens = Tokens.load(policy_path, trust_remote_code=config.model.trust_remote_code)
         self.tokens.stop_condition(config.rollout.stop)  # which raises what is wrong with it
         limit, seed = config.rollout.max_prompt_tokens, config.run.seed
@@ -553,7 +553,7 @@ class PPOTrainer:
 
     def _reward_path(self) -> str | None:
         name = self.config.reward.model
-        return None if name is None else self._on_main_first(lambda: assets.resolve_model(name, "reward.model"))
+        return None if name is None else self._on_main_first(lambda: wheels.resolve_model(name, "reward.model"))
 
     def _load_reward(self, reward: RewardFunction | None, path: str | None) -> Reward:
         if reward is None:

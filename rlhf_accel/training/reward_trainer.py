@@ -28,9 +28,9 @@ from rlhf_accel.algorithm import calibration
 from rlhf_accel.algorithm.calibration import preference_loss
 from rlhf_accel.config.loading import from_command_line
 from rlhf_accel.config.schema import RewardConfig, RewardTrainingConfig
-from rlhf_accel.data import embedded as assets
 from rlhf_accel.data import feedback as preferences
-from rlhf_accel.data import reward_texts
+from rlhf_accel.data import reward_texts, wheels
+from rlhf_accel.data.embedded import REWARD_RECIPE
 from rlhf_accel.data.feedback import Feedback, Sets
 from rlhf_accel.data.reward_texts import Probe, Record
 from rlhf_accel.distributed.runtime import release_accelerate
@@ -76,7 +76,7 @@ def train_reward(config: RewardTrainingConfig) -> dict[str, float]:
 def _train(config: RewardTrainingConfig, output: Path) -> dict[str, float]:
     name = config.model.name_or_path
     labels = classifiers.known_labels(config)
-    path, trusted = assets.resolve_model(name), config.model.trust_remote_code
+    path, trusted = wheels.resolve_model(name), config.model.trust_remote_code
     tokenizer = classifiers.load_tokenizer(path, f"model.name_or_path={name}", trust_remote_code=trusted)
     sets = preferences.read(config.data, tokenizer, name, labels)
     if config.run.eval_every and not len(sets.tuning):
@@ -573,7 +573,7 @@ def _best_checkpoint(eval_every: float) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> None:
     """The command `train-reward`: `[--config RECIPE_OR_FILE] [--print_config] [--section.key value …]`."""
-    config = from_command_line(RewardTrainingConfig, arguments, assets.REWARD_RECIPE)
+    config = from_command_line(RewardTrainingConfig, arguments, REWARD_RECIPE)
     console.may_fail()
     tune_process()
     quiet_libraries()
