@@ -1,4 +1,4 @@
-"""The pages in docs/: names that exist, links that lead somewhere, and blocks that run, at toy size."""
+"""README and docs/: keys and metrics exist, links resolve, tables match the code, and blocks run at toy size."""
 
 import re
 import shlex
@@ -12,26 +12,30 @@ import pytest
 
 from rlhf_accel import __main__ as command_line
 from rlhf_accel.config.keys import key_names
-from rlhf_accel.config.loading import load
+from rlhf_accel.config.loading import load, to_yaml
 from rlhf_accel.config.schema import Config, RewardTrainingConfig
 from rlhf_accel.reward import RewardConfig, load_reward
 from rlhf_accel.runs import metrics
 from rlhf_accel.training.ppo_trainer import PPOTrainer
+from scripts import write_reference
 from scripts.reward_server import RewardServer
 from tests.conftest import TEXTS
 from tests.distributed.launch import environment
 from tests.hub_cache import make_hub_cache_dataset, offline_environment, put_model
 
 REPOSITORY = Path(__file__).parent.parent
-PAGES = sorted((REPOSITORY / "docs").glob("*.md"))
+DOCS = REPOSITORY / "docs"
+PAGES = [REPOSITORY / "README.md", *sorted(DOCS.glob("*.md"))]
+LINKED = [*PAGES, REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "CHANGELOG.md"]
 KEYS = {*key_names(Config), *key_names(RewardTrainingConfig)}
 SECTIONS = {key.partition(".")[0] for key in KEYS}
 OWNERS = {name.partition("/")[0] for name in metrics.NAMES if "/" in name}
+_FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 _BLOCK = re.compile(r"(?:<!-- (?P<marker>.*?) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)```", re.DOTALL)
 
 
 def unknown_names(text: str) -> list[str]:
-    """Names in backticks outside of blocks that look like a key or a metric and are none: `section.key`,
+    """Names in backticks outside of blocks that look like a key or a metric but do not exist: `section.key`,
     `section.key=value`, `owner/quantity`."""
     unknown = []
     for quoted in re.findall(r"`([^`\n]+)`", _BLOCK.sub("", text)):
@@ -45,52 +49,114 @@ def unknown_names(text: str) -> list[str]:
     return unknown
 
 
-@pytest.mark.parametrize("page", [*PAGES, REPOSITORY / "README.md"], ids=lambda page: page.name)
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    found: dict[str, int] = {}
+    for heading in re.findall(r"^#+ (.*)$", _FENCE.sub("", text), re.MULTILINE):
+        slug = re.sub(r"[^\w\- ]", "", re.sub(r"\]\([^)]*\)", "", heading).lower()).strip().replace(" ", "-")
+        found[slug] = found.get(slug, -1) + 1
+    return {slug if n == 0 else f"{slug}-{n}" for slug, count in found.items() for n in range(count + 1)}
+
+
+def broken_links(page: Path) -> list[str]:
+    """Relative links and images of a page that lead to no file, or to no heading of it."""
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", _FENCE.sub("", page.read_text(encoding="utf-8"))):
+        path, _, anchor = link.partition("#")
+        if re.match(r"[a-z]+:", link):
+            continue
+        target = page.parent / path if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target.read_text(encoding="utf-8"))):
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_key_and_metric_on_a_page_exists(page):
     assert unknown_names(page.read_text(encoding="utf-8")) == []
 
 
 def test_names_that_do_not_exist_are_found():
-    said = "`ppo.kl_coef` `ppo.kl_coeff=0.1` `--optim.lr 1` `objective/kl` `objective/kl_k4` `run.py` `ppo.py`"
-    assert unknown_names(said) == ["ppo.kl_coeff", "objective/kl_k4", "run.py"]
+    text = "`ppo.kl_coef` `ppo.kl_coeff=0.1` `--optim.lr 1` `objective/kl` `objective/kl_k4` `run.py` `ppo.py`"
+    assert unknown_names(text) == ["ppo.kl_coeff", "objective/kl_k4", "run.py"]
 
 
-def test_the_page_on_metrics_speaks_of_every_one_that_says_how_a_run_goes():
-    page = (REPOSITORY / "docs" / "metrics.md").read_text(encoding="utf-8")
+def test_metrics_page_covers_every_metric_of_a_run():
+    page = (DOCS / "metrics.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`([a-zA-Z_/0-9]+)`", page))
     owners = ("objective/", "kl/", "loss/", "policy/", "value/", "rollout/", "optim/", "eval/", "perf/")
     assert {name for name in metrics.NAMES if name.startswith(owners)} - named == set()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
-        assert (page.parent / target).exists(), target
+def test_reference_matches_the_code():
+    page = write_reference.REFERENCE.read_text(encoding="utf-8")
+    assert metrics.markdown_table() in page and all(f"| `{key}` |" in page for key in KEYS)
+    assert write_reference.updated(page) == page, "run: python scripts/write_reference.py"
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: page.name)
+def test_links_and_anchors_resolve(page):
+    assert broken_links(page) == []
+
+
+def test_broken_links_are_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A page's title\n## Part\n## Part\n[a](#a-pages-title) [b](#part-1) [c](page.md#part) [d](https://a.b/c)\n"
+        "[e](#part-2) [f](absent.md) ![g](absent.svg) [h](page.md#other)\n```text\n[i](absent.md)\n```\n"
+    )
+    assert broken_links(page) == ["#part-2", "absent.md", "absent.svg", "page.md#other"]
+
+
+def test_every_page_is_in_the_index():
+    index = (DOCS / "index.md").read_text(encoding="utf-8")
+    assert [page.name for page in DOCS.glob("*.md") if page.name != "index.md" and f"({page.name})" not in index] == []
 
 
 @pytest.fixture
 def toy(gpt2_folder, tmp_path, monkeypatch):
-    """Overrides that make any run of a page a matter of a second, and a working folder of its own."""
+    """Overrides that make any run of a page take about a second, and a working folder of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
     return [
         *("--model.name_or_path", str(gpt2_folder), "--run.total_steps", "1", "--run.eval_samples", "2"),
         *("--rollout.batch_size", "8", "--rollout.max_new_tokens", "8", "--reward.calibrate", "false"),
-        *("--ppo.num_minibatches", "2", "--run.trackers", "[]"),
+        *("--ppo.num_minibatches", "2", "--run.trackers", "[]", "--run.report", "false"),
     ]
 
 
-def test_the_blocks_of_the_page_on_rewards_run(exact_fp32, toy, tmp_path, monkeypatch):
-    """In their order: files are written, Python is run, lines for the shell are run in this process at toy size."""
-    # What the page loads in Python is to be of toy size as well.
-    monkeypatch.setattr("rlhf_accel.config.loading.load", lambda cls, source, own=(): load(cls, source, [*own, *toy]))
+def write_file(block: re.Match[str], toy: list[str]) -> bool:
+    """Write a block's file into the working folder, a config with the toy's overrides; False if it holds none."""
+    marker = block["marker"] or ""
+    if not marker.startswith("file: "):
+        return False
+    path = Path(marker.removeprefix("file: "))
+    path.write_text(block["code"], encoding="utf-8")
+    if path.suffix == ".yaml":
+        path.write_text(to_yaml(load(Config, path, toy)), encoding="utf-8")
+    return True
+
+
+def test_the_readme_trains(exact_fp32, toy):
+    """Its reward function, its config and its lines of Python."""
+    Path("prompts.jsonl").write_text('{"text": "The film is"}\n' * 40, encoding="utf-8")
+    names = {}
+    for block in _BLOCK.finditer((REPOSITORY / "README.md").read_text(encoding="utf-8")):
+        if not write_file(block, toy) and block["language"] == "python":
+            exec(compile(block["code"], "README.md", "exec"), names)
+    assert Path("saved_models/my_run/summary.json").is_file() and names["trainer"].progress.step == 1
+
+
+def test_the_blocks_of_the_page_on_rewards_run(exact_fp32, toy, tmp_path):
+    """In their order: files are written, Python is executed, shell commands run in this process at toy size."""
     address, ran, names = "", [], {}
-    for block in _BLOCK.finditer((REPOSITORY / "docs" / "own_reward.md").read_text(encoding="utf-8")):
+    for block in blocks("rewards"):
         marker, code = block["marker"] or "", block["code"]
-        if marker.startswith("file: "):
-            (tmp_path / marker.removeprefix("file: ")).write_text(code, encoding="utf-8")
-        elif block["language"] == "python":
-            exec(compile(code, "own_reward.md", "exec"), names)
+        if write_file(block, toy):
+            continue
+        if block["language"] == "python":
+            exec(compile(code, "rewards.md", "exec"), names)
         elif marker == "serve":
             options = shlex.split(code)
             assert options[:2] == ["python", "scripts/reward_server.py"]
@@ -114,13 +180,13 @@ def test_the_blocks_of_the_page_on_rewards_run(exact_fp32, toy, tmp_path, monkey
 
 
 def serve(function: str) -> str:
-    """The reward server on a free port, for as long as the tests last; its address."""
+    """Start the reward server on a free port, for as long as the tests run; returns its address."""
     server = RewardServer(("127.0.0.1", 0), load_reward(RewardConfig(function=(function,)), None, None), 1 << 20)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return f"http://127.0.0.1:{server.server_address[1]}/"
 
 
-GUIDES = ["sentiment", "lora", "zero2", "two_nodes", "own_preferences"]
+GUIDES = ["sentiment", "lora", "distributed", "reward_models"]
 HUB = ["lvwerra/gpt2-imdb", "gpt2", "gpt2-xl", "EleutherAI/gpt-j-6b"]
 _PPO = (
     "--run.total_steps 2 --run.save_every 1 --run.eval_samples 2 --run.report false --rollout.batch_size 8 "
@@ -135,7 +201,7 @@ TOY = {
 
 
 def commands(code: str) -> list[list[str]]:
-    """The words of each command of a block for the shell, at toy size and on two processes of this machine."""
+    """The words of each command in a shell block, at toy size and on two processes of this machine."""
     programs = {"python": [sys.executable], "accelerate launch": [sys.executable, "-m", "accelerate.commands.launch"]}
     here = {"--num_processes": "2", "--main_process_ip": "127.0.0.1", "--gpu_memory": "80GiB"}
     made = []
@@ -150,12 +216,12 @@ def commands(code: str) -> list[list[str]]:
 
 
 def blocks(guide: str) -> list[re.Match[str]]:
-    return list(_BLOCK.finditer((REPOSITORY / "docs" / f"{guide}.md").read_text(encoding="utf-8")))
+    return list(_BLOCK.finditer((DOCS / f"{guide}.md").read_text(encoding="utf-8")))
 
 
 @pytest.mark.parametrize("guide", GUIDES)
 def test_the_commands_of_a_guide_name_keys_that_exist(guide, tmp_path, monkeypatch):
-    """Each config of a command resolves, as the command line reads it."""
+    """Each command's config resolves, as the command line reads it."""
     monkeypatch.chdir(tmp_path)
     found = 0
     for block in blocks(guide):
@@ -170,13 +236,13 @@ def test_the_commands_of_a_guide_name_keys_that_exist(guide, tmp_path, monkeypat
                 with pytest.raises(SystemExit, match="0"):
                     command_line.main([command, *words[start + 1 :], "--print_config"])
                 found += 1
-    assert found >= 1 + (guide != "two_nodes")
+    assert found >= 2
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("guide", GUIDES)
 def test_the_commands_of_a_guide_run(guide, gpt2_folder, classifier_folder, tmp_path):
-    """In their order, each as a user starts it, with tiny models in the place of those of the hub."""
+    """In their order, each as a user starts it, with tiny models in place of the hub's."""
     cache, work = tmp_path / "hf_home" / "hub", tmp_path / "work"
     for name in HUB:
         put_model(cache, name, gpt2_folder)
@@ -203,10 +269,10 @@ def test_the_commands_of_a_guide_run(guide, gpt2_folder, classifier_folder, tmp_
             made = commands(block["code"])
             for together in [made] if marker == "nodes" else [[words] for words in made]:
                 for words, process in zip(together, [start(words) for words in together], strict=True):
-                    said, _ = process.communicate(timeout=400)
-                    # The doctor of random models may rightly find a label that is the wrong one.
-                    assert process.returncode == 0 or ("doctor" in words and "problem" in said), (
-                        f"{words}\n{said[-6000:]}"
+                    output, _ = process.communicate(timeout=400)
+                    # The doctor may rightly find that a random model has the wrong label.
+                    assert process.returncode == 0 or ("doctor" in words and "problem" in output), (
+                        f"{words}\n{output[-6000:]}"
                     )
                     ran += 1
     assert ran >= 3

@@ -119,7 +119,7 @@ NAMES = frozenset(metric.name for metric in METRICS)
 
 
 def markdown_table() -> str:
-    """The metrics as the README shows them."""
+    """The metrics as docs/reference.md lists them."""
     rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in _cells(m)) + " |" for m in METRICS]
     return "\n".join(["| key | unit | meaning | reduction |", "| --- | --- | --- | --- |", *rows])
 
