@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from rlhf_accel.algorithm import ppo
-from rlhf_accel.models.policy import response_logits
+from rlhf_accel.models.calls import response_logits
 from rlhf_accel.system.errors import ConfigError
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"

@@ -16,7 +16,8 @@ from rlhf_accel.commands.doctor import Doctor, _look_at_format, _look_at_stops, 
 from rlhf_accel.config.loading import to_yaml
 from rlhf_accel.data.prompts import load_rows
 from rlhf_accel.data.tokenizer import Tokens
-from rlhf_accel.models import policy as models
+from rlhf_accel.models import calls, loading
+from rlhf_accel.models.reference import Reference
 from rlhf_accel.system.errors import ConfigError
 from tests.conftest import TEXTS
 from tests.test_tokenizer import llama2_tokens
@@ -165,7 +166,7 @@ def test_the_key_that_cannot_stay_goes_back_to_its_default(tmp_path, tree, dropp
 def test_dropout_left_on(examined, monkeypatch):
     findings = examined(lora={"r": 4, "dropout": 0.3})
     assert "lora.dropout=0.3" in findings["warning", "dropout"]
-    monkeypatch.setattr(models, "_without_dropout", lambda model: model)
+    monkeypatch.setattr(loading, "without_dropout", lambda model: model)
     findings = examined()
     assert "left on" in findings["warning", "dropout"]
     findings = examined(model={"gradient_checkpointing": True})
@@ -364,26 +365,25 @@ def test_scores_that_are_not_finite(examined):
 
 
 def test_a_reference_that_is_not_the_policy(examined, monkeypatch):
-    made = models.load_reference
+    made = Reference.__init__
 
-    def disturbed(config, policy):
-        reference = made(config, policy)
+    def disturbed(reference, policy, temperature):
+        made(reference, policy, temperature)
         with torch.no_grad():
             next(reference.parameters()).mul_(2.0)
-        return reference
 
-    monkeypatch.setattr(models, "load_reference", disturbed)
+    monkeypatch.setattr(Reference, "__init__", disturbed)
     assert {"reference", "KL"} <= problems(examined())
 
 
 def test_a_gradient_that_is_cut(examined, monkeypatch):
-    whole = models.response_logits
+    whole = calls.response_logits
 
     def cut(*args):
         logits, hidden = whole(*args)
         return logits.detach(), hidden.detach()
 
-    monkeypatch.setattr(models, "response_logits", cut)
+    monkeypatch.setattr(calls, "response_logits", cut)
     assert "does not reach" in examined()["problem", "gradient"]
 
 

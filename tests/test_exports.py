@@ -23,7 +23,7 @@ from transformers import (
 from rlhf_accel.commands import doctor
 from rlhf_accel.distributed import runtime as distributed
 from rlhf_accel.distributed.runtime import Runtime
-from rlhf_accel.models import policy as models
+from rlhf_accel.models import calls
 from rlhf_accel.runs import checkpoint, exports
 from rlhf_accel.runs.exports import ExportError
 from rlhf_accel.system.errors import RunFailed
@@ -92,7 +92,7 @@ def test_buffers_are_in_models_checkpoints_and_whole_weights(tiny, gemma4_folder
     run_folder = tmp_path / "run"
     final = AutoModelForCausalLM.from_pretrained(run_folder / "final", dtype=torch.float32).eval()
     ids = torch.tensor([[40, 41, 42, 43]])
-    assert scalar(final) == 2 and torch.equal(models.logits_of(final, ids), models.logits_of(policy, ids))
+    assert scalar(final) == 2 and torch.equal(calls.logits_of(final, ids), calls.logits_of(policy, ids))
 
     raised = {"total_steps": 2, "changes": ["run.total_steps"], "resume": "latest"}
     place = run_folder / "checkpoints" / "step-000001"
@@ -102,7 +102,7 @@ def test_buffers_are_in_models_checkpoints_and_whole_weights(tiny, gemma4_folder
     # What evaluations read, and what the policy of a ZeRO-3 rollout is made of.
     resumed.runtime.set_weights({f"policy.{SCALAR}": torch.tensor([3.0])})
     assert scalar(whole.policy) == 3
-    stated = models.exported_weights(whole.policy, config, str(run_folder / "final"))
+    stated = exports.exported_weights(whole.policy, config, str(run_folder / "final"))
     resumed.runtime.set_weights({f"policy.{name}": weight for name, weight in stated.items()})
     assert scalar(whole.policy) == 2
     resumed.runtime._skeleton = distributed._skeleton(whole)
@@ -201,8 +201,8 @@ def test_an_adapter_is_loaded_once_and_its_tensors_are_compared_each_time(
     assert len(loads) == 4
     final = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "final", dtype=torch.float32).eval()
     ids = trainer._export_probe.ids
-    torch.testing.assert_close(models.logits_of(final, ids), models.logits_of(policy, ids))
-    assert (models.logits_of(policy.get_base_model(), ids) - models.logits_of(final, ids)).abs().max() < 1e-4
+    torch.testing.assert_close(calls.logits_of(final, ids), calls.logits_of(policy, ids))
+    assert (calls.logits_of(policy.get_base_model(), ids) - calls.logits_of(final, ids)).abs().max() < 1e-4
     for fault in (torch.OutOfMemoryError("no room"), MemoryError(), ConnectionError("reset"), unreachable()):
         with monkeypatch.context() as patch:
             patch.setattr(exports, "load_export", lambda *args, fault=fault, **how: raise_(fault))

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 from rlhf_accel.commands import memory_plan as plan
 from rlhf_accel.config.loading import parse
 from rlhf_accel.config.schema import Config
-from rlhf_accel.models import adapters, probes
+from rlhf_accel.models import calls, lora, policy_with_value, positions, probes, trainable
 from rlhf_accel.models import policy as models
+from rlhf_accel.models.lora import POLICY
 from rlhf_accel.rollout import padding
 from rlhf_accel.system.errors import ConfigError
 from tests.families import FAMILIES, PAD, REFUSED, save_tiny, tiny_config, tiny_model
@@ -52,10 +53,10 @@ def config_of(folder: Path, lora: bool, **model: Any) -> Config:
     return parse(Config, tree)
 
 
-def built(config: Config) -> models.PolicyWithValue:
+def built(config: Config) -> policy_with_value.PolicyWithValue:
     path = config.model.name_or_path
-    module = models.build(config, models.load_policy(config, path, CPU), path, None).eval()
-    models.freeze_unreached(module)
+    module = policy_with_value.build(config, models.load_policy(config, path, CPU), path, None).eval()
+    trainable.freeze_unreached(module)
     return module
 
 
@@ -63,7 +64,7 @@ def passed(*findings: probes.Finding) -> None:
     assert [finding.message for finding in findings if not finding.passed] == []
 
 
-def look(module: models.PolicyWithValue) -> None:
+def look(module: policy_with_value.PolicyWithValue) -> None:
     batch = padding.made_up(IDS, PAD)
     passed(
         padding.policy_alone(module.policy, batch, torch.float32),
@@ -72,13 +73,13 @@ def look(module: models.PolicyWithValue) -> None:
     )
 
 
-def gradient_reaches_all(module: models.PolicyWithValue, config: Config) -> None:
+def gradient_reaches_all(module: policy_with_value.PolicyWithValue, config: Config) -> None:
     """With small numbers in place of zeros, which keep gradients from others; also a step as training takes one."""
     learned = {name: p for name, p in module.named_parameters() if p.requires_grad}
     shake_zeros(module)
     batch = padding.made_up(IDS, PAD)
-    with models.learning(module, config):
-        said = module(*models.model_inputs(batch))
+    with trainable.learning(module, config):
+        said = module(*calls.model_inputs(batch))
         (said.logprobs.sum() + said.values.square().sum()).backward()
     lost = [name for name, p in learned.items() if p.grad is None]
     silent = [name for name, p in learned.items() if p.grad is not None and not p.grad.any()]
@@ -93,15 +94,15 @@ def gradient_reaches_all(module: models.PolicyWithValue, config: Config) -> None
 
 
 @torch.no_grad()
-def shake_zeros(module: models.PolicyWithValue) -> None:
+def shake_zeros(module: policy_with_value.PolicyWithValue) -> None:
     for parameter in module.parameters():
         if parameter.requires_grad and not parameter.any():
             parameter.copy_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
 
 
 @torch.no_grad()
-def export_is_memory(module: models.PolicyWithValue, folder: Path, lora: bool) -> None:
-    module.policy.save_pretrained(folder, **({"selected_adapters": [models.POLICY]} if lora else {}))
+def export_is_memory(module: policy_with_value.PolicyWithValue, folder: Path, lora: bool) -> None:
+    module.policy.save_pretrained(folder, **({"selected_adapters": [POLICY]} if lora else {}))
     kind = AutoPeftModelForCausalLM if lora else AutoModelForCausalLM
     loaded = kind.from_pretrained(folder, dtype=torch.float32).eval()
     memory, again = (model(input_ids=HELD_OUT, use_cache=False).logits for model in (module.policy, loaded))
@@ -138,13 +139,13 @@ def test_all_linear_leaves_routers_out(name: str, folder_of: Any) -> None:
     """By default also the experts, which peft wraps tensor by tensor: ZeRO-3 cuts those."""
     config = config_of(folder_of(name), lora=True)
     for targets, experts in ((["all-linear"], name == "mixtral"), (None, False)):
-        lora = {"r": 2, "target_modules": targets}
-        asked = parse(Config, {"model": {"name_or_path": config.model.name_or_path, "dtype": "fp32"}, "lora": lora})
+        adapters = {"r": 2, "target_modules": targets}
+        asked = parse(Config, {"model": {"name_or_path": config.model.name_or_path, "dtype": "fp32"}, "lora": adapters})
         policy = models.load_policy(asked, asked.model.name_or_path, CPU)
         adapted = {name.partition(".lora_")[0] for name, _ in policy.named_parameters() if ".lora_" in name}
         assert any("q_proj" in layer for layer in adapted)
         assert not [layer for layer in adapted if "router" in layer or layer.endswith(".gate")]
-        assert (adapters.on_tensors(policy) is not None) == experts
+        assert (lora.on_tensors(policy) is not None) == experts
         passed(padding.policy_alone(policy, padding.made_up(IDS, PAD), torch.float32))
 
 
@@ -153,8 +154,8 @@ def test_what_no_text_reaches_is_frozen(folder_of: Any) -> None:
     for name, part in (("gemma3", "vision_tower"), ("ernie4_5_moe", "e_score_correction_bias"), ("bert", "pooler")):
         config = config_of(folder_of(name), lora=False)
         path = config.model.name_or_path
-        module = models.build(config, models.load_policy(config, path, CPU), path, None).eval()
-        frozen = models.freeze_unreached(module)
+        module = policy_with_value.build(config, models.load_policy(config, path, CPU), path, None).eval()
+        frozen = trainable.freeze_unreached(module)
         assert any(part in name for name in frozen)
         assert frozen == [name for name, p in module.named_parameters() if not p.requires_grad]
         assert not any("layers.0.self_attn" in name and "vision" not in name for name in frozen)
@@ -165,7 +166,7 @@ def test_training_mode_is_for_layers_that_are_checkpointed(folder_of: Any) -> No
     for name in ("mixtral", "gemma3n_text", "phimoe"):
         config = config_of(folder_of(name), lora=False, critic="head", gradient_checkpointing=True)
         module = built(config)
-        with models.learning(module, config):
+        with trainable.learning(module, config):
             learning = {type(layer).__name__ for layer in module.modules() if layer.training}
         assert len(learning) == 1 and learning.pop().endswith("DecoderLayer")
         assert not any(layer.training for layer in module.modules())
@@ -185,12 +186,12 @@ def test_training_mode_is_for_layers_that_are_checkpointed(folder_of: Any) -> No
 )
 def test_window(name: str, changes: dict[str, Any], most: int | None) -> None:
     policy = tiny_model(tiny_config(name, **changes))
-    assert models.window(policy) == most
+    assert positions.window(policy) == most
     config = parse(
         Config, {"rollout": {"max_prompt_tokens": 9, "max_new_tokens": 8}, "data": {"prompt_tokens": [2, 9]}}
     )
     with contextlib.nullcontext() if most is None else pytest.raises(ConfigError, match="has 16 positions"):
-        models.check_window(config, policy, 0)
+        positions.check_window(config, policy, 0)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "granitemoehybrid", "mamba2", "opt projected", "gemma3"])
@@ -217,13 +218,13 @@ def test_checkpointing_and_merge(name: str, folder_of: Any, tmp_path: Path) -> N
         config = config_of(folder_of(name), lora=True, gradient_checkpointing=checkpointing)
         module = built(config)
         shake_zeros(module)
-        with models.learning(module, config):
-            said = module(*models.model_inputs(padding.made_up(IDS, PAD)))
+        with trainable.learning(module, config):
+            said = module(*calls.model_inputs(padding.made_up(IDS, PAD)))
             (said.logprobs.sum() + said.values.square().sum()).backward()
         gradients.append({name: p.grad for name, p in module.named_parameters() if p.grad is not None})
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         memory = module.policy(input_ids=HELD_OUT, use_cache=False).logits
-        merged = module.policy.merge_and_unload(adapter_names=[models.POLICY], safe_merge=True)
+        merged = module.policy.merge_and_unload(adapter_names=[POLICY], safe_merge=True)
         again = merged(input_ids=HELD_OUT, use_cache=False).logits
     passed(probes.export_is_memory(memory, again, dtype=torch.float32))

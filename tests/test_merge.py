@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_accel.commands import merge
 from rlhf_accel.data.tokenizer import Tokens
-from rlhf_accel.models import policy as models
+from rlhf_accel.models.lora import scaled_adapter
 from rlhf_accel.models.probes import export_is_memory
 from rlhf_accel.runs.exports import ExportError
 from rlhf_accel.system.errors import ConfigError
@@ -94,7 +94,7 @@ def test_tied_embeddings_of_which_one_is_trained_become_two(
             parameter.data.add_(torch.randn_like(parameter), alpha=0.2)
     trainer.keeper.export("final", {}, trainer.tokens, trainer._export_probe)
     adapted = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
-    adapted.load_state_dict(models.scaled_adapter(adapted.state_dict(), scale))
+    adapted.load_state_dict(scaled_adapter(adapted.state_dict(), scale))
     for dtype in ("fp32", "bf16"):
         merge.merge(tmp_path / "run" / "final", tmp_path / dtype, scale=scale, dtype=dtype)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "fp32", dtype=torch.float32)

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from rlhf_accel.models import calls, probes
-from rlhf_accel.models import policy as models
 from rlhf_accel.rollout import padding
 from rlhf_accel.rollout import sampling as decoding
 from rlhf_accel.system.errors import ConfigError
@@ -29,7 +28,7 @@ def unmasked(mask, first=0):
 def test_a_run_with_other_positions_is_refused_before_anything_is_written(
     positions, reason, tiny, monkeypatch, tmp_path
 ):
-    for module in (models, decoding):
+    for module in (calls, decoding):
         monkeypatch.setattr(module, "position_ids", positions)
     with pytest.raises(ConfigError, match=f"^model.name_or_path=.* gpt2: .* differ by .* nats .*{reason}") as raised:
         PPOTrainer(tiny())
@@ -37,7 +36,7 @@ def test_a_run_with_other_positions_is_refused_before_anything_is_written(
 
 
 def test_the_critic_is_looked_at_too(tiny, monkeypatch):
-    whole = models.response_hidden
+    whole = calls.response_hidden
     monkeypatch.setattr(padding, "response_hidden", lambda trunk, *inputs: whole(trunk, *inputs).roll(1, 1))
     with pytest.raises(ConfigError, match="the critic's states in a padded batch and alone differ by"):
         PPOTrainer(tiny(model={"critic": "separate"}))

@@ -18,7 +18,11 @@ from transformers import (
 from rlhf_accel.algorithm.batches import Sequences
 from rlhf_accel.config.loading import parse
 from rlhf_accel.config.schema import Config, OptimConfig
+from rlhf_accel.models import calls, policy_with_value
 from rlhf_accel.models import policy as models
+from rlhf_accel.models.lora import CRITIC, POLICY, REFERENCE, adapter
+from rlhf_accel.models.reference import load_reference, reference_policy
+from rlhf_accel.models.trainable import parameter_groups
 from rlhf_accel.system.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -36,7 +40,7 @@ def config_of(folder, **sections):
 def built(folder, reward_path=None, **sections):
     config = config_of(folder, **sections)
     policy = models.load_policy(config, str(folder), CPU)
-    return models.build(config, policy, str(folder), None if reward_path is None else str(reward_path))
+    return policy_with_value.build(config, policy, str(folder), None if reward_path is None else str(reward_path))
 
 
 def sequences(query_lengths, response_lengths, *, vocab=200, left=0, right=0, seed=0):
@@ -63,7 +67,7 @@ RAGGED = ([1, 5, 3], [4, 2, 6])
 
 def say(module, batch):
     with torch.no_grad():
-        return module(*models.model_inputs(batch), with_entropy=True)
+        return module(*calls.model_inputs(batch), with_entropy=True)
 
 
 def say_one_by_one(causal_lm, trunk, head, batch, temperature=1.0):
@@ -136,7 +140,7 @@ def test_a_batch_of_one_says_what_the_whole_batch_says(gpt2_folder):
 def test_entropy_is_for_those_who_ask(gpt2_folder):
     module, batch = built(gpt2_folder), sequences(*RAGGED)
     with torch.no_grad():
-        outputs = module(*models.model_inputs(batch))
+        outputs = module(*calls.model_inputs(batch))
     assert outputs.entropy is None
     assert torch.equal(outputs.logprobs, say(module, batch).logprobs)
 
@@ -146,12 +150,12 @@ def test_a_model_that_computes_all_logits_says_the_same(gpt2_folder, monkeypatch
     module, batch = built(gpt2_folder), sequences(*RAGGED)
     shake_head(module)
     expected = say(module, batch)
-    accepted = models.accepted
+    accepted = calls.accepted
 
     def without_logits_to_keep(model, **extras):
         return accepted(model, **{name: value for name, value in extras.items() if name != "logits_to_keep"})
 
-    monkeypatch.setattr(models, "accepted", without_logits_to_keep)
+    monkeypatch.setattr(calls, "accepted", without_logits_to_keep)
     for ours, theirs in zip(say(module, batch), expected, strict=True):
         assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
@@ -238,7 +242,7 @@ def test_a_critic_cannot_start_from_a_reward_model_that_reads_other_tokens(gpt2_
 
 def test_parameter_groups(gpt2_folder):
     module = built(gpt2_folder, model={"critic": "separate"})
-    groups = models.parameter_groups(module, OptimConfig(lr=1e-3, critic_lr=5e-3, weight_decay=0.1))
+    groups = parameter_groups(module, OptimConfig(lr=1e-3, critic_lr=5e-3, weight_decay=0.1))
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     seen = []
     for group in groups:
@@ -253,7 +257,7 @@ def test_parameter_groups(gpt2_folder):
 
 
 def test_without_a_critic_lr_all_learn_at_one_rate(gpt2_folder):
-    groups = models.parameter_groups(built(gpt2_folder), OptimConfig(lr=1e-3))
+    groups = parameter_groups(built(gpt2_folder), OptimConfig(lr=1e-3))
     assert {group["lr"] for group in groups} == {1e-3}
 
 
@@ -264,7 +268,7 @@ def test_lora_trains_adapters_and_value_head_only(gpt2_folder):
     adapters = trainable - {"value_head.weight", "value_head.bias"}
     assert len(adapters) == 4  # A and B of the attention projection in each of two layers
     assert all("lora_" in name for name in adapters)
-    in_groups = [p for group in models.parameter_groups(module, OptimConfig()) for p in group["params"]]
+    in_groups = [p for group in parameter_groups(module, OptimConfig()) for p in group["params"]]
     assert len(in_groups) == len(trainable)
     assert hasattr(module.policy, "disable_adapter")
     assert not hasattr(built(gpt2_folder).policy, "disable_adapter")
@@ -285,7 +289,7 @@ def test_the_reference_of_lora_is_the_base_bit_for_bit(family, request):
     module, batch = built(folder, lora={"r": 4}), sequences(*RAGGED)
     base = say(built(folder), batch).logprobs
     move_adapters(module)
-    with torch.no_grad(), models.reference_policy(module, None) as reference:
+    with torch.no_grad(), reference_policy(module, None) as reference:
         said = reference(batch)
     assert torch.equal(said, base)
     assert (say(module, batch).logprobs - base).abs().max() > 0.01
@@ -295,7 +299,7 @@ def test_the_adapter_is_back_on_after_an_exception(gpt2_folder):
     module, batch = built(gpt2_folder, lora={"r": 4}), sequences(*RAGGED)
     move_adapters(module)
     adapted = say(module, batch).logprobs
-    with pytest.raises(ZeroDivisionError), models.reference_policy(module, None) as reference:
+    with pytest.raises(ZeroDivisionError), reference_policy(module, None) as reference:
         assert not torch.allclose(reference(batch), adapted)
         raise ZeroDivisionError
     assert torch.equal(say(module, batch).logprobs, adapted)
@@ -305,15 +309,15 @@ def test_the_adapter_is_back_on_after_an_exception(gpt2_folder):
 def test_the_frozen_copy_does_not_follow_the_policy(gpt2_folder):
     config, batch = config_of(gpt2_folder, rollout={"temperature": 0.7}), sequences(*RAGGED)
     policy = models.load_policy(config, str(gpt2_folder), CPU)
-    reference = models.load_reference(config, policy)
-    module = models.build(config, policy, str(gpt2_folder), None)
+    reference = load_reference(config, policy)
+    module = policy_with_value.build(config, policy, str(gpt2_folder), None)
     start = say(module, batch).logprobs
     assert not any(parameter.requires_grad for parameter in reference.parameters())
     assert all(parameter.requires_grad for parameter in module.parameters())
     with torch.no_grad():
         for parameter in module.policy.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-        with models.reference_policy(module, reference) as logprobs:
+        with reference_policy(module, reference) as logprobs:
             said = logprobs(batch)
     assert torch.equal(said, start)
     assert (say(module, batch).logprobs - start).abs().max() > 0.01
@@ -346,10 +350,10 @@ def test_an_adapter_critic_reads_the_base_with_its_own_adapter(gpt2_folder):
                     parameter.add_(0.1 * torch.randn_like(parameter))
         return say(module, batch)
 
-    critic = moved(models.CRITIC)
+    critic = moved(CRITIC)
     assert torch.equal(critic.logprobs, start.logprobs)
     assert (critic.values - start.values).abs().max() > 0.01
-    both = moved(models.POLICY)
+    both = moved(POLICY)
     assert torch.equal(both.values, critic.values)
     assert (both.logprobs - critic.logprobs).abs().max() > 0.01
 
@@ -357,11 +361,11 @@ def test_an_adapter_critic_reads_the_base_with_its_own_adapter(gpt2_folder):
 def test_switching_adapters_changes_nothing_of_what_learns(gpt2_folder):
     module = built(gpt2_folder, **ADAPTER_CRITIC)
     learns = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
-    for name in (models.CRITIC, models.POLICY, None):
-        with models.adapter(module.policy, name):
+    for name in (CRITIC, POLICY, None):
+        with adapter(module.policy, name):
             assert {key: parameter.requires_grad for key, parameter in module.named_parameters()} == learns
         assert {key: parameter.requires_grad for key, parameter in module.named_parameters()} == learns
-        assert module.policy.active_adapter == models.POLICY
+        assert module.policy.active_adapter == POLICY
 
 
 def test_an_adapter_critic_starts_as_the_trunk_of_the_base(gpt2_folder):
@@ -378,13 +382,13 @@ def test_the_loss_reaches_both_adapters_and_nothing_of_the_base(gpt2_folder):
     move_adapters(module)
     for _ in range(2):  # once more after the reference was asked, which switches adapters
         module.zero_grad()
-        outputs = module(*models.model_inputs(batch))
+        outputs = module(*calls.model_inputs(batch))
         (outputs.logprobs.sum() + outputs.values.sum()).backward()
         for name, parameter in module.named_parameters():
             learns = "lora_" in name or name.startswith("value_head")
             assert parameter.requires_grad == learns, name
             assert (parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)) == learns, name
-        with torch.no_grad(), models.reference_policy(module, None) as reference:
+        with torch.no_grad(), reference_policy(module, None) as reference:
             reference(batch)
 
 
@@ -394,13 +398,13 @@ def test_the_base_is_untouched_by_learning_and_by_an_exception_in_the_reference(
     module, batch = built(gpt2_folder, lora={"r": 4}, model={"critic": critic}), sequences(*RAGGED)
     base = {name: p.detach().clone() for name, p in module.named_parameters() if not p.requires_grad}
     b_before = torch.cat([p.detach().flatten() for name, p in module.named_parameters() if "lora_B" in name])
-    optimizer = torch.optim.AdamW(models.parameter_groups(module, optim))
+    optimizer = torch.optim.AdamW(parameter_groups(module, optim))
     for _ in range(3):
-        outputs = module(*models.model_inputs(batch))
+        outputs = module(*calls.model_inputs(batch))
         (outputs.logprobs.sum() + (outputs.values - 1).square().sum()).backward()
         optimizer.step()
         optimizer.zero_grad()
-        with pytest.raises(ZeroDivisionError), models.reference_policy(module, None):
+        with pytest.raises(ZeroDivisionError), reference_policy(module, None):
             raise ZeroDivisionError
     after = dict(module.named_parameters())
     assert all(torch.equal(weights, after[name]) for name, weights in base.items()) and base
@@ -418,9 +422,9 @@ def test_the_critics_adapter_learns_at_the_critics_rate(gpt2_folder):
     config = config_of(gpt2_folder, **ADAPTER_CRITIC, optim={"lr": 1e-4, "critic_lr": 1e-3})
     module = built(gpt2_folder, **ADAPTER_CRITIC)
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    for group in models.parameter_groups(module, config.optim):
+    for group in parameter_groups(module, config.optim):
         for parameter in group["params"]:
-            of_critic = models.CRITIC in names[id(parameter)] or "value_head" in names[id(parameter)]
+            of_critic = CRITIC in names[id(parameter)] or "value_head" in names[id(parameter)]
             assert group["lr"] == (1e-3 if of_critic else 1e-4), names[id(parameter)]
 
 
@@ -428,9 +432,9 @@ def test_a_critics_adapter_on_embeddings_learns_at_the_critics_rate_too(gpt2_fol
     sections = {"lora": {"r": 4, "target_modules": ["wte"]}, "model": {"critic": "adapter"}}
     config = config_of(gpt2_folder, **sections, optim={"lr": 1e-4, "critic_lr": 1e-3})
     module = built(gpt2_folder, **sections)
-    of_critic = {id(p) for name, p in module.named_parameters() if name.endswith(f".{models.CRITIC}")}
+    of_critic = {id(p) for name, p in module.named_parameters() if name.endswith(f".{CRITIC}")}
     assert of_critic
-    for group in models.parameter_groups(module, config.optim):
+    for group in parameter_groups(module, config.optim):
         assert all((group["lr"] == 1e-3) or id(parameter) not in of_critic for parameter in group["params"])
 
 
@@ -441,13 +445,13 @@ def test_four_bits_need_a_gpu(gpt2_folder):
 def test_peft_options_pass_through(gpt2_folder):
     lora = {"r": 4, "alpha": 8, "use_rslora": True, "use_dora": True, "modules_to_save": ["ln_f"]}
     module = built(gpt2_folder, lora=lora)
-    settings = module.policy.peft_config[models.POLICY]
+    settings = module.policy.peft_config[POLICY]
     assert (settings.use_rslora, settings.use_dora, settings.modules_to_save) == (True, True, ["ln_f"])
     learning = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
     assert any("ln_f.modules_to_save" in name for name in learning)
     assert any("lora_magnitude_vector" in name for name in learning)
     layer = module.policy.get_base_model().transformer.h[0].attn.c_attn
-    assert layer.scaling[models.POLICY] == pytest.approx(8 / 4**0.5)
+    assert layer.scaling[POLICY] == pytest.approx(8 / 4**0.5)
 
 
 def test_layers_that_learn_in_full_are_not_part_of_the_reference(gpt2_folder):
@@ -457,7 +461,7 @@ def test_layers_that_learn_in_full_are_not_part_of_the_reference(gpt2_folder):
         for parameter in module.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1)
-        with models.reference_policy(module, None) as reference:
+        with reference_policy(module, None) as reference:
             assert torch.equal(reference(batch), base)
     assert (say(module, batch).logprobs - base).abs().max() > 0.01
 
@@ -479,12 +483,12 @@ def test_an_adapter_is_continued_from_and_is_the_reference(gpt2_folder, adapter_
     assert_close(say(module, batch).logprobs, expected)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            if f"lora_B.{models.POLICY}" in name:
+            if f"lora_B.{POLICY}" in name:
                 assert parameter.requires_grad
                 parameter.add_(0.1)
-            elif f".{models.REFERENCE}." in name:
+            elif f".{REFERENCE}." in name:
                 assert not parameter.requires_grad
-        with models.reference_policy(module, None) as reference:
+        with reference_policy(module, None) as reference:
             assert_close(reference(batch), expected)
     assert (say(module, batch).logprobs - expected).abs().max() > 0.01
 
@@ -498,7 +502,7 @@ def test_an_adapter_that_does_not_fit_is_refused(gpt2_folder, llama_folder, adap
 
 def test_lora_needs_no_copy(gpt2_folder):
     config = config_of(gpt2_folder, lora={"r": 4})
-    assert models.load_reference(config, models.load_policy(config, str(gpt2_folder), CPU)) is None
+    assert load_reference(config, models.load_policy(config, str(gpt2_folder), CPU)) is None
 
 
 @pytest.mark.parametrize(
@@ -576,7 +580,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(gpt2_folder, lora, criti
         module = built(gpt2_folder, lora=lora, model=model).train()
         shake_head(module)
         move_adapters(module)
-        outputs = module(*models.model_inputs(batch))
+        outputs = module(*calls.model_inputs(batch))
         (outputs.logprobs + outputs.values)[batch.response_mask].sum().backward()
         gradients.append({name: p.grad for name, p in module.named_parameters() if p.requires_grad})
         checkpointed = getattr(module.policy, "is_gradient_checkpointing", False)

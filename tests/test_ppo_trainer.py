@@ -15,6 +15,7 @@ from rlhf_accel.config.loading import load
 from rlhf_accel.config.schema import Config, OptimConfig
 from rlhf_accel.data.tokenizer import Tokens
 from rlhf_accel.distributed.runtime import Runtime
+from rlhf_accel.models import calls
 from rlhf_accel.models import cpu_kernels as kernels
 from rlhf_accel.models import policy as models
 from rlhf_accel.runs import metrics as metrics_module
@@ -654,11 +655,11 @@ def test_in_bf16_a_fault_is_told_from_rounding_and_the_message_names_what_to_try
 
 def test_where_log_probabilities_are_recomputed_sampling_from_elsewhere_is_warned_of(tiny, monkeypatch, capsys):
     """The ratio is 1 then, whatever sampling does."""
-    prompts, positions = ["The film", "A dull"] * 4, models.position_ids
+    prompts, positions = ["The film", "A dull"] * 4, calls.position_ids
     for fault in (False, True):
         trainer = PPOTrainer(tiny(run={"precision": "bf16"}, ppo={"ppo_epochs": 1}))
         if fault:
-            monkeypatch.setattr(models, "position_ids", lambda mask, first=0: positions(mask) + 1)
+            monkeypatch.setattr(calls, "position_ids", lambda mask, first=0: positions(mask) + 1)
         trainer.step(prompts)
         said = capsys.readouterr().out
         assert ("warning: responses are drawn from another distribution than the one that learns" in said) == fault

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from rlhf_accel.algorithm import ppo
 from rlhf_accel.algorithm.batches import Sequences
 from rlhf_accel.data.tokenizer import Tokens
-from rlhf_accel.models import policy as models
-from rlhf_accel.models.policy import load_export, logits_of
+from rlhf_accel.models import calls, loading, policy_with_value
+from rlhf_accel.models.calls import logits_of
+from rlhf_accel.models.loading import load_export
 from rlhf_accel.models.probes import (
     Finding,
     RatioLimits,
@@ -133,7 +134,7 @@ def little_gpt2(offset: float) -> GPT2LMHeadModel:
         **{"vocab_size": 300, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.2},
         **{"tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 0},
     )
-    model = models._without_dropout(GPT2LMHeadModel(config)).eval()
+    model = loading.without_dropout(GPT2LMHeadModel(config)).eval()
     with torch.no_grad():
         model.transformer.ln_f.bias[0] = 10.0
         model.lm_head.weight[:, 0] = offset / 10
@@ -155,15 +156,15 @@ def sampled(request: pytest.FixtureRequest) -> tuple:
         ended=lambda tokens: torch.zeros(len(tokens), dtype=torch.bool),
     )
     sequences = Sequences(queries=queries, query_mask=mask, responses=said.responses, response_mask=said.response_mask)
-    module = models.PolicyWithValue(model, None, 1.0)
-    spacing = None if dtype == torch.float32 else logit_spacing(models.logit_sizes(module, sequences), dtype)
+    module = policy_with_value.PolicyWithValue(model, None, 1.0)
+    spacing = None if dtype == torch.float32 else logit_spacing(policy_with_value.logit_sizes(module, sequences), dtype)
     return module, dtype, sequences, said.logprobs, ratio_limits(spacing, dtype)
 
 
 def of_another_pass(sampled: tuple) -> tuple[Finding, torch.Tensor]:
     module, _, sequences, logprobs, limits = sampled
     with torch.no_grad():
-        new = module(*models.model_inputs(sequences)).logprobs
+        new = module(*calls.model_inputs(sequences)).logprobs
     log_ratios = (new - logprobs)[sequences.response_mask]
     rms, largest = float(log_ratios.square().mean().sqrt()), float(log_ratios.abs().max())
     return sampled_is_learnt(rms, largest, limits, recomputed=False), log_ratios
@@ -179,12 +180,12 @@ def test_what_rounds_differently_passes(sampled: tuple) -> None:
 def test_dropout_positions_and_temperature_that_differ_are_caught(
     sampled: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, positions = sampled[0], models.position_ids
+    module, positions = sampled[0], calls.position_ids
     with monkeypatch.context() as patch:
-        patch.setattr(models, "position_ids", lambda mask, first=0: positions(mask) + 1)
+        patch.setattr(calls, "position_ids", lambda mask, first=0: positions(mask) + 1)
         shifted, _ = of_another_pass(sampled)
     with monkeypatch.context() as patch:  # of padding
-        patch.setattr(models, "position_ids", lambda mask, first=0: torch.arange(mask.shape[1]).expand(mask.shape))
+        patch.setattr(calls, "position_ids", lambda mask, first=0: torch.arange(mask.shape[1]).expand(mask.shape))
         padded, _ = of_another_pass(sampled)
     with monkeypatch.context() as patch:
         patch.setattr(module, "temperature", 0.6)

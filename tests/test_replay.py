@@ -16,10 +16,11 @@ from rlhf_accel.algorithm import ppo
 from rlhf_accel.commands import replay
 from rlhf_accel.config.loading import parse
 from rlhf_accel.config.schema import Config
-from rlhf_accel.models import policy as models
+from rlhf_accel.models import policy_with_value
 from rlhf_accel.reward import Reward
 from rlhf_accel.runs.checkpoint import Dump, read_dump
 from rlhf_accel.system.errors import RunFailed
+from rlhf_accel.training import ppo_trainer
 from rlhf_accel.training.nonfinite import Fault, explain, rollout_fault
 from rlhf_accel.training.ppo_trainer import PPOTrainer
 from tests.test_batches import make_rollout
@@ -115,7 +116,7 @@ def test_the_row_outlives_a_stop(tiny, tmp_path) -> None:
 @pytest.mark.parametrize("lora", [{}, {"lora": {"r": 2}}], ids=["full", "lora"])
 def test_a_gradient_that_is_not_finite_is_dumped_and_found_again(lora, tiny, tmp_path, capsys, monkeypatch) -> None:
     """The root of what is 0 has no finite slope: a loss that is finite, and a gradient that is not, for one sample."""
-    forward = models.PolicyWithValue.forward
+    forward = policy_with_value.PolicyWithValue.forward
 
     def spiked(self: Any, *inputs: torch.Tensor, **settings: Any) -> Any:
         said = forward(self, *inputs, **settings)
@@ -130,7 +131,7 @@ def test_a_gradient_that_is_not_finite_is_dumped_and_found_again(lora, tiny, tmp
     prompts = trainer.prompts.batch(1, 8)
     rollout = trainer.sampler.sample(prompts, seed=trainer.config.run.seed, step=1)
     bad = rollout.sequences.responses[5, :2]
-    monkeypatch.setattr(models.PolicyWithValue, "forward", spiked)
+    monkeypatch.setattr(policy_with_value.PolicyWithValue, "forward", spiked)
     with pytest.raises(
         RunFailed, match=r"gradient is not finite in the update of step 1, epoch 1, minibatch 1: samples"
     ):
@@ -292,9 +293,9 @@ def test_a_dump_is_run_again_on_the_device_and_in_the_dtypes_of_the_run(tiny, tm
     settled, where = replay.as_the_run_did(automatic)
     assert settled.config.run.precision == "bf16"
     assert where == "on cpu in precision bf16, model_dtype fp32"
-    monkeypatch.setattr(models, "freeze_unreached", lambda module: [])  # whose pass only finds what text reaches
+    monkeypatch.setattr(ppo_trainer, "freeze_unreached", lambda module: [])  # whose pass only finds what text reaches
     hook = torch.nn.modules.module.register_module_forward_pre_hook(
-        lambda module, given: noted(module, given) if isinstance(module, models.PolicyWithValue) else None
+        lambda module, given: noted(module, given) if isinstance(module, policy_with_value.PolicyWithValue) else None
     )
     try:
         replay.replay_model(settled, place)

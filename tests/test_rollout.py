@@ -13,6 +13,8 @@ from rlhf_accel.data import prompts as data
 from rlhf_accel.data.tokenizer import Tokens
 from rlhf_accel.distributed.runtime import Runtime
 from rlhf_accel.models import policy as models
+from rlhf_accel.models import policy_with_value
+from rlhf_accel.models.reference import load_reference
 from rlhf_accel.reward import Reward
 from rlhf_accel.rollout.scoring import FailedScoring, Sampler, sampling_settings
 
@@ -30,8 +32,8 @@ def sampler_of(tiny):
         config = tiny(**sections)
         runtime, tokens = Runtime(config.run), Tokens.load(config.model.name_or_path)
         policy = models.load_policy(config, config.model.name_or_path, runtime.device)
-        reference = models.load_reference(config, policy)
-        module = models.build(config, policy, config.model.name_or_path, None)
+        reference = load_reference(config, policy)
+        module = policy_with_value.build(config, policy, config.model.name_or_path, None)
         runtime.prepare(module, torch.optim.AdamW(module.parameters()))
         return Sampler(
             config=config.rollout,

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Lfm2Config
 
 from rlhf_accel.data.tokenizer import Tokens
-from rlhf_accel.models.calls import position_ids
+from rlhf_accel.models.positions import position_ids
 from rlhf_accel.rollout import sampling as decoding
 from rlhf_accel.rollout.sampling import Sampled, SamplingSettings, pick, sample, truncate, uniforms
 from tests.conftest import TEXTS

@@ -33,8 +33,9 @@ from rlhf_accel.config.schema import Config
 from rlhf_accel.data import prompts as data
 from rlhf_accel.data import wheels
 from rlhf_accel.data.tokenizer import Tokens
-from rlhf_accel.models import policy as models
-from rlhf_accel.models import probes
+from rlhf_accel.models import calls, probes, trainable
+from rlhf_accel.models.lora import CRITIC
+from rlhf_accel.models.reference import reference_policy
 from rlhf_accel.reward import TOKEN_VARIABLE, Classifier, RewardError
 from rlhf_accel.rollout.scoring import WITHOUT_PARTS
 from rlhf_accel.system.errors import ConfigError, RunFailed
@@ -406,8 +407,8 @@ class Doctor:
         few = _few(trainer, rollout).sequences.trimmed().to(trainer.runtime.device)
         module = trainer.runtime.plain_module
         with torch.no_grad(), trainer.runtime.autocast():
-            ours = module(*models.model_inputs(few)).logprobs
-            with models.reference_policy(module, trainer.sampler.reference) as reference:
+            ours = module(*calls.model_inputs(few)).logprobs
+            with reference_policy(module, trainer.sampler.reference) as reference:
                 theirs = reference(few)
         mask = few.response_mask
         if not ours[mask].isfinite().all():
@@ -449,8 +450,8 @@ class Doctor:
         some = _few(trainer, rollout)
         sequences = some.sequences.trimmed()
         few, length = sequences.to(trainer.runtime.device), sequences.response_mask.shape[1]
-        with torch.no_grad(), trainer.runtime.autocast(), models.learning(module, config):
-            new = module(*models.model_inputs(few)).logprobs.cpu()
+        with torch.no_grad(), trainer.runtime.autocast(), trainable.learning(module, config):
+            new = module(*calls.model_inputs(few)).logprobs.cpu()
         log_ratios = (new - some.logprobs[:, :length])[sequences.response_mask]
         ratio = float(log_ratios.exp().sub(1).abs().max())
         if config.lora.dropout > 0:
@@ -549,7 +550,7 @@ def _look_at_rates(config: Config) -> Verdict:
 def _look_at_adapters(trainer: PPOTrainer) -> Verdict:
     policy = trainer.runtime.plain_module.policy
     names = [name for name, p in policy.named_parameters() if p.requires_grad and "lora_" in name]
-    names = [name for name in names if models.CRITIC not in name.split(".")]
+    names = [name for name in names if CRITIC not in name.split(".")]
     layers = int(getattr(policy.config.get_text_config(), "num_hidden_layers", 0))
     found = {int(number) for name in names for number in re.findall(r"\.(\d+)\.", name)[:1]}
     where = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in names})
@@ -624,7 +625,7 @@ def _look_at_gradient(trainer: PPOTrainer, rollout: Rollout) -> Verdict:
             for parameter in zeros:
                 parameter.copy_(1e-2 * torch.randn(parameter.shape, generator=generator))
         experience = _made_up(trainer, _few(trainer, rollout), generator)
-        with trainer.runtime.autocast(), models.learning(module, trainer.config):
+        with trainer.runtime.autocast(), trainable.learning(module, trainer.config):
             trainer.loss_of(experience).backward()
         lost = [name for name, p in learned.items() if p.grad is None or not p.grad.any()]
         lost = [name for name in lost if "expert" not in name]  # of a mixture not all are asked
@@ -673,7 +674,7 @@ def _made_up(trainer: PPOTrainer, rollout: Rollout, generator: torch.Generator) 
     """An experience whose ratios are 1 and whose advantages and returns are drawn."""
     module, sequences = trainer.runtime.plain_module, rollout.sequences
     with torch.no_grad(), trainer.runtime.autocast():
-        now = module(*models.model_inputs(sequences.to(trainer.runtime.device)))
+        now = module(*calls.model_inputs(sequences.to(trainer.runtime.device)))
     values = now.values.float().cpu()
     drawn = [torch.randn(values.shape, generator=generator) for _ in range(2)]
     return Experience(

@@ -23,7 +23,8 @@ from rlhf_accel.data import wheels
 from rlhf_accel.data.loading import adapted, adapter_config, pretrained
 from rlhf_accel.data.rows import text_lines
 from rlhf_accel.data.tokenizer import Tokens
-from rlhf_accel.models.policy import check_prompts, end_of_text_ids
+from rlhf_accel.models.policy import end_of_text_ids
+from rlhf_accel.models.positions import check_prompts
 from rlhf_accel.reward import Reward, RewardError, load_reward
 from rlhf_accel.rollout import sampling as decoding
 from rlhf_accel.rollout.scoring import sampling_settings

@@ -24,6 +24,7 @@ from rlhf_accel.config.schema import BatchSizes, Config
 from rlhf_accel.data.loading import adapter_config, from_config, pretrained
 from rlhf_accel.models import cpu_kernels as kernels
 from rlhf_accel.models import policy as models
+from rlhf_accel.models import policy_with_value, trainable
 from rlhf_accel.reward import reward_dtype
 from rlhf_accel.system.errors import ConfigError
 
@@ -131,12 +132,12 @@ def measure(config: Config, policy_path: str, reward_path: str | None = None, *,
         whole = from_config(AutoModelForCausalLM, settings, trust_remote_code=trusted, dtype=dtype)
         policy = models.fitted(whole, plain)
         separate = _critic(plain, settings, reward_path, policy) if config.model.critic == "separate" else None
-        outline = models.with_critic(plain, policy, separate, width=1).eval()
+        outline = policy_with_value.with_critic(plain, policy, separate, width=1).eval()
     with FakeTensorMode(), _experts_as_shapes():
         module = _on_cpu(outline)
         try:
-            module.value_head = models.ValueHead(module.states_width())
-            models.freeze_unreached(module)
+            module.value_head = policy_with_value.ValueHead(module.states_width())
+            trainable.freeze_unreached(module)
             one, two = (_kept(module, config, rows, autocast) for rows in (1, 2))
         except DataDependentOutputException as error:
             raise ConfigError(
@@ -510,7 +511,7 @@ def _reward_sizes(config: Config, path: str | None, device: str) -> tuple[int, i
     return count * size, size * tokens * (4 * text.hidden_size + 2 * middle + text.num_attention_heads * tokens)
 
 
-def _kept(module: models.PolicyWithValue, config: Config, rows: int, autocast: bool) -> dict[str, int]:
+def _kept(module: policy_with_value.PolicyWithValue, config: Config, rows: int, autocast: bool) -> dict[str, int]:
     """Bytes that autograd keeps of a forward pass of this many samples of full length, weights not counted: `all` but
     the vocabulary's, those (`logits`), the most that a `layer` keeps, what lies `outside` of layers, and the `inputs`
     of layers."""

@@ -18,7 +18,9 @@ from rlhf_accel.data import wheels
 from rlhf_accel.data.loading import adapted, adapter_config
 from rlhf_accel.data.tokenizer import Tokens
 from rlhf_accel.distributed.runtime import failure
-from rlhf_accel.models.policy import CRITIC, DTYPES, load_export, load_pretrained, logits_of, scaled_adapter
+from rlhf_accel.models.calls import logits_of
+from rlhf_accel.models.loading import DTYPES, load_export, load_pretrained
+from rlhf_accel.models.lora import CRITIC, scaled_adapter
 from rlhf_accel.models.probes import Finding, export_is_memory
 from rlhf_accel.runs.checkpoint import VALUE_HEAD, model_folder
 from rlhf_accel.runs.exports import ExportError

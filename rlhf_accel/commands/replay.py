@@ -17,7 +17,8 @@ from rlhf_accel.config.loading import for_a_look
 from rlhf_accel.config.schema import RewardConfig
 from rlhf_accel.config.trust import add_flag, require_trust
 from rlhf_accel.data import wheels
-from rlhf_accel.models.policy import DTYPES, model_inputs
+from rlhf_accel.models.calls import model_inputs
+from rlhf_accel.models.loading import DTYPES
 from rlhf_accel.reward import RewardError, load_reward
 from rlhf_accel.runs.checkpoint import Dump, read_dump
 from rlhf_accel.runs.metrics import plain

@@ -1,5 +1,5 @@
-"""How a language model of any family is called: the inputs that its forward takes, positions from a mask, and what its
-vocabulary layer reads.
+"""How a language model of any family is called: the inputs of its forward, its logits and its hidden states.
+Knows transformers; knows no tokenizer and no rank.
 """
 
 from __future__ import annotations
@@ -9,25 +9,13 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-from jaxtyping import Int
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-
-def position_ids(mask: Int[Tensor, "B L"], first: int = 0) -> Int[Tensor, "B L"]:
-    """Positions that count real tokens only, so that padding on the left shifts nothing.
-
-    >>> position_ids(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])).tolist()
-    [[0, 0, 0, 1], [0, 1, 2, 2]]
-    """
-    return (mask.long().cumsum(1) - 1).clamp(min=0) + first
-
-
-def first_position(model: Any) -> int:
-    """The position of a text's first token: RoBERTa and its kin count on from their padding id, all others from 0."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    table = getattr(getattr(getattr(base, "base_model", None), "embeddings", None), "position_embeddings", None)
-    padding = getattr(table, "padding_idx", None)
-    return 0 if padding is None else padding + 1
+from rlhf_accel.algorithm.batches import Sequences
+from rlhf_accel.models.loading import LanguageModel
+from rlhf_accel.models.positions import first_position, position_ids
 
 
 def accepted(model: Any, **extras: Any) -> dict[str, Any]:
@@ -47,3 +35,55 @@ def vocabulary_inputs(model: Any) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         handle.remove()
+
+
+def model_inputs(sequences: Sequences) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return sequences.queries, sequences.query_mask, sequences.responses, sequences.response_mask
+
+
+def response_logits(
+    model: LanguageModel, queries: Tensor, query_mask: Tensor, responses: Tensor, response_mask: Tensor
+) -> tuple[Float[Tensor, "B R V"], Float[Tensor, "B R H"]]:
+    """The logits that each response token was chosen from, and the hidden state under them.
+
+    Only these positions go through the vocabulary layer. The hidden state is taken at that layer's input, so that a
+    model's own scaling or capping of logits is kept and no other layer's states are held.
+    """
+    with vocabulary_inputs(model) as seen:
+        inputs = trunk_inputs(model, queries, query_mask, responses, response_mask)
+        # As indices, not as a number: a slice of the trunk's output would be a strided view, for which the CPU's
+        # matrix product with the vocabulary falls back to one small product for each row.
+        positions = torch.arange(queries.shape[1] - 1, inputs["input_ids"].shape[1] - 1, device=queries.device)
+        logits = model(**inputs, **accepted(model, logits_to_keep=positions), use_cache=False).logits
+    kept = logits.shape[1] == len(positions)  # False for a model that knows no logits_to_keep
+    return (logits, seen[0]) if kept else (logits[:, positions], seen[0][:, positions])
+
+
+def response_hidden(
+    trunk: LanguageModel, queries: Tensor, query_mask: Tensor, responses: Tensor, response_mask: Tensor
+) -> Float[Tensor, "B R H"]:
+    """The last hidden state before each response token, from a transformer without a head."""
+    length = responses.shape[1]
+    inputs = trunk_inputs(trunk, queries, query_mask, responses, response_mask)
+    hidden: Tensor = trunk(**inputs, use_cache=False).last_hidden_state
+    return hidden[:, -length - 1 : -1]
+
+
+def logits_of(model: LanguageModel, ids: Int[Tensor, "B L"]) -> Tensor:
+    """A model's logits for rows without padding, without a gradient, as `export_is_memory` compares them: (B, L, V) of
+    a language model, (B, K) of a classifier."""
+    with torch.no_grad():
+        mask = torch.ones_like(ids)
+        logits: Tensor = model(input_ids=ids, **accepted(model, attention_mask=mask, use_cache=False)).logits
+    return logits
+
+
+def trunk_inputs(
+    model: LanguageModel, queries: Tensor, query_mask: Tensor, responses: Tensor, response_mask: Tensor
+) -> dict[str, Tensor]:
+    mask = torch.cat([query_mask, response_mask], dim=1).long()
+    return {
+        "input_ids": torch.cat([queries, responses], dim=1),
+        "attention_mask": mask,
+        **accepted(model, position_ids=position_ids(mask, first_position(model))),
+    }

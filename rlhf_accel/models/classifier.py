@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from rlhf_accel.config.schema import RewardTrainingConfig
 from rlhf_accel.data import wheels
 from rlhf_accel.data.loading import adapted, pretrained
-from rlhf_accel.models import adapters
+from rlhf_accel.models import lora
 from rlhf_accel.system.errors import ConfigError, key_in
 from rlhf_accel.system.files import replace_folder, work_folder
 
@@ -139,7 +139,7 @@ def load(config: RewardTrainingConfig, tokenizer: Any, labels: Sequence[str]) ->
         r=config.lora.r,
         lora_alpha=config.lora.alpha,
         lora_dropout=config.lora.dropout,
-        target_modules=adapters.targets(model, targets),
+        target_modules=lora.targets(model, targets),
         modules_to_save=[*outside, *(name for name in new_layers if name.partition(".")[0] not in outside)],
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in model.modules()),  # GPT-2 keeps its matrices so
     )

@@ -42,7 +42,7 @@ from rlhf_accel.models.classifier import (
     settle_padding,
     stored_dtype,
 )
-from rlhf_accel.models.policy import DTYPES, load_pretrained
+from rlhf_accel.models.loading import DTYPES, load_pretrained
 from rlhf_accel.models.probes import scored_alone, trained_scored
 from rlhf_accel.reward.borrowed import restored_globals
 from rlhf_accel.system.errors import ConfigError, key_in

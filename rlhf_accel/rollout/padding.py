@@ -15,7 +15,8 @@ from torch import Tensor
 
 from rlhf_accel.algorithm import ppo
 from rlhf_accel.algorithm.batches import Sequences
-from rlhf_accel.models.policy import PolicyWithValue, model_inputs, response_hidden, response_logits
+from rlhf_accel.models.calls import model_inputs, response_hidden, response_logits
+from rlhf_accel.models.policy_with_value import PolicyWithValue
 from rlhf_accel.models.probes import Finding, rounding_limit
 from rlhf_accel.rollout.sampling import SamplingSettings, sample, uniforms
 

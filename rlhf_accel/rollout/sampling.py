@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rlhf_accel.algorithm import ppo
-from rlhf_accel.models.calls import accepted, first_position, position_ids, vocabulary_inputs
+from rlhf_accel.models.calls import accepted, vocabulary_inputs
+from rlhf_accel.models.positions import first_position, position_ids
 
 
 @dataclass(frozen=True, kw_only=True)

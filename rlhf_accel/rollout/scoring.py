@@ -20,7 +20,10 @@ from rlhf_accel.config.schema import RolloutConfig
 from rlhf_accel.data.tokenizer import StopCondition, Tokens
 from rlhf_accel.distributed.runtime import Runtime, cut_by_tokens
 from rlhf_accel.models import cpu_kernels as kernels
-from rlhf_accel.models.policy import LanguageModel, end_of_text_ids, model_inputs, reference_policy
+from rlhf_accel.models.calls import model_inputs
+from rlhf_accel.models.loading import LanguageModel
+from rlhf_accel.models.policy import end_of_text_ids
+from rlhf_accel.models.reference import reference_policy
 from rlhf_accel.reward import Reward, RewardError
 from rlhf_accel.rollout import sampling as decoding
 from rlhf_accel.runs.metrics import Stopwatch

@@ -29,7 +29,8 @@ from rlhf_accel.config.schema import Config
 from rlhf_accel.data.cache import sha256
 from rlhf_accel.data.tokenizer import Tokens
 from rlhf_accel.distributed.runtime import Runtime, failure
-from rlhf_accel.models.policy import CRITIC, POLICY, PolicyWithValue
+from rlhf_accel.models.lora import CRITIC, POLICY
+from rlhf_accel.models.policy_with_value import PolicyWithValue
 from rlhf_accel.runs import records
 from rlhf_accel.runs.metrics import NAMES, finite_or_none
 from rlhf_accel.system.errors import ConfigError, Finished, RunFailed

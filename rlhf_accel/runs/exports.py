@@ -14,13 +14,18 @@ from typing import Any
 import torch
 from huggingface_hub.errors import EntryNotFoundError
 from jaxtyping import Int
+from peft import get_peft_model_state_dict, load_peft_weights
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from rlhf_accel.algorithm.batches import PromptBatch
 from rlhf_accel.config.schema import Config
-from rlhf_accel.models.policy import CRITIC, LanguageModel, exported_weights, load_export, loading_settings, logits_of
+from rlhf_accel.models.calls import logits_of
+from rlhf_accel.models.loading import LanguageModel, load_export, load_model
+from rlhf_accel.models.lora import CRITIC, POLICY
+from rlhf_accel.models.policy import loading_settings
 from rlhf_accel.models.probes import Finding, export_is_memory, tensors_are_memory
-from rlhf_accel.system.errors import RunFailed
+from rlhf_accel.system.errors import ConfigError, RunFailed
 from rlhf_accel.system.process import free_memory
 
 _ROWS, _TOKENS = 2, 16  # of the sequences that both models read
@@ -148,3 +153,20 @@ def held_out_ids(prompts: PromptBatch) -> Int[Tensor, "B L"]:
     tokens = prompts.queries[prompts.query_mask]
     length = max(min(_TOKENS, len(tokens) // _ROWS), 1)
     return tokens[: _ROWS * length].reshape(-1, length)
+
+
+def exported_weights(policy: LanguageModel, config: Config, folder: str) -> dict[str, Tensor]:
+    """The weights of a full model or an adapter that a run exported to `folder`, by the names that they have in this
+    policy. Raises `ConfigError` if they are of another kind of policy or cannot be read."""
+    if config.lora.r == 0:
+        return dict(load_model(AutoModelForCausalLM, config.model, folder, torch.float32, "--which").state_dict())
+    # peft's own names in files, found by what becomes of a mark for each tensor.
+    marks = {name: torch.empty(0) for name in policy.state_dict()}
+    in_files = get_peft_model_state_dict(policy, marks, POLICY, save_embedding_layers=False)
+    names = {id(mark): name for name, mark in marks.items()}
+    try:
+        saved = load_peft_weights(folder, device="cpu")
+        return {names[id(mark)]: saved[name] for name, mark in in_files.items()}
+    except Exception as error:  # a missing, broken or foreign file raises many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{folder}: holds no adapter of this run ({reason})") from error

@@ -19,7 +19,7 @@ from rlhf_accel.config.keys import flatten
 from rlhf_accel.config.schema import Config
 from rlhf_accel.data.tokenizer import Tokens
 from rlhf_accel.distributed.runtime import Runtime, each_once, failure, missing, post
-from rlhf_accel.models.policy import logits_of
+from rlhf_accel.models.calls import logits_of
 from rlhf_accel.models.probes import fp32_products
 from rlhf_accel.runs import checkpoint, hub
 from rlhf_accel.runs.cards import base_model, model_card

@@ -26,8 +26,10 @@ from rlhf_accel.data import wheels
 from rlhf_accel.data.reward_texts import special_token
 from rlhf_accel.data.tokenizer import Tokens
 from rlhf_accel.distributed.runtime import Runtime, cut_micro_batches, missing
-from rlhf_accel.models import adapters, probes
+from rlhf_accel.models import calls, loading, lora, policy_with_value, positions, probes
 from rlhf_accel.models import policy as models
+from rlhf_accel.models.reference import load_reference
+from rlhf_accel.models.trainable import freeze_unreached, learning, parameter_groups
 from rlhf_accel.reward import (
     Classifier,
     Reward,
@@ -121,8 +123,8 @@ class PPOTrainer:
 
         policy = models.load_policy(config, policy_path, self.runtime.device)
         self.keeper.left_out = models.left_out(policy, config.model, policy_path)
-        models.check_window(config, policy, len(self.tokens.prefix))
-        reference = models.load_reference(config, policy)
+        positions.check_window(config, policy, len(self.tokens.prefix))
+        reference = load_reference(config, policy)
         reward_path = self._reward_path()
         self.reward = self._load_reward(reward, reward_path)
         self._check_turns()
@@ -133,7 +135,7 @@ class PPOTrainer:
         module = self._build(policy, policy_path, reward_path)
         self._what_runs = self._describe(module)
         optim = config.optim
-        groups = models.parameter_groups(module, optim)
+        groups = parameter_groups(module, optim)
         optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
         self.runtime.prepare(module, optimizer, self.resume_from)
         # On all ranks alike, whatever hardware each has: they have to run the same passes.
@@ -244,7 +246,7 @@ class PPOTrainer:
             prompts = data.own_prompts(prompts, self.tokens)
         policy, new_tokens = self.runtime.plain_module.policy, self.config.rollout.max_new_tokens
         lengths = prompts.query_mask.sum(1).tolist()
-        models.check_prompts(policy, prompts.texts, lengths, new_tokens, "rollout.max_new_tokens")
+        positions.check_prompts(policy, prompts.texts, lengths, new_tokens, "rollout.max_new_tokens")
         minibatches = self.config.ppo.num_minibatches
         if len(prompts) < minibatches:
             raise ConfigError(
@@ -294,7 +296,7 @@ class PPOTrainer:
         """PPO's epochs over the experience; stops early where ppo.target_kl_stop says so."""
         config = self.config.ppo
         totals = _UpdateTotals()
-        with models.learning(self.runtime.module, self.config):
+        with learning(self.runtime.module, self.config):
             for epoch in range(config.ppo_epochs):
                 order = np.random.default_rng((_MINIBATCHES, self.config.run.seed, step, epoch)).permutation(
                     len(experience)
@@ -372,7 +374,7 @@ class PPOTrainer:
         length = mask.shape[1]
 
         def loss() -> Tensor:
-            new = self.runtime.module(*models.model_inputs(sequences), with_entropy=config.entropy_coef > 0)
+            new = self.runtime.module(*calls.model_inputs(sequences), with_entropy=config.entropy_coef > 0)
             policy = ppo.policy_loss(
                 new.logprobs, part.old_logprobs[:, :length], part.advantages[:, :length], mask, config.cliprange
             )
@@ -445,7 +447,7 @@ class PPOTrainer:
         most = max(self.config.ppo.micro_batch_tokens // int(rollout.sequences.lengths.max()), 1)
         few = rollout.sequences.select(torch.arange(min(_LOOKED_AT, most, len(rollout)))).trimmed()
         with self.runtime.gathered(), self.runtime.autocast():
-            sizes = models.logit_sizes(self.runtime.plain_module, few.to(self.runtime.device))
+            sizes = policy_with_value.logit_sizes(self.runtime.plain_module, few.to(self.runtime.device))
         spacing = probes.logit_spacing(sizes, self._dtype) / self.config.rollout.temperature
         return probes.ratio_limits(spacing, self._dtype)
 
@@ -468,7 +470,7 @@ class PPOTrainer:
             # A rank without a share reads a row that is not counted: the pass may be a collective.
             chunk = drawn.sequences if len(drawn) else rollout.sequences.select(torch.tensor([0]))
             with self.runtime.autocast():
-                passed = self.runtime.plain_module(*models.model_inputs(chunk.to(self.runtime.device)))
+                passed = self.runtime.plain_module(*calls.model_inputs(chunk.to(self.runtime.device)))
         mask = drawn.sequences.response_mask
         off = (passed.logprobs.float().cpu()[: len(drawn), : mask.shape[1]] - drawn.logprobs)[mask].double()
         total, count = self.runtime.sum(torch.stack([off.square().sum(), torch.tensor(float(off.numel()))])).tolist()
@@ -498,11 +500,13 @@ class PPOTrainer:
             if not finding.passed:
                 raise RunFailed(f"{metric} is {metrics[metric]:.4g} at step 1: {finding.message}")
 
-    def _build(self, policy: models.LanguageModel, policy_path: str, reward_path: str | None) -> models.PolicyWithValue:
+    def _build(
+        self, policy: loading.LanguageModel, policy_path: str, reward_path: str | None
+    ) -> policy_with_value.PolicyWithValue:
         """The module, of which learns what text reaches; the rest is noted as frozen. Raises `ConfigError`."""
         try:
-            module = models.build(self.config, policy, policy_path, reward_path)
-            self._frozen = models.freeze_unreached(module)
+            module = policy_with_value.build(self.config, policy, policy_path, reward_path)
+            self._frozen = freeze_unreached(module)
         except ConfigError:
             raise
         except Exception as error:  # models are many, and this is the first pass
@@ -510,9 +514,9 @@ class PPOTrainer:
             raise ConfigError(f"{said}", key="model.name_or_path") from error
         return module
 
-    def _check_adapters(self, policy: models.LanguageModel) -> None:
+    def _check_adapters(self, policy: loading.LanguageModel) -> None:
         """Raises `ConfigError` if ZeRO-3 would cut a tensor that an adapter has to be added to."""
-        name = adapters.on_tensors(policy)
+        name = lora.on_tensors(policy)
         if name is not None:
             targets = list(self.config.lora.target_modules or ())
             raise ConfigError(
@@ -814,7 +818,7 @@ class PPOTrainer:
 
     def arithmetic(self) -> dict[str, str]:
         """What `auto` became on this device, for a dump to be run again in the same way."""
-        names = {dtype: name for name, dtype in models.DTYPES.items()}
+        names = {dtype: name for name, dtype in loading.DTYPES.items()}
         found = {
             "device": self.runtime.device.type,
             "precision": self.runtime.precision,
@@ -825,7 +829,7 @@ class PPOTrainer:
                 found["reward_dtype"] = names[term.dtype]
         return found
 
-    def _describe(self, module: models.PolicyWithValue) -> str:
+    def _describe(self, module: policy_with_value.PolicyWithValue) -> str:
         trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
         held = sum(p.numel() for p in module.parameters())
         dtype = str(models.resolve_dtype(self.config, self.runtime.device)).removeprefix("torch.")
@@ -837,7 +841,7 @@ class PPOTrainer:
         )
         return "\n".join([said, *self._notes_on(module)])
 
-    def _notes_on(self, module: models.PolicyWithValue) -> list[str]:
+    def _notes_on(self, module: policy_with_value.PolicyWithValue) -> list[str]:
         """What was chosen for this family and not by the config."""
         notes = []
         if self._frozen:
@@ -845,8 +849,8 @@ class PPOTrainer:
             notes.append(
                 f"{len(self._frozen)} tensors stay frozen, since no text reaches them ({', '.join(parts[:3])})"
             )
-        lora, family = self.config.lora, str(module.policy.config.model_type)
-        if lora.r and lora.target_modules is None and lora.adapter is None and not adapters.knows(family):
+        settings, family = self.config.lora, str(module.policy.config.model_type)
+        if settings.r and settings.target_modules is None and settings.adapter is None and not lora.knows(family):
             notes.append(f"adapters on all linear layers but experts and routers: peft has no default for {family}")
         return notes
 

@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from rlhf_accel.config.loading import parse
 from rlhf_accel.config.schema import Config
 from rlhf_accel.distributed.runtime import Runtime
+from rlhf_accel.models import calls
 from rlhf_accel.models import cpu_kernels as kernels
-from rlhf_accel.models import policy as models
 from rlhf_accel.training.ppo_trainer import PPOTrainer
 
 # fp32 that is fp32 also on a CPU with bf16 units, which tune_process() would use: the runs are compared digit by digit.
@@ -36,7 +36,7 @@ torch.set_float32_matmul_precision = lambda _: None
 torch.set_num_threads(1)
 kernels._WORTH_PACKING = 1  # else none of a tiny model's layers would be packed
 
-response_logits = models.response_logits
+response_logits = calls.response_logits
 
 
 def check_that_weights_are_cut(trainer: PPOTrainer) -> None:
@@ -76,7 +76,7 @@ def poison(trainer: PPOTrainer, what: str) -> None:
         bad = once_nan(lambda *args, **columns: torch.tensor(function(*args, **columns)), in_step_one)
         trainer.reward = replace(trainer.reward, terms=((name, weight, bad),))
     else:
-        models.response_logits = once_nan(models.response_logits, in_step_one)
+        calls.response_logits = once_nan(calls.response_logits, in_step_one)
 
 
 def fill_the_disk(trainer: PPOTrainer) -> None:
@@ -160,7 +160,7 @@ def main() -> None:
                 raise AssertionError("the run did not stop")
         else:
             trainer.fit()
-        models.response_logits = response_logits
+        calls.response_logits = response_logits
 
 
 if __name__ == "__main__":

@@ -1,0 +1,156 @@
+"""Policy and value model as one module. Knows no tokenizer and no rank."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from peft import TaskType
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+from rlhf_accel.algorithm import ppo
+from rlhf_accel.algorithm.batches import Sequences, TokenOutputs
+from rlhf_accel.config.schema import Config
+from rlhf_accel.models import calls
+from rlhf_accel.models.loading import LanguageModel, load_model
+from rlhf_accel.models.lora import CRITIC, adapter, with_adapter
+from rlhf_accel.models.policy import with_checkpointing
+from rlhf_accel.system.errors import ConfigError
+
+
+class ValueHead(nn.Module):
+    """A scalar for each hidden state, in fp32 whatever the trunk computes in: it is small and its targets are fine.
+
+    Starts at zero (Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO"): values say nothing until they
+    have learnt something, and every world size starts from the same ones.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, width))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, hidden: Float[Tensor, "B R H"]) -> Float[Tensor, "B R"]:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nn.functional.linear(hidden.float(), self.weight, self.bias)[..., 0]
+
+
+class PolicyWithValue(nn.Module):
+    """A causal language model with a critic, prepared and optimised as one.
+
+    The value head reads `critic`, a transformer without a head; where that is None, the policy's own trunk: with the
+    policy's adapter, or with an adapter of its own if the policy has one by the name `CRITIC`.
+    """
+
+    def __init__(
+        self, policy: LanguageModel, critic: LanguageModel | None, temperature: float, width: int | None = None
+    ) -> None:
+        """`width` is that of the states that the head reads, where it is known already."""
+        super().__init__()
+        self.policy: LanguageModel = policy
+        self.critic: LanguageModel | None = critic
+        self.temperature = temperature
+        self.value_head = ValueHead(self.states_width() if width is None else width)
+
+    def forward(
+        self,
+        queries: Tensor,
+        query_mask: Tensor,
+        responses: Tensor,
+        response_mask: Tensor,
+        *,
+        with_entropy: bool = False,
+    ) -> TokenOutputs:
+        """Log-probability, value and, if asked for, entropy at every response token; shapes as in `Sequences`.
+
+        The value of a token is read where the policy chose it, from the state before it.
+        """
+        inputs = (queries, query_mask, responses, response_mask)
+        logits, hidden = calls.response_logits(self.policy, *inputs)
+        logprobs = ppo.token_logprobs(logits, responses, self.temperature)
+        entropy = ppo.token_entropy(logits, self.temperature) if with_entropy else None
+        values = self.value_head(hidden) if self.critic_reads_policy else self.values(*inputs)
+        return TokenOutputs(logprobs=logprobs, values=values, entropy=entropy)
+
+    def states_width(self) -> int:
+        """Of the states that the head reads, by a pass where it is not the vocabulary layer's: some trunks project them
+        (OPT-350m), some vocabulary layers read others (RemBERT), and configs of parts have several sizes."""
+        if self.critic_reads_policy:
+            return int(self.policy.get_output_embeddings().in_features)
+        with self.critic_trunk() as trunk, torch.no_grad():
+            ids = torch.ones(1, 2, dtype=torch.int64, device=next(trunk.parameters()).device)
+            states = trunk(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state
+            return int(states.shape[-1])
+
+    @property
+    def critic_reads_policy(self) -> bool:
+        """Whether the value head reads the very states that the policy's vocabulary layer reads."""
+        return self.critic is None and CRITIC not in getattr(self.policy, "peft_config", ())
+
+    def values(
+        self, queries: Tensor, query_mask: Tensor, responses: Tensor, response_mask: Tensor
+    ) -> Float[Tensor, "B R"]:
+        """The values alone, of a critic that has a pass of its own."""
+        with self.critic_trunk() as trunk:
+            states = calls.response_hidden(trunk, queries, query_mask, responses, response_mask)
+            values: Tensor = self.value_head(states)
+            return values
+
+    @contextlib.contextmanager
+    def critic_trunk(self) -> Iterator[LanguageModel]:
+        """The transformer that such a critic reads; with the critic's adapter while the context lasts."""
+        if self.critic is not None:
+            yield self.critic
+            return
+        with adapter(self.policy, CRITIC):
+            whole = self.policy.get_base_model()
+            # Llama 4 names its trunk by another prefix than the one under which it has it.
+            yield whole.base_model if whole.base_model is not whole else whole.model
+
+
+@torch.no_grad()
+def logit_sizes(module: PolicyWithValue, sequences: Sequences) -> Float[Tensor, " n"]:
+    """For each response token that counts, how large the logits are that its log-probability is made of: its own or the
+    row's largest one, whichever is larger without its sign."""
+    logits, _ = calls.response_logits(module.policy, *calls.model_inputs(sequences))
+    own = logits.gather(-1, sequences.responses[..., None])[..., 0]
+    return torch.maximum(own.abs(), logits.amax(-1).abs()).float()[sequences.response_mask]
+
+
+def build(config: Config, policy: LanguageModel, policy_path: str, reward_path: str | None) -> PolicyWithValue:
+    """The policy with the critic that model.critic asks for.
+
+    Raises `ConfigError` if the critic cannot start from the reward model: other architecture or other vocabulary.
+    """
+    if config.model.critic in ("head", "adapter"):
+        return with_critic(config, policy, None)
+    dtype = policy.get_base_model().dtype if config.lora.r else torch.float32
+    if config.model.critic_init == "policy":
+        critic = load_model(AutoModel, config.model, policy_path, dtype)
+    else:
+        assert reward_path is not None, "checked by the config"
+        classifier = load_model(AutoModelForSequenceClassification, config.model, reward_path, dtype, "reward.model")
+        ours, theirs = policy.config, classifier.config
+        if (ours.model_type, ours.vocab_size) != (theirs.model_type, theirs.vocab_size):
+            raise ConfigError(
+                f"model.critic_init=reward: the reward model ({theirs.model_type}, vocabulary {theirs.vocab_size}) "
+                f"does not read what the policy writes ({ours.model_type}, {ours.vocab_size}); use "
+                "model.critic_init=policy",
+                key="model.critic_init",
+            )
+        critic = classifier.base_model
+    return with_critic(config, policy, critic)
+
+
+def with_critic(
+    config: Config, policy: LanguageModel, critic: LanguageModel | None, width: int | None = None
+) -> PolicyWithValue:
+    """The policy with its value head, which reads `critic`, a transformer as loaded, or the policy's own trunk."""
+    if critic is not None:
+        critic = with_checkpointing(critic, config)
+        if config.lora.r:
+            critic = with_adapter(critic, config, TaskType.FEATURE_EXTRACTION)
+    return PolicyWithValue(policy, critic, config.rollout.temperature, width)
