@@ -141,7 +141,7 @@ def _leave(said: str, status: int) -> NoReturn:
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        from rlhf_accel.distributed.runtime import first_of_all
+        from rlhf_accel.distributed.liveness import first_of_all
 
         speaks = first_of_all("error")
         silent = not speaks  # somebody has said it

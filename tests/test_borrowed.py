@@ -199,7 +199,7 @@ def test_a_run_under_a_careless_reward_is_the_run_under_a_careful_one(tiny, tmp_
         settings = {"run": {"output_dir": str(folder), "total_steps": 2}, "lora": {"r": 2, "dropout": 0.3}}
         trainer = PPOTrainer(tiny(**settings, reward={"function": []}), reward=reward)
         trainer.fit()
-        weights = trainer.runtime.learned_weights()
+        weights = trainer.runtime.trainable_weights()
         rows.append({key: weight.clone() for key, weight in weights.items()})
     assert rows[0].keys() == rows[1].keys()
     assert all(torch.equal(rows[0][key], rows[1][key]) for key in rows[0])
@@ -207,7 +207,7 @@ def test_a_run_under_a_careless_reward_is_the_run_under_a_careful_one(tiny, tmp_
 
 CLOSES = """
 import os, sys
-from rlhf_accel.borrowed import restored_globals
+from rlhf_accel.reward.borrowed import restored_globals
 with restored_globals("reward=closes"):
     sys.stdout.close()
     os.close(1)
@@ -226,8 +226,8 @@ def test_streams_that_a_reward_closes_are_open_again(tmp_path) -> None:
 
 CLOSES_GUARDED = """
 import sys
-from rlhf_accel import console
-from rlhf_accel.borrowed import restored_globals
+from rlhf_accel.system import console
+from rlhf_accel.reward.borrowed import restored_globals
 with console.guarded():
     guard = sys.stdout
     for close in (sys.stdout.close, sys.__stdout__.close):

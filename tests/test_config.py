@@ -537,8 +537,8 @@ def test_an_estimator_that_drives_the_policy_away_is_refused_and_old_runs_with_i
 # key to change.
 KEYLESS = {
     *("checkpoint.model_folder", "checkpoint.read_summary", "checkpoint.reward_scale", "checkpoint.read_dump"),
-    *("loading.parse", "prompts.own_prompts", "runtime.__init__", "runtime._check_precision_of_process"),
-    *("runtime._deepspeed_plugin", "runtime.set_weights", "doctor.build"),
+    *("loading.parse", "prompts.own_prompts", "accelerator.make_accelerator", "accelerator.check_precision_of_process"),
+    *("deepspeed_config.deepspeed_plugin", "weights.set_weights", "doctor.build"),
     *("evaluate._config", "evaluate.of", "evaluate.reference_scores", "generate._load", "hub.main"),
     *("generate._prompts", "generate.write"),
     *("loading.adapter_config", "merge.merge", "merge._settings", "metrics._unreadable", "replay.main"),

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from rlhf_accel.commands import doctor
-from rlhf_accel.distributed import runtime as distributed
+from rlhf_accel.distributed import deepspeed, portable, weights
 from rlhf_accel.distributed.runtime import Runtime
 from rlhf_accel.models import calls
 from rlhf_accel.runs import checkpoint, exports
@@ -105,18 +105,16 @@ def test_buffers_are_in_models_checkpoints_and_whole_weights(tiny, gemma4_folder
     stated = exports.exported_weights(whole.policy, config, str(run_folder / "final"))
     resumed.runtime.set_weights({f"policy.{name}": weight for name, weight in stated.items()})
     assert scalar(whole.policy) == 2
-    resumed.runtime._skeleton = distributed._skeleton(whole)
+    skeleton = deepspeed.skeleton(whole)
     whole.policy.get_buffer(SCALAR).fill_(4.0)
-    resumed.runtime.zero_stage, resumed.runtime._gather_parameters = 3, "always"
-    resumed.runtime._together = lambda parameters: [parameters]
-    with resumed.runtime.gathered():
-        assert resumed.runtime.plain_module is not whole and scalar(resumed.runtime.plain_module.policy) == 4
+    copies = weights.whole_weights(whole, lambda parameters: [parameters], torch.clone)
+    assert scalar(deepspeed.filled(skeleton, copies).policy) == 4
 
-    weights = load_file(place / "learned.safetensors")  # of a version that knew no buffers
-    old = {name: weight for name, weight in weights.items() if "layer_scalar" not in name}
-    assert len(old) == len(weights) - 2
+    saved = load_file(place / "learned.safetensors")
+    old = {name: weight for name, weight in saved.items() if "layer_scalar" not in name}  # of a version without buffers
+    assert len(old) == len(saved) - 2
     save_file(old, place / "learned.safetensors")
-    distributed._load_weights(whole, place)
+    portable.load_weights(whole, place)
     assert scalar(whole.policy) == 4
 
 
@@ -125,10 +123,10 @@ def test_an_export_without_a_buffer_ends_the_run_and_takes_no_place(
 ) -> None:
     run = {"total_steps": 1, "eval_every": 1, "eval_samples": 2}
     trainer = PPOTrainer(tiny(run=run, model={"name_or_path": str(gemma4_folder)}, ppo={"ppo_epochs": 1}))
-    learned = Runtime.learned_weights
+    learned = Runtime.trainable_weights
     monkeypatch.setattr(
         Runtime,
-        "learned_weights",
+        "trainable_weights",
         lambda self, **which: {name: w for name, w in learned(self, **which).items() if SCALAR not in name},
     )
     before = tmp_path / "run" / "best" / "from before"

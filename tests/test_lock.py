@@ -16,7 +16,7 @@ from rlhf_accel.training.ppo_trainer import PPOTrainer
 HOLD = """
 import sys, time
 from pathlib import Path
-from rlhf_accel import lock
+from rlhf_accel.system import lock
 if sys.argv[2] == "none":
     lock._system_lock = lambda handle: None
 held = lock.hold(Path(sys.argv[1]), "it", "run.output_dir")

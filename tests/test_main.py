@@ -21,7 +21,7 @@ from rlhf_accel.config.keys import key_names
 from rlhf_accel.config.loading import load, parse, to_yaml
 from rlhf_accel.config.schema import Config, DataConfig
 from rlhf_accel.data.prompts import split_rows
-from rlhf_accel.distributed import runtime as distributed
+from rlhf_accel.distributed import liveness
 from rlhf_accel.system.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("exact_fp32")
@@ -504,6 +504,6 @@ def test_before_processes_met_the_first_of_a_node_speaks_and_others_wait_for_it(
 @pytest.mark.parametrize("is_first", [True, False])
 def test_after_processes_met_one_speaks(waits, capsys, monkeypatch, is_first):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(distributed, "first_of_all", lambda what: is_first)
+    monkeypatch.setattr(liveness, "first_of_all", lambda event: is_first)
     assert leave(capsys) == int(is_first)
     assert len(waits) == int(not is_first)

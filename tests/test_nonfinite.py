@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 from rlhf_accel.config.loading import to_yaml
 from rlhf_accel.config.schema import Config
+from rlhf_accel.distributed import liveness
 from rlhf_accel.system import signals as vigil
 from rlhf_accel.system.errors import RunFailed
 from rlhf_accel.training.ppo_trainer import PPOTrainer
@@ -178,16 +179,16 @@ def signalled(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
     """A function that has this process sent a signal when a run enters a phase."""
 
     def at(phase: str, number: int = signal.SIGTERM) -> None:
-        enter = vigil.Heartbeat.__call__
+        enter = liveness.Heartbeat.__call__
         sent: list[str] = []
 
-        def entering(self: vigil.Heartbeat, said: str) -> None:
+        def entering(self: liveness.Heartbeat, said: str) -> None:
             enter(self, said)
             if said == phase and not sent:
                 sent.append(said)
                 signal.raise_signal(number)
 
-        monkeypatch.setattr(vigil.Heartbeat, "__call__", entering)
+        monkeypatch.setattr(liveness.Heartbeat, "__call__", entering)
 
     return at
 
@@ -267,7 +268,7 @@ def test_a_second_signal_is_obeyed_at_once() -> None:
     """Also in a call that no handler interrupts, such as one that waits for other processes: a lock that is held."""
     script = """
 import ctypes, os, signal, threading, time
-from rlhf_accel.vigil import StopRequest
+from rlhf_accel.system.signals import StopRequest
 with StopRequest() as request:
     os.kill(os.getpid(), signal.SIGUSR1)
     assert request.received == "SIGUSR1"

@@ -800,7 +800,7 @@ def test_learning_rates():
 def test_the_critic_keeps_its_own_rate_through_the_schedule(tiny):
     trainer = PPOTrainer(tiny(model={"critic": "separate"}, optim={"lr": 1e-3, "critic_lr": 1e-2, "warmup_steps": 2}))
     trainer.step(["The film"] * 8)
-    rates = {group["lr"] for group in trainer.runtime._optimizer.param_groups}
+    rates = {group["lr"] for group in trainer.runtime._engine.optimizer.param_groups}
     assert rates == {0.5e-3, 0.5e-2}
 
 

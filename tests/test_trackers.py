@@ -34,7 +34,7 @@ class Broken:
 
 def test_a_tracker_that_fails_is_said_once_and_ends_nothing(tiny, monkeypatch, capsys):
     trainer = PPOTrainer(tiny(run={"total_steps": 3, "eval_samples": 0, "sample_every": 1}))
-    monkeypatch.setattr(trainer.runtime, "_start_trackers", lambda *_: None)
+    monkeypatch.setattr(trainer.runtime.trackers, "_start", lambda *_: None)
     trainer.runtime._accelerator.trackers = [Broken()]
     assert trainer.fit()["steps"] == 3
     said = " ".join(capsys.readouterr().out.split())
@@ -47,14 +47,14 @@ def test_a_tracker_that_fails_only_at_the_end_is_said_too(tiny, monkeypatch, cap
     trainer = PPOTrainer(tiny(run={"total_steps": 1, "eval_samples": 0}))
     broken = Broken()
     broken.log = lambda values, step=None: None
-    monkeypatch.setattr(trainer.runtime, "_start_trackers", lambda *_: None)
+    monkeypatch.setattr(trainer.runtime.trackers, "_start", lambda *_: None)
     trainer.runtime._accelerator.trackers = [broken]
     assert trainer.fit()["steps"] == 1
     assert "broken failed (ValueError: never finished)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_loads(tiny, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("rlhf_accel.distributed.runtime.get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr("rlhf_accel.distributed.trackers.get_available_trackers", lambda: ["tensorboard"])
     (tmp_path / "config.yaml").write_text(to_yaml(tiny(run={"trackers": ["tensorboard", "mlflow", "comet_ml"]})))
     with pytest.raises(SystemExit) as stopped:
         command_line.main(

@@ -25,13 +25,14 @@ from rlhf_accel.config.loading import for_a_look, load_run
 from rlhf_accel.config.rules import changed_keys
 from rlhf_accel.config.schema import Config, LoraConfig
 from rlhf_accel.config.trust import add_flag, require_trust
-from rlhf_accel.distributed.runtime import check_portable, failure, portable_weights
+from rlhf_accel.distributed.portable import check_portable, portable_weights
 from rlhf_accel.models.lora import CRITIC, scaled_adapter
 from rlhf_accel.reward import Reward, RewardError, RewardFunction
 from rlhf_accel.runs.checkpoint import CHECKPOINTS, model_folder, read_summary, reward_scale, write_json
 from rlhf_accel.runs.exports import exported_weights
 from rlhf_accel.runs.metrics import Progressline, read_rows
 from rlhf_accel.system.errors import ConfigError, RunFailed, key_in
+from rlhf_accel.system.files import failure
 from rlhf_accel.system.process import reseed
 from rlhf_accel.training.evaluation import EVALUATION_SEED, Evaluation, evaluate, mean_interval
 from rlhf_accel.training.ppo_trainer import PPOTrainer

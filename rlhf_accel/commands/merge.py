@@ -17,7 +17,6 @@ from rlhf_accel.config.trust import add_flag, require_trust
 from rlhf_accel.data import wheels
 from rlhf_accel.data.loading import adapted, adapter_config
 from rlhf_accel.data.tokenizer import Tokens
-from rlhf_accel.distributed.runtime import failure
 from rlhf_accel.models.calls import logits_of
 from rlhf_accel.models.loading import DTYPES, load_export, load_pretrained
 from rlhf_accel.models.lora import CRITIC, scaled_adapter
@@ -26,6 +25,7 @@ from rlhf_accel.runs.checkpoint import VALUE_HEAD, model_folder
 from rlhf_accel.runs.exports import ExportError
 from rlhf_accel.system import files
 from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.system.files import failure
 from rlhf_accel.system.process import quiet_libraries
 from rlhf_accel.system.terminal import say
 

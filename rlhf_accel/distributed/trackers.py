@@ -1,6 +1,6 @@
-"""What each tracker is told beside figures: how its run is named, which run it goes on with, and tables of samples.
+"""Trackers such as TensorBoard, W&B and MLflow: their start, figures, tables of samples, and their failures.
 
-Knows the trackers' own libraries, each imported where it is asked for; knows no Accelerate, no rank and no step of PPO.
+Knows Accelerate's trackers and their own libraries, each imported when it is used; knows no step of PPO.
 """
 
 from __future__ import annotations
@@ -11,17 +11,42 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rlhf_accel.system.files import replace_text
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
+
+from rlhf_accel.config.schema import RunConfig
+from rlhf_accel.distributed.collectives import first_failure
+from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.system.files import failure, replace_text
 
 Rows = Sequence[Mapping[str, Any]]
 
-# What pip installs for a tracker, where that is not its name.
+# The pip package of a tracker, where its name differs.
 PACKAGES = {"comet_ml": "comet-ml"}
 _RUNS = "runs.json"
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises `ConfigError` for trackers that Accelerate does not know, and for those that are not installed, which it
+    would ignore."""
+    for name in names:
+        if name not in LoggerType.list():
+            raise ConfigError(
+                f"run.trackers={list(names)}: {name} is not a tracker; known are {', '.join(LoggerType.list())}",
+                key="run.trackers",
+            )
+    available = [str(name) for name in get_available_trackers()]
+    absent = [name for name in names if name not in (*available, "all")]
+    if absent:
+        raise ConfigError(
+            f"run.trackers={list(names)}: {', '.join(absent)} is not installed; {pip_command(absent)}",
+            key="run.trackers",
+        )
+
+
 def pip_command(names: Sequence[str]) -> str:
-    """What installs these trackers.
+    """The command that installs these trackers.
 
     >>> pip_command(["mlflow", "comet_ml"])
     'pip install mlflow comet-ml'
@@ -29,12 +54,75 @@ def pip_command(names: Sequence[str]) -> str:
     return f"pip install {' '.join(PACKAGES.get(name, name) for name in names)}"
 
 
-def settings(run_name: str, folder: Path, first_step: int | None) -> dict[str, dict[str, Any]]:
-    """What each tracker's start is given, by the tracker's name.
+class Trackers:
+    """The trackers of a run, called by every rank. A tracker may fail at any time, when its server is gone for example:
+    that neither ends the run nor is reported twice."""
 
-    `folder` is the run's trackers/. `first_step` is the first step that a run which goes on logs, None for a run that
-    starts: what TensorBoard holds from there on is of steps that are taken again, and W&B and MLflow go on with the
-    run that `remember` noted.
+    def __init__(self, accelerator: Accelerator, names: Sequence[str]) -> None:
+        self._accelerator = accelerator
+        self._names = names
+        self._failed: set[str] = set()
+
+    def start(self, run: RunConfig, config: dict[str, Any], folder: Path, first_step: int | None) -> None:
+        """Open the run in every tracker, with the flat config as its settings.
+
+        `folder` is the run's; `first_step` as in `settings`. Raises `ConfigError` on every rank if one cannot start.
+        """
+        place = folder / "trackers"
+        self._accelerator.project_configuration.logging_dir = str(place)
+        try:
+            problem = failure(lambda: self._start(run, config, place, first_step))
+        except Exception as error:  # each tracker has errors of its own, and some ask a server
+            problem = f"{type(error).__name__}: {error}"
+        problem = first_failure(self._accelerator, problem)
+        if problem is not None:
+            raise ConfigError(f"run.trackers={list(self._names)} cannot be started: {problem}", key="run.trackers")
+
+    def _start(self, run: RunConfig, config: dict[str, Any], place: Path, first_step: int | None) -> None:
+        self._accelerator.init_trackers(run.project, init_kwargs=settings(run.name, place, first_step))
+        for tracker in self._accelerator.trackers:
+            if not has_settings(tracker.name, place, first_step):
+                tracker.store_init_configuration(config)
+        if self._accelerator.is_main_process and self._accelerator.trackers:
+            remember({tracker.name: self._native(tracker) for tracker in self._accelerator.trackers}, place)
+
+    def log(self, metrics: dict[str, float], step: int) -> list[str]:
+        """Send figures to every tracker. Returns a message for each one that fails for the first time."""
+        return self._on_each(lambda tracker: tracker.log(metrics, step=step))
+
+    def log_table(self, title: str, rows: Rows, step: int) -> list[str]:
+        """Send rows with the same keys to the trackers that hold tables; returns what `log` does."""
+        return self._on_each(lambda tracker: push_table(tracker.name, self._native(tracker), title, rows, step))
+
+    def end(self) -> list[str]:
+        """Have the trackers write what they hold back; returns what `log` does. The process group stays."""
+        problems = self._on_each(lambda tracker: tracker.finish())
+        self._accelerator.trackers = []
+        return problems
+
+    def _native(self, tracker: Any) -> Any:
+        """The tracker's own object, such as a `SummaryWriter`; on the main process."""
+        return self._accelerator.get_tracker(tracker.name, unwrap=True)
+
+    def _on_each(self, work: Callable[[Any], None]) -> list[str]:
+        problems = []
+        for tracker in self._accelerator.trackers if self._accelerator.is_main_process else ():
+            try:
+                problem = failure(lambda tracker=tracker: work(tracker))  # type: ignore[misc]  # a default binds it
+            except Exception as error:  # each tracker has errors of its own
+                problem = f"{type(error).__name__}: {error}"
+            if problem is not None and tracker.name not in self._failed:
+                self._failed.add(tracker.name)
+                problems.append(f"{tracker.name} failed ({' '.join(problem.split())})")
+        return problems
+
+
+def settings(run_name: str, folder: Path, first_step: int | None) -> dict[str, dict[str, Any]]:
+    """The arguments with which each tracker starts, by the tracker's name.
+
+    `folder` is trackers/ in the run's folder. `first_step` is the first step that a resumed run logs, None for a new
+    run: TensorBoard drops what it holds from that step on, since these steps are taken again, and W&B and MLflow
+    continue the run that `remember` noted.
     """
     known = _remembered(folder) if first_step is not None else {}
     return {
@@ -46,13 +134,13 @@ def settings(run_name: str, folder: Path, first_step: int | None) -> dict[str, d
 
 
 def has_settings(name: str, folder: Path, first_step: int | None) -> bool:
-    """Whether the tracker keeps the config that it got when the run started: MLflow refuses a parameter that has
-    changed since, and TensorBoard would list the config once more each time the run goes on. The others replace it."""
+    """Whether the tracker keeps the config from the start of the run: MLflow refuses parameters that have changed, and
+    TensorBoard would list the config again each time the run is resumed. The others replace it."""
     return first_step is not None and name in ("tensorboard", "mlflow") and name in _remembered(folder)
 
 
 def remember(natives: Mapping[str, Any], folder: Path) -> None:
-    """Note which run of each tracker this is, given the trackers' own objects by name. Raises `OSError`."""
+    """Note the run's id in each tracker, given the trackers' own objects by name. Raises `OSError`."""
     runs = _remembered(folder) | {name: str(_ID[name](native)) for name, native in natives.items() if name in _ID}
     folder.mkdir(parents=True, exist_ok=True)
     replace_text(folder / _RUNS, json.dumps(runs))
@@ -74,9 +162,9 @@ _ID: dict[str, Callable[[Any], Any]] = {
 
 
 def push_table(name: str, native: Any, title: str, rows: Rows, step: int) -> None:
-    """Rows with the same keys into a tracker's own object, under `title` and a step; nothing where it holds no tables.
+    """Add rows with the same keys to a tracker's own object, under a title and a step, if it holds tables.
 
-    Raises whatever the tracker does.
+    Raises the tracker's own errors.
     """
     push = _TABLES.get(name)
     if push is not None and rows:
@@ -98,7 +186,7 @@ def _wandb_table(run: Any, title: str, rows: Rows, step: int) -> None:
 def _mlflow_table(run: Any, title: str, rows: Rows, step: int) -> None:
     import mlflow
 
-    # One file, to which each call adds rows.
+    # One file; each call adds rows to it.
     columns = {"step": [step] * len(rows), **{key: [row[key] for row in rows] for key in rows[0]}}
     mlflow.log_table(columns, f"{title}.json", run_id=run.info.run_id)
 

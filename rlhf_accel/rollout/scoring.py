@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from rlhf_accel.algorithm.batches import PromptBatch, Responses, Rollout, Sequences
 from rlhf_accel.config.schema import RolloutConfig
 from rlhf_accel.data.tokenizer import StopCondition, Tokens
-from rlhf_accel.distributed.runtime import Runtime, cut_by_tokens
+from rlhf_accel.distributed.batching import cut_by_tokens
+from rlhf_accel.distributed.runtime import Runtime
 from rlhf_accel.models import cpu_kernels as kernels
 from rlhf_accel.models.calls import model_inputs
 from rlhf_accel.models.loading import LanguageModel

@@ -28,7 +28,7 @@ from rlhf_accel.config.rules import changed_keys
 from rlhf_accel.config.schema import Config
 from rlhf_accel.data.cache import sha256
 from rlhf_accel.data.tokenizer import Tokens
-from rlhf_accel.distributed.runtime import Runtime, failure
+from rlhf_accel.distributed.runtime import Runtime
 from rlhf_accel.models.lora import CRITIC, POLICY
 from rlhf_accel.models.policy_with_value import PolicyWithValue
 from rlhf_accel.runs import records
@@ -36,6 +36,7 @@ from rlhf_accel.runs.metrics import NAMES, finite_or_none
 from rlhf_accel.system.errors import ConfigError, Finished, RunFailed
 from rlhf_accel.system.files import (
     Malformed,
+    failure,
     flush_all,
     name_work_folder,
     read_bounded,
@@ -590,7 +591,7 @@ def export(
 ) -> str | None:
     """Write the policy in Hugging Face form (full model, or peft adapter), the value head beside it, and a model card.
 
-    `weights` are the module's whole weights, as `Runtime.learned_weights` gives them; main process only. `fault` is
+    `weights` are the module's whole weights, as `Runtime.trainable_weights` gives them; main process only. `fault` is
     asked what is wrong with the folder that is to take the place: if anything, that is returned and `folder` stays as
     it was, as it does until the new one is whole. `base` is what an adapter's config then calls its base, where that is
     not the path that was loaded. Raises `OSError` or safetensors' own error if the disk refuses.

@@ -18,7 +18,9 @@ from rlhf_accel.algorithm.batches import Experience
 from rlhf_accel.config.keys import flatten
 from rlhf_accel.config.schema import Config
 from rlhf_accel.data.tokenizer import Tokens
-from rlhf_accel.distributed.runtime import Runtime, each_once, failure, missing, post
+from rlhf_accel.distributed.liveness import Heartbeat
+from rlhf_accel.distributed.runtime import Runtime
+from rlhf_accel.distributed.weights import each_once
 from rlhf_accel.models.calls import logits_of
 from rlhf_accel.models.probes import fp32_products
 from rlhf_accel.runs import checkpoint, hub
@@ -27,10 +29,10 @@ from rlhf_accel.runs.checkpoint import Claim, Dump, Progress, SaveError
 from rlhf_accel.runs.exports import ExportError, ExportProbe
 from rlhf_accel.runs.metrics import Journal, Progressline
 from rlhf_accel.system.errors import ConfigError, RunFailed
+from rlhf_accel.system.files import failure
 from rlhf_accel.system.lock import NEWER_RUN, Lock
 from rlhf_accel.system.process import product_arithmetic
 from rlhf_accel.system.provenance import environment
-from rlhf_accel.system.signals import Heartbeat
 
 _RETRY = 60.0  # seconds until what a run is for is written again, in which somebody may make room
 
@@ -49,7 +51,7 @@ class Keeper:
         self._claim = Claim(lock=None, state=())
         self._lock: Lock | None = None
         self.products = fp32_products(runtime.device)
-        self.heartbeat = Heartbeat(post, missing)
+        self.heartbeat = Heartbeat()
         self.is_open = False
         self.left_out: str | None = None  # of the checkpoint that the policy was loaded from
         self._failed = 0  # saves in a row
@@ -73,7 +75,7 @@ class Keeper:
         # Of a step whose evaluation was due at the checkpoint, no figures were logged before it.
         next_step = progress.step + (progress.unrecorded is None)
         first_step = next_step if self.config.run.resume is not None else None
-        self.runtime.start_trackers(self.config.run, told, self.folder, first_step)
+        self.runtime.trackers.start(self.config.run, told, self.folder, first_step)
 
     def _open_files(self, progress: Progress, place: Path | None) -> Path:
         chosen = self.folder
@@ -115,14 +117,14 @@ class Keeper:
         """Metrics to every sink; what cannot be written is said. Raises `RunFailed` if the folder is another run's."""
         self._check_lock()
         tracked = {key: value for key, value in metrics.items() if key != "step"}
-        self._warn(self.runtime.track(tracked, int(metrics["step"])))
+        self._warn(self.runtime.trackers.log(tracked, int(metrics["step"])))
         if self.runtime.is_main:
             self.journal.record(metrics)
         if self._failed:
             self.line.say(f"warning: {self._failed} checkpoint(s) in a row could not be written; {self.how_to_go_on()}")
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        self._warn(self.runtime.track_table("samples", rows, step))
+        self._warn(self.runtime.trackers.log_table("samples", rows, step))
         if self.runtime.is_main:
             self.journal.samples(step, rows)
 
@@ -165,7 +167,7 @@ class Keeper:
         """
         self._check_lock()
         self.heartbeat(f"writing {name}/")
-        weights = self.runtime.learned_weights(frozen=self.config.lora.r == 0)
+        weights = self.runtime.trainable_weights(with_frozen=self.config.lora.r == 0)
         module, arithmetic = self.runtime.plain_module, self.products.message.partition(";")[0]
         card = model_card(self.config, results, checkpoint.versions(), arithmetic, self.left_out)
         memory = None
@@ -199,7 +201,7 @@ class Keeper:
             checkpoint.write_summary(self.folder, summary)
 
         self._insist(lambda: self._all_or_none(write), "summary.json")
-        self._warn(self.runtime.end_trackers())
+        self._warn(self.runtime.trackers.end())
         self.runtime.close()  # after which processes do not meet any more
         if self.runtime.is_main:
             self.journal.finish(summary)
@@ -229,7 +231,7 @@ class Keeper:
             config=self.config,
             facts=dict(facts),
             experience={name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)},
-            weights={} if experience is None else each_once(self.runtime.learned_weights()),
+            weights={} if experience is None else each_once(self.runtime.trainable_weights()),
         )
         problem = failure(lambda: checkpoint.write_dump(place, dump)) if self.runtime.is_main else None
         if problem is not None:
@@ -239,7 +241,7 @@ class Keeper:
     def close(self) -> None:
         """End the log and the trackers, also of a run that failed; each process for itself."""
         self.heartbeat.close()
-        self._warn(self.runtime.end_trackers())
+        self._warn(self.runtime.trackers.end())
         for lock in (self._lock, self._claim.lock):
             if lock is not None:
                 lock.release()

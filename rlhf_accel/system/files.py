@@ -12,9 +12,11 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 MOST_BYTES = 64 << 20  # of a JSON file
 _DEEPEST, _MOST_PARTS, _MOST_DIGITS = 32, 2_000_000, 40
@@ -172,3 +174,14 @@ def flush_all(folder: Path, *, like: Path) -> None:
         if path.is_file():
             path.chmod(like.stat().st_mode)
         flush(path)
+
+
+def failure(work: Callable[[], None]) -> str | None:
+    """Why the work could not write its files, None if it could. Other errors are raised."""
+    try:
+        work()
+    except OSError as error:
+        return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+    except SafetensorError as error:
+        return str(error)
+    return None

@@ -25,7 +25,9 @@ from rlhf_accel.data import prompts as data
 from rlhf_accel.data import wheels
 from rlhf_accel.data.reward_texts import special_token
 from rlhf_accel.data.tokenizer import Tokens
-from rlhf_accel.distributed.runtime import Runtime, cut_micro_batches, missing
+from rlhf_accel.distributed.batching import cut_micro_batches
+from rlhf_accel.distributed.liveness import is_lost_contact, missing, who_is_missing
+from rlhf_accel.distributed.runtime import Runtime
 from rlhf_accel.models import calls, loading, lora, policy_with_value, positions, probes
 from rlhf_accel.models import policy as models
 from rlhf_accel.models.reference import load_reference
@@ -50,7 +52,7 @@ from rlhf_accel.runs.recorder import Keeper
 from rlhf_accel.runs.report import page as report
 from rlhf_accel.system.errors import ConfigError, RunFailed
 from rlhf_accel.system.process import computes_in_bf16, product_arithmetic, product_error, reseed
-from rlhf_accel.system.signals import STOPPED, StopRequest, is_lost_contact, who_is_missing
+from rlhf_accel.system.signals import STOPPED, StopRequest
 from rlhf_accel.training.evaluation import Evaluation, compare, evaluate, first_samples, sample_pairs
 from rlhf_accel.training.nonfinite import Fault, explain, rollout_fault
 

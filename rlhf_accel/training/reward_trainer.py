@@ -33,7 +33,7 @@ from rlhf_accel.data import reward_texts, wheels
 from rlhf_accel.data.embedded import REWARD_RECIPE
 from rlhf_accel.data.feedback import Feedback, Sets
 from rlhf_accel.data.reward_texts import Probe, Record
-from rlhf_accel.distributed.runtime import release_accelerate
+from rlhf_accel.distributed.accelerator import release_accelerate
 from rlhf_accel.models import classifier as classifiers
 from rlhf_accel.models.probes import trained_scored
 from rlhf_accel.reward import Classifier

@@ -1,0 +1,72 @@
+"""The phase that each process reports, and the message that names the missing ones."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from rlhf_accel.distributed import liveness
+from rlhf_accel.distributed.liveness import Heartbeat, is_lost_contact, who_is_missing
+
+
+def test_each_phase_is_logged_and_posted(tmp_path: Path) -> None:
+    posted: list[str] = []
+    heartbeat = Heartbeat(posted.append)
+    heartbeat("calibration")  # before there is a folder
+    heartbeat.open(tmp_path / "logs" / "rank-3.log")
+    heartbeat("rollout of step 1")
+    heartbeat("score of step 1")
+    heartbeat.close()
+    lines = (tmp_path / "logs" / "rank-3.log").read_text().splitlines()
+    assert [line.split(" ", 1)[1] for line in lines] == ["rollout of step 1", "score of step 1"]
+    assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ ", line) for line in lines)
+    assert [text.partition(" since ")[0] for text in posted] == ["calibration", "rollout of step 1", "score of step 1"]
+    assert heartbeat.now == "score of step 1"
+
+
+def test_a_phase_that_lasts_is_logged_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(liveness, "_LONG", 0.05)
+    heartbeat = Heartbeat()
+    heartbeat.open(tmp_path / "rank-0.log")
+    heartbeat("update of step 7")
+    deadline = time.monotonic() + 20
+    while "still" not in (tmp_path / "rank-0.log").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    heartbeat.close()
+    assert " update of step 7: still, for 0 s\n" in (tmp_path / "rank-0.log").read_text()
+
+
+def test_a_log_that_cannot_be_written_is_ignored(tmp_path: Path) -> None:
+    (tmp_path / "logs").write_text("a file in the way")
+    heartbeat = Heartbeat()
+    heartbeat.open(tmp_path / "logs" / "rank-0.log")
+    heartbeat("rollout of step 1")
+    heartbeat.close()
+    assert heartbeat.now == "rollout of step 1"
+
+
+def test_the_message_names_the_missing_ranks() -> None:
+    heartbeat = Heartbeat()
+    heartbeat("update of step 2")
+    message = who_is_missing(0, heartbeat, {0: "update of step 2 since noon", 5: "score of step 2 since noon"})
+    assert message.startswith("rank 0 ") and " in update of step 2; " in message
+    assert message.endswith("missing: rank 5 (in score of step 2 since noon)")
+    assert "missing: unknown" in who_is_missing(0, heartbeat, {})
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 4000ms for recv operation"), True),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:24452"), True),
+        (RuntimeError("NCCL communicator was aborted on rank 1"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("timed out"), False),
+    ],
+)
+def test_errors_of_collectives_are_recognized(error: Exception, lost: bool) -> None:
+    assert is_lost_contact(error) == lost
