@@ -55,8 +55,9 @@ from rlhf_accel.data.tokenizer import Tokens
 from rlhf_accel.models import cpu_kernels as kernels
 from rlhf_accel.rollout import sampling as decoding
 from rlhf_accel.rollout.scoring import Sampler
+from rlhf_accel.system.arithmetic import computes_in_bf16
 from rlhf_accel.system.errors import ConfigError
-from rlhf_accel.system.process import computes_in_bf16, quiet_libraries, tune_process
+from rlhf_accel.system.process import quiet_libraries, tune_process
 from rlhf_accel.system.provenance import cpu_name
 from rlhf_accel.training.ppo_trainer import PPOTrainer
 

@@ -92,14 +92,14 @@ class Pace(TrainerCallback):
 def peak_memory_mib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    return ours().peak_resident_mib()
+    return ours("memory").peak_resident_mib()
 
 
 @functools.cache
-def ours() -> Any:
-    """rlhf_accel/system/process.py, which needs nothing else of the package: the same settings and the same measure."""
-    file = Path(__file__).parents[1] / "rlhf_accel" / "system" / "process.py"
-    spec = importlib.util.spec_from_file_location("runtime", file)
+def ours(name: str) -> Any:
+    """A file of rlhf_accel/system that imports nothing else of the package: the same settings and the same measure."""
+    file = Path(__file__).parents[1] / "rlhf_accel" / "system" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -118,7 +118,7 @@ def main() -> None:
         # As `accelerate launch --mixed_precision bf16` does; PPOConfig's bf16 alone does nothing.
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     if work["tuned"]:
-        ours().tune_process()
+        ours("process").tune_process()
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(work["path"], padding_side="left")
     dtype = torch.bfloat16 if work["base_dtype"] == "bf16" else torch.float32

@@ -35,8 +35,9 @@ from rlhf_accel.config.schema import RewardConfig
 from rlhf_accel.data import wheels
 from rlhf_accel.reward import TOKEN_VARIABLE, Reward, RewardError, load_reward
 from rlhf_accel.runs.metrics import finite_or_none
+from rlhf_accel.system.arithmetic import has_gpu
 from rlhf_accel.system.errors import ConfigError
-from rlhf_accel.system.process import has_gpu, quiet_libraries, tune_process
+from rlhf_accel.system.process import quiet_libraries, tune_process
 
 LOOPBACK = ("127.0.0.1", "localhost")
 

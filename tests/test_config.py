@@ -542,7 +542,7 @@ KEYLESS = {
     *("evaluate._config", "evaluate.of", "evaluate.reference_scores", "generate._load", "hub.main"),
     *("generate._prompts", "generate.write"),
     *("loading.adapter_config", "merge.merge", "merge._settings", "metrics._unreadable", "replay.main"),
-    *("policy.exported_weights", "page.write", "page.read_run"),
+    *("exports.exported_weights", "page.write", "page.read_run"),
 }
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from rlhf_accel.system.process import computes_in_bf16, multiplies_exactly
+from rlhf_accel.system.arithmetic import computes_in_bf16, multiplies_exactly
 from rlhf_accel.training.ppo_trainer import PPOTrainer
 
 pytestmark = pytest.mark.cpu_kinds

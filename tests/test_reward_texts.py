@@ -21,7 +21,7 @@ from rlhf_accel.data import reward_texts
 from rlhf_accel.models import classifier as classifiers
 from rlhf_accel.models import probes
 from rlhf_accel.reward import Classifier, cautions, load_reward
-from rlhf_accel.system import process as runtime
+from rlhf_accel.system import arithmetic
 from rlhf_accel.system.errors import ConfigError, RunFailed
 from rlhf_accel.training import reward_trainer
 from rlhf_accel.training.ppo_trainer import PPOTrainer
@@ -528,7 +528,7 @@ def test_reward_training_follows_the_launch_to_the_cpu(chat_base, tmp_path, monk
     config = training(tmp_path, chat_base, pairs())
     for said, expected in (("true", (True, 8)), ("True", (True, 8)), ("false", (False, 2))):
         monkeypatch.setenv("ACCELERATE_USE_CPU", said)
-        assert runtime.has_gpu() is not expected[0]
+        assert arithmetic.has_gpu() is not expected[0]
         reward_trainer._arguments(config, str(tmp_path))
         assert (seen["use_cpu"], seen["per_device_train_batch_size"]) == expected
 

@@ -38,8 +38,8 @@ from rlhf_accel.models.lora import CRITIC
 from rlhf_accel.models.reference import reference_policy
 from rlhf_accel.reward import TOKEN_VARIABLE, Classifier, RewardError
 from rlhf_accel.rollout.scoring import WITHOUT_PARTS
+from rlhf_accel.system.arithmetic import has_gpu
 from rlhf_accel.system.errors import ConfigError, RunFailed
-from rlhf_accel.system.process import has_gpu
 from rlhf_accel.system.terminal import say
 from rlhf_accel.training.ppo_trainer import PPOTrainer, check_prompt_tokens, values_in_reach
 

@@ -30,8 +30,9 @@ from rlhf_accel.rollout import sampling as decoding
 from rlhf_accel.rollout.scoring import sampling_settings
 from rlhf_accel.runs.checkpoint import model_folder, reward_scale
 from rlhf_accel.runs.metrics import plain
+from rlhf_accel.system.arithmetic import has_gpu
 from rlhf_accel.system.errors import ConfigError
-from rlhf_accel.system.process import has_gpu, quiet_libraries, tune_process
+from rlhf_accel.system.process import quiet_libraries, tune_process
 from rlhf_accel.system.terminal import Terminal
 
 BATCH = 32

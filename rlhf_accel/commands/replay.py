@@ -22,8 +22,9 @@ from rlhf_accel.models.loading import DTYPES
 from rlhf_accel.reward import RewardError, load_reward
 from rlhf_accel.runs.checkpoint import Dump, read_dump
 from rlhf_accel.runs.metrics import plain
+from rlhf_accel.system.arithmetic import has_gpu
 from rlhf_accel.system.errors import ConfigError, RunFailed
-from rlhf_accel.system.process import has_gpu, quiet_libraries, tune_process
+from rlhf_accel.system.process import quiet_libraries, tune_process
 from rlhf_accel.system.terminal import Terminal
 from rlhf_accel.training.ppo_trainer import PPOTrainer
 

@@ -15,8 +15,8 @@ from accelerate.utils import GradientAccumulationPlugin
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rlhf_accel.config.schema import RunConfig
+from rlhf_accel.system.arithmetic import computes_in_bf16, has_gpu
 from rlhf_accel.system.errors import ConfigError
-from rlhf_accel.system.process import computes_in_bf16, has_gpu
 
 
 def chosen_precision(precision: str) -> str:

@@ -22,7 +22,7 @@ from rlhf_accel.distributed import collectives
 from rlhf_accel.distributed.weights import whole_weights
 from rlhf_accel.system.errors import ConfigError
 from rlhf_accel.system.files import failure
-from rlhf_accel.system.process import free_memory
+from rlhf_accel.system.memory import free_memory
 
 _ENGINE = "engine"  # DeepSpeed's folder in a checkpoint
 _GATHER_BYTES = 2**28  # of parameters that ZeRO-3 gathers in one collective

@@ -25,7 +25,8 @@ from rlhf_accel.distributed.deepspeed import Zero
 from rlhf_accel.distributed.deepspeed_config import deepspeed_plugin
 from rlhf_accel.distributed.trackers import Trackers, check_trackers
 from rlhf_accel.system.files import failure
-from rlhf_accel.system.process import peak_resident_mib, quiet_libraries, tune_process
+from rlhf_accel.system.memory import peak_resident_mib
+from rlhf_accel.system.process import quiet_libraries, tune_process
 
 T = TypeVar("T")
 

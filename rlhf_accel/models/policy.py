@@ -15,8 +15,8 @@ from rlhf_accel.data.loading import pretrained
 from rlhf_accel.models import cpu_kernels as kernels
 from rlhf_accel.models.loading import DTYPES, LanguageModel, load_model
 from rlhf_accel.models.lora import CRITIC, POLICY, adapter, continued_adapter, lora_settings, seeded, with_adapter
+from rlhf_accel.system.arithmetic import computes_in_bf16
 from rlhf_accel.system.errors import ConfigError
-from rlhf_accel.system.process import computes_in_bf16
 
 
 def load_policy(config: Config, path: str, device: torch.device) -> LanguageModel:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_accel.system.process import multiplies_exactly, product_arithmetic, product_error
+from rlhf_accel.system.arithmetic import multiplies_exactly, product_arithmetic, product_error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,8 +45,8 @@ from rlhf_accel.models.classifier import (
 from rlhf_accel.models.loading import DTYPES, load_pretrained
 from rlhf_accel.models.probes import scored_alone, trained_scored
 from rlhf_accel.reward.borrowed import restored_globals
+from rlhf_accel.system.arithmetic import computes_in_bf16
 from rlhf_accel.system.errors import ConfigError, key_in
-from rlhf_accel.system.process import computes_in_bf16
 
 RewardFunction = Callable[..., Sequence[float]]
 T = TypeVar("T")

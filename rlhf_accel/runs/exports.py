@@ -26,7 +26,7 @@ from rlhf_accel.models.lora import CRITIC, POLICY
 from rlhf_accel.models.policy import loading_settings
 from rlhf_accel.models.probes import Finding, export_is_memory, tensors_are_memory
 from rlhf_accel.system.errors import ConfigError, RunFailed
-from rlhf_accel.system.process import free_memory
+from rlhf_accel.system.memory import free_memory
 
 _ROWS, _TOKENS = 2, 16  # of the sequences that both models read
 

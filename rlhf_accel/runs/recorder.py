@@ -28,10 +28,10 @@ from rlhf_accel.runs.cards import base_model, model_card
 from rlhf_accel.runs.checkpoint import Claim, Dump, Progress, SaveError
 from rlhf_accel.runs.exports import ExportError, ExportProbe
 from rlhf_accel.runs.metrics import Journal, Progressline
+from rlhf_accel.system.arithmetic import product_arithmetic
 from rlhf_accel.system.errors import ConfigError, RunFailed
 from rlhf_accel.system.files import failure
 from rlhf_accel.system.lock import NEWER_RUN, Lock
-from rlhf_accel.system.process import product_arithmetic
 from rlhf_accel.system.provenance import environment
 
 _RETRY = 60.0  # seconds until what a run is for is written again, in which somebody may make room

@@ -50,8 +50,9 @@ from rlhf_accel.runs.exports import ExportError, ExportProbe
 from rlhf_accel.runs.metrics import Progressline, Stopwatch
 from rlhf_accel.runs.recorder import Keeper
 from rlhf_accel.runs.report import page as report
+from rlhf_accel.system.arithmetic import computes_in_bf16, product_arithmetic, product_error
 from rlhf_accel.system.errors import ConfigError, RunFailed
-from rlhf_accel.system.process import computes_in_bf16, product_arithmetic, product_error, reseed
+from rlhf_accel.system.process import reseed
 from rlhf_accel.system.signals import STOPPED, StopRequest
 from rlhf_accel.training.evaluation import Evaluation, compare, evaluate, first_samples, sample_pairs
 from rlhf_accel.training.nonfinite import Fault, explain, rollout_fault

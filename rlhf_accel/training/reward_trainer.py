@@ -39,9 +39,10 @@ from rlhf_accel.models.probes import trained_scored
 from rlhf_accel.reward import Classifier
 from rlhf_accel.runs import reward_card
 from rlhf_accel.system import console, files
+from rlhf_accel.system.arithmetic import computes_in_bf16, has_gpu, multiplies_exactly
 from rlhf_accel.system.errors import ConfigError, RunFailed
 from rlhf_accel.system.lock import hold
-from rlhf_accel.system.process import computes_in_bf16, has_gpu, multiplies_exactly, quiet_libraries, tune_process
+from rlhf_accel.system.process import quiet_libraries, tune_process
 from rlhf_accel.system.terminal import say
 
 # Texts that mean and variance of the scores are taken over, drawn with random numbers of their own.

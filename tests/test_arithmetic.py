@@ -1,0 +1,89 @@
+"""Native and emulated bf16, exact and rounded products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from rlhf_accel.models import probes
+from rlhf_accel.system.arithmetic import computes_in_bf16, multiplies_exactly, product_arithmetic, product_error
+from rlhf_accel.system.process import tune_process
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, None),
+        ({"ONEDNN_MAX_CPU_ISA": "avx2"}, False),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"}, None),
+        ({"RLHF_ACCEL_CPU_BF16": "1", "ONEDNN_MAX_CPU_ISA": "AVX2"}, True),
+        ({"RLHF_ACCEL_CPU_BF16": "0"}, False),
+    ],
+)
+def test_the_kind_of_cpu_can_be_overridden(
+    monkeypatch: pytest.MonkeyPatch, has_bf16: bool, variables: dict[str, str], expected: bool | None
+) -> None:
+    """An expected None stands for the detected kind."""
+    for name in ("RLHF_ACCEL_CPU_BF16", "ONEDNN_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: has_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
+    assert computes_in_bf16(torch.device("cpu")) == (has_bf16 if expected is None else expected)
+    assert not computes_in_bf16(torch.device("meta"))
+
+
+def test_avx512_without_bf16_units_emulates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch reports bf16 as supported by oneDNN on every CPU with AVX-512."""
+    for name in ("RLHF_ACCEL_CPU_BF16", "ONEDNN_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
+    for of_avx512, of_amx in ((False, False), (True, False), (False, True)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=of_avx512: has)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=of_amx: has)
+        assert computes_in_bf16(torch.device("cpu")) == (of_avx512 or of_amx)
+
+
+def rounding(bits: int, allowed: Callable[[], bool] = lambda: True) -> Callable[..., torch.Tensor]:
+    """An fp32 matrix product that rounds its factors to this many bits, as faster units do, while that is allowed."""
+    exact = torch.Tensor.__matmul__
+
+    def rounded(number: torch.Tensor) -> torch.Tensor:
+        mantissa, exponent = torch.frexp(number)
+        return torch.ldexp((mantissa * 2**bits).round() / 2**bits, exponent)
+
+    def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        if left.dtype == torch.float32 and allowed():
+            left, right = rounded(left), rounded(right)
+        return exact(left, right)
+
+    return product
+
+
+@pytest.mark.usefixtures("exact_fp32")
+@pytest.mark.parametrize(("bits", "arithmetic"), [(24, "fp32"), (11, "TF32"), (8, "bf16")])
+def test_rounded_products_are_recognized(monkeypatch: pytest.MonkeyPatch, bits: int, arithmetic: str) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounding(bits))
+    assert product_arithmetic(product_error(cpu)) == arithmetic
+    assert multiplies_exactly(cpu) == (arithmetic == "fp32")
+    found = probes.fp32_products(cpu)
+    assert found.passed == (arithmetic == "fp32") and f"are {arithmetic}:" in found.message
+    assert ("run.matmul_precision=highest" in found.message) != found.passed
+
+
+def test_products_are_measured_again_when_the_setting_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where "medium" selects bf16 units: the result for one setting must not be reused for another."""
+    setting: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", setting.append)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounding(8, lambda: setting[-1] == "medium"))
+    tune_process()
+    assert not multiplies_exactly(torch.device("cpu"))
+    tune_process("highest")
+    assert multiplies_exactly(torch.device("cpu"))
