@@ -28,9 +28,16 @@ from transformers import (
 
 from rlhf_accel.config.loading import parse
 from rlhf_accel.config.schema import Config
+from tests import forks
 
 # Tiny matrices: a second thread costs more than it brings.
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One server of forks for all processes of pytest-xdist, started by their controller."""
+    if getattr(config.option, "numprocesses", None):
+        forks.start()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import warnings
@@ -16,6 +15,7 @@ import torch
 
 from rlhf_accel.reward import Reward, RewardError, borrowed, import_function
 from rlhf_accel.training.ppo_trainer import PPOTrainer
+from tests import forks
 from tests.conftest import share_of_o
 
 HELD = []  # what a function leaves open
@@ -218,7 +218,7 @@ print("still printed", flush=True)
 
 
 def test_streams_that_a_reward_closes_are_open_again(tmp_path) -> None:
-    done = subprocess.run([sys.executable, "-c", CLOSES, str(tmp_path / "kept")], capture_output=True, text=True)
+    done = forks.run([sys.executable, "-c", CLOSES, tmp_path / "kept"])
     assert done.returncode == 0, done.stderr
     assert done.stdout == "still printed\n" and not (tmp_path / "kept").read_text()
     assert "reward=closes left changed: file descriptor 1, file descriptor 2, sys.stdout or sys.stderr" in done.stderr
@@ -239,7 +239,7 @@ with console.guarded():
 
 
 def test_the_guard_of_a_console_outlives_a_reward_that_closes_it() -> None:
-    done = subprocess.run([sys.executable, "-c", CLOSES_GUARDED], capture_output=True, text=True)
+    done = forks.run([sys.executable, "-c", CLOSES_GUARDED])
     assert (done.returncode, done.stdout) == (0, "still printed\n" * 2), done.stderr
 
 

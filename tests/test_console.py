@@ -11,6 +11,7 @@ import yaml
 from rlhf_accel.runs.metrics import Progressline
 from rlhf_accel.system import console
 from rlhf_accel.system.errors import RunFailed
+from tests import forks
 from tests.distributed.conftest import tree
 from tests.distributed.launch import ROOT, environment
 
@@ -64,21 +65,20 @@ def test_a_progress_line_outlives_its_console(monkeypatch):
         line.advance(1, "text")
 
 
-def run(command, shell):
-    return subprocess.run(
-        ["bash", "-c", f'exec "$@" {shell}', "bash", sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def run(command, **streams):
+    with forks.Forked([sys.executable, *command], cwd=ROOT, env=environment(), text=True, **streams) as process:
+        _, said = process.communicate(timeout=120)
+    return process.returncode, said
 
 
 def test_a_command_whose_output_is_the_console_fails_in_one_line():
-    for shell, reason in ((">/dev/full", "No space left on device"), (">&-", "the process has none")):
-        done = run(["-m", "rlhf_accel", "train", "--print_config"], shell)
-        assert (done.returncode, done.stderr) == (1, f"error: standard output cannot be written ({reason})\n")
+    with open("/dev/full", "w") as full:
+        for streams, reason in (
+            ({"stdout": full}, "No space left on device"),
+            ({"closed": [1]}, "the process has none"),
+        ):
+            done = run(["-m", "rlhf_accel", "train", "--print_config"], stderr=subprocess.PIPE, **streams)
+            assert done == (1, f"error: standard output cannot be written ({reason})\n")
 
 
 def test_a_run_without_a_console_is_done_and_whole(gpt2_folder, prompts_file, tmp_path):
@@ -86,7 +86,8 @@ def test_a_run_without_a_console_is_done_and_whole(gpt2_folder, prompts_file, tm
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     folder = tmp_path / "run"
     command = ["-m", "rlhf_accel", "train", "--config", tmp_path / "config.yaml", "--run.output_dir", folder]
-    assert run(command, ">/dev/full 2>&-").returncode == 0
+    with open("/dev/full", "w") as full:
+        assert run(command, stdout=full, closed=[2])[0] == 0
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]  # and nothing else: no console went into it
     assert (folder / "summary.json").exists()

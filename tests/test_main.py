@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 
 import datasets
@@ -23,6 +22,7 @@ from rlhf_accel.config.schema import Config, DataConfig
 from rlhf_accel.data.prompts import split_rows
 from rlhf_accel.distributed import liveness
 from rlhf_accel.system.errors import ConfigError
+from tests import forks
 
 pytestmark = pytest.mark.usefixtures("exact_fp32")
 
@@ -387,13 +387,10 @@ def test_a_bad_config_as_seen_from_outside(place, tiny):
     (place / "in" / "config.yaml").write_text(yaml.safe_dump(config))
     before = on_disk(place)
     root = os.path.dirname(os.path.dirname(__file__))
-    done = subprocess.run(
+    done = forks.run(
         [sys.executable, "-m", "rlhf_accel", "train", "--config", "in/config.yaml"],
-        capture_output=True,
-        text=True,
         cwd=place,
         env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
-        check=False,
     )
     assert done.returncode == 2, done.stderr
     lines = done.stderr.splitlines()

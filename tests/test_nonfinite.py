@@ -28,6 +28,7 @@ from rlhf_accel.distributed import liveness
 from rlhf_accel.system import signals as vigil
 from rlhf_accel.system.errors import RunFailed
 from rlhf_accel.training.ppo_trainer import PPOTrainer
+from tests import forks
 from tests.distributed.conftest import tree
 from tests.distributed.launch import ROOT, environment, launched, truly_cut
 
@@ -81,9 +82,9 @@ class Victim:
     def __init__(self, command: list[str], folder: Path) -> None:
         self.command, self.folder = command, folder
 
-    def start(self) -> subprocess.Popen[bytes]:
+    def start(self) -> forks.Forked:
         self.output = (self.folder.parent / "output.txt").open("ab")
-        return subprocess.Popen(self.command, cwd=ROOT, env=environment(), stdout=self.output, stderr=self.output)
+        return forks.Forked(self.command, cwd=ROOT, env=environment(), stdout=self.output, stderr=self.output)
 
     def phases(self) -> int:
         log = self.folder / "logs" / "rank-0.log"
@@ -250,7 +251,7 @@ def test_the_status_as_seen_from_outside(gpt2_folder: Path, prompts_file: Path, 
     config = tree(gpt2_folder, prompts_file, {"run": {"eval_samples": 0, "total_steps": 9999}})
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     command = [sys.executable, str(TRAIN), "--config", str(tmp_path / "config.yaml"), "--run.output_dir"]
-    process = subprocess.Popen([*command, str(tmp_path / "run")], cwd=ROOT, env=environment(), stderr=subprocess.PIPE)
+    process = forks.Forked([*command, str(tmp_path / "run")], cwd=ROOT, env=environment(), stderr=subprocess.PIPE)
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not metrics.exists() and process.poll() is None:
         time.sleep(0.05)
@@ -279,9 +280,7 @@ with StopRequest() as request:
     lock(mutex), lock(mutex)
     print("not any more", flush=True)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
-    )
+    done = forks.run([sys.executable, "-c", script], cwd=ROOT, timeout=60)
     assert (done.returncode, done.stdout) == (143, "still here\n")
     assert done.stderr.splitlines()[-1] == "SIGTERM again: leaving at once"
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from tests import forks
+
 ROOT = Path(__file__).parents[2]
 WORKER = ROOT / "tests" / "distributed" / "worker.py"
 TIMEOUT = 600
@@ -48,7 +50,10 @@ def launched(config: str, processes: int, script: Path, *arguments: str, options
     ]
 
 
-def run(command: list[str], **more: str) -> subprocess.CompletedProcess[str]:
+def run(command: list[str], *, fresh: bool = False, **more: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command; a launch and its ranks are forks (tests/forks.py), or, if `fresh`, new interpreters."""
+    if command[0] == sys.executable and not fresh:
+        return forks.run(command, timeout=TIMEOUT, cwd=ROOT, env=environment(**more))
     return subprocess.run(
         command, cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=TIMEOUT, check=False
     )

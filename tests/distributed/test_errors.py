@@ -39,7 +39,7 @@ def config_file(gpt2_folder: Path, prompts_file: Path, tmp_path: Path) -> Path:
     ids=["config", "data"],
 )
 def test_a_bad_config_is_reported_once(override: list[str], message: str, config_file: Path) -> None:
-    done = run(launched("ddp", 2, TRAIN, "--config", str(config_file), *override))
+    done = run(launched("ddp", 2, TRAIN, "--config", str(config_file), *override), fresh="--ppo.ppo_epoch" in override)
     assert done.returncode != 0
     assert (done.stdout + done.stderr).count(f"error: {message}") == 1
     assert not (config_file.parent / "run").exists()

@@ -1,0 +1,323 @@
+"""Processes without the seconds that imports take: a server that has imported the libraries and forks.
+
+`Forked` is a `subprocess.Popen` for commands that start with this interpreter. The child is a fork of the server, not
+of the process of the tests: it has no thread, no gradient and no patch of a test in it. What is read from the
+environment at import (HF_HOME, MALLOC_*) is the server's: a test that sets it needs a `subprocess.Popen`.
+
+Under `accelerate launch`, run by `Forked`, the launcher's ranks are forks too; their environment and their end remain
+the launcher's matter.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import gc
+import importlib
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import types
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+ROOT = Path(__file__).parents[1]
+ADDRESS = "RLHF_ACCEL_TESTS_FORKS"
+IMPORTS = (
+    "accelerate.commands.launch",
+    "matplotlib",
+    "peft",
+    "rlhf_accel.commands.doctor",
+    "rlhf_accel.commands.evaluate",
+    "rlhf_accel.training.ppo_trainer",
+    "rlhf_accel.training.reward_trainer",
+    "torch.distributed.run",
+    "torch.utils.tensorboard",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.roberta.modeling_roberta",
+)
+_STARTS = 180.0  # seconds that the server is given for its imports
+
+
+class Forked(subprocess.Popen):
+    """`subprocess.Popen([sys.executable, …])` by a fork of the server, in a session of its own. `closed` are those of
+    its standard streams that it does not get."""
+
+    def __init__(self, command: Sequence[object], *, closed: Sequence[int] = (), **options: Any) -> None:
+        self._closed = closed
+        super().__init__([str(word) for word in command], **options)
+
+    def _execute_child(
+        self,
+        args: list[str],
+        executable: Any,
+        preexec_fn: Any,
+        close_fds: Any,
+        pass_fds: Any,
+        cwd: Any,
+        env: Any,
+        *rest: Any,
+    ) -> None:
+        assert args[0] == sys.executable and not (executable or preexec_fn or pass_fds), args
+        (p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite) = rest[3:9]
+        request = {
+            "command": args[1:],
+            "cwd": str(cwd or os.getcwd()),
+            "env": dict(os.environ if env is None else env),
+            "closed": list(self._closed),
+        }
+        streams = [given if given != -1 else own for own, given in enumerate((p2cread, c2pwrite, errwrite))]
+        self._connection = connect()
+        try:
+            text = json.dumps(request).encode()
+            socket.send_fds(self._connection, [struct.pack("i", len(text))], streams)
+            self._connection.sendall(text)
+            self.pid = struct.unpack("i", receive(self._connection, 4))[0]
+        finally:
+            self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+        self._child_created = True
+
+    def _try_wait(self, wait_flags: int) -> tuple[int, int]:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._connection, selectors.EVENT_READ)
+            if not selector.select(0 if wait_flags else None):
+                return 0, 0
+        status = struct.unpack("i", receive(self._connection, 4))[0]
+        self._connection.close()
+        return self.pid, status
+
+    def _internal_poll(self, _deadstate: int | None = None) -> int | None:
+        if self.returncode is None and (ended := self._try_wait(os.WNOHANG))[0]:
+            self._handle_exitstatus(ended[1])
+        return self.returncode
+
+
+def run(command: Sequence[object], timeout: float | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`subprocess.run(command, capture_output=True, text=True, check=False)` by a fork of the server."""
+    with Forked(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=timeout)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def receive(connection: socket.socket, size: int) -> bytes:
+    received = b""
+    while len(received) < size:
+        part = connection.recv(size - len(received))
+        if not part:
+            raise ConnectionError("the server of forks closed the connection")
+        received += part
+    return received
+
+
+def start() -> None:
+    """Starts the server of this test session, unless there is one; it ends with the process that started it."""
+    if ADDRESS in os.environ:
+        return
+    folder = tempfile.TemporaryDirectory(prefix="forks-")
+    path = f"{folder.name}/socket"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    environment |= {"TOKENIZERS_PARALLELISM": "false"}
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.forks", path, str(os.getpid())], cwd=ROOT, env=environment, start_new_session=True
+    )
+    os.environ[ADDRESS] = path
+
+    def end() -> None:
+        server.kill()
+        server.wait()
+        folder.cleanup()
+
+    atexit.register(end)
+
+
+def connect() -> socket.socket:
+    start()
+    deadline = time.monotonic() + _STARTS
+    while True:
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(os.environ[ADDRESS])
+            return connection
+        except (FileNotFoundError, ConnectionRefusedError):
+            connection.close()
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+# The server
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def serve(path: str, parent: int) -> None:
+    die_with(parent)
+    for name in IMPORTS:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(f"{path}.new")
+    listener.listen(64)
+    os.rename(f"{path}.new", path)
+    with selectors.DefaultSelector() as selector:
+        selector.register(listener, selectors.EVENT_READ)
+        while True:
+            for key, _ in selector.select():
+                if key.fileobj is listener:
+                    connection, _ = listener.accept()
+                    open_fork(connection, listener, selector)
+                else:
+                    close_fork(key, selector)
+
+
+def open_fork(connection: socket.socket, listener: socket.socket, selector: selectors.BaseSelector) -> None:
+    """Forks the child that a connection asks for; the child sends its number, and the server later its status."""
+    head, streams, _, _ = socket.recv_fds(connection, 4, 3)
+    request = json.loads(receive(connection, struct.unpack("i", head)[0]))
+    server = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        become(request, streams, connection, listener, selector, server)
+    for stream in streams:
+        os.close(stream)
+    child = os.pidfd_open(pid)
+    selector.register(child, selectors.EVENT_READ, (pid, connection))
+    selector.register(connection, selectors.EVENT_READ, (pid, child))
+
+
+def close_fork(key: selectors.SelectorKey, selector: selectors.BaseSelector) -> None:
+    """A child has ended; or the process that asked for it has, which ends the child."""
+    pid, other = key.data
+    if isinstance(key.fileobj, socket.socket):
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+        selector.unregister(key.fileobj)
+        return
+    _, status = os.waitpid(pid, 0)
+    with suppress(OSError):
+        other.sendall(struct.pack("i", status))
+    with suppress(KeyError):
+        selector.unregister(other)
+    selector.unregister(key.fileobj)
+    os.close(key.fd)
+    other.close()
+
+
+# The child
+
+
+def become(
+    request: dict[str, Any],
+    streams: list[int],
+    connection: socket.socket,
+    listener: socket.socket,
+    selector: selectors.BaseSelector,
+    server: int,
+) -> NoReturn:
+    """The process that `python COMMAND` would be."""
+    status = 1
+    try:
+        os.setsid()
+        die_with(server)
+        # What a fork of a launcher inherits of the server's, and a new interpreter would not.
+        for key in list(selector.get_map().values()):
+            if key.fileobj is not listener and not isinstance(key.fileobj, int):
+                key.fileobj.close()
+            elif isinstance(key.fileobj, int):
+                os.close(key.fileobj)
+        selector.close()
+        listener.close()
+        for own, given in enumerate(streams):
+            os.dup2(given, own)
+            os.close(given)
+        connection.sendall(struct.pack("i", os.getpid()))
+        connection.close()
+        for name in request["closed"]:
+            os.close(name)
+            setattr(sys, ("stdin", "stdout", "stderr")[name], None)
+        os.chdir(request["cwd"])
+        os.environ.clear()
+        os.environ.update(request["env"])
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        status = execute(request["command"])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def execute(command: list[str]) -> int:
+    """Run what `python` was asked to run, as far as the end of the interpreter; the status that it leaves with."""
+    words = list(command)
+    if words[0] == "-u":
+        words.pop(0)
+        sys.stdout.reconfigure(write_through=True)
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    paths = [*filter(None, paths), *(path for path in sys.path[1:] if path not in paths)]
+    try:
+        if words[0] == "-m":
+            sys.path[:], sys.argv[:] = [os.getcwd(), *paths], words[1:]
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        elif words[0] == "-c":
+            sys.path[:], sys.argv[:] = ["", *paths], ["-c", *words[2:]]
+            main = sys.modules["__main__"] = types.ModuleType("__main__")
+            exec(compile(words[1], "<string>", "exec"), main.__dict__)
+        else:
+            sys.path[:], sys.argv[:] = [str(Path(words[0]).resolve().parent), *paths], words
+            runpy.run_path(words[0], run_name="__main__")
+        status = 0
+    except SystemExit as left:
+        status = left.code if isinstance(left.code, int) else int(left.code is not None)
+        if status and not isinstance(left.code, int):
+            print(left.code, file=sys.stderr)
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        status = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError):
+        status = 120
+    with suppress(OSError, ValueError, AttributeError):
+        sys.stderr.flush()
+    return status & 0xFF
+
+
+def ranks_are_forks() -> None:
+    """Has a launcher that runs in a fork start its ranks as forks."""
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+
+    def popen(self: Any, args: tuple[str, ...], env: dict[str, str]) -> subprocess.Popen:
+        return Forked(args, env=env, stdout=self._stdout, stderr=self._stderr)
+
+    SubprocessHandler._popen = popen
+
+
+if __name__ == "__main__":
+    ranks_are_forks()
+    serve(sys.argv[1], int(sys.argv[2]))
