@@ -72,7 +72,7 @@ class Forked(subprocess.Popen):
         *rest: Any,
     ) -> None:
         assert args[0] == sys.executable and not (executable or preexec_fn or pass_fds), args
-        (p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite) = rest[3:9]
+        p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite = rest[3:9]
         request = {
             "command": args[1:],
             "cwd": str(cwd or os.getcwd()),
@@ -298,13 +298,12 @@ def execute(command: list[str]) -> int:
         status = 1
     threading._shutdown()
     atexit._run_exitfuncs()
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except (OSError, ValueError):
-        status = 120
-    with suppress(OSError, ValueError, AttributeError):
-        sys.stderr.flush()
+    for stream, failed in ((sys.stdout, 120), (sys.stderr, status)):
+        try:
+            if stream is not None and not stream.closed:
+                stream.flush()
+        except (OSError, ValueError):
+            status = failed
     return status & 0xFF
 
 
