@@ -9,6 +9,7 @@ from http.server import HTTPServer
 from pathlib import Path
 
 import pytest
+import yaml
 
 from rlhf_accel import __main__ as command_line
 from rlhf_accel.config.keys import key_names
@@ -111,6 +112,14 @@ def test_broken_links_are_found(tmp_path):
 def test_every_page_is_in_the_index():
     index = (DOCS / "index.md").read_text(encoding="utf-8")
     assert [page.name for page in DOCS.glob("*.md") if page.name != "index.md" and f"({page.name})" not in index] == []
+
+
+def test_pre_commit_hooks_are_checks_of_the_test_script():
+    hooks = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
+    script = (REPOSITORY / "scripts" / "test.sh").read_text(encoding="utf-8").replace('"$bin/', "").replace('"', "")
+    entries = [hook["entry"].partition(" --")[0] for hook in hooks]
+    assert entries == ["ruff check", "ruff format", "mypy", "lint-imports"]
+    assert [entry for entry in entries if f"\n{entry}" not in script] == []
 
 
 @pytest.fixture
