@@ -165,7 +165,7 @@ class Unreadable:
 
 
 def test_what_cannot_be_read_is_one_line() -> None:
-    with pytest.raises(RewardError, match="reward=bad returned something of type Unreadable; return one number"):
+    with pytest.raises(RewardError, match="reward=bad returned an object of type Unreadable; return one number"):
         Reward(terms=(("reward=bad", 1.0, lambda prompts, responses: Unreadable()),))(["a"], ["b"], {})
 
 

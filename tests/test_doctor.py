@@ -11,7 +11,6 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_accel import __main__ as command_line
-from rlhf_accel import reward
 from rlhf_accel.commands.doctor import Doctor, _look_at_format, _look_at_stops, diagnose
 from rlhf_accel.config.loading import to_yaml
 from rlhf_accel.data.prompts import load_rows
@@ -236,7 +235,8 @@ def test_fp16_overflow(examined, overflowing):
 def test_fp16_that_auto_means_overflows(examined, overflowing, monkeypatch):
     """As on a GPU: what counts is the dtype in use, not the key."""
     monkeypatch.setattr(
-        reward, "reward_dtype", lambda config, *_: torch.float16 if config.dtype == "auto" else torch.float32
+        "rlhf_accel.reward.classifier.reward_dtype",
+        lambda config, *_: torch.float16 if config.dtype == "auto" else torch.float32,
     )
     findings = examined(reward={"model": str(overflowing), "label": "POSITIVE", "function": [], "dtype": "auto"})
     assert "not finite in float16" in findings["problem", "reward in fp16"]

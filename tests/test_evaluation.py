@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_accel import reward
 from rlhf_accel.algorithm.batches import Rollout, Sequences
 from rlhf_accel.config.loading import parse
 from rlhf_accel.config.rules import changed_keys
 from rlhf_accel.config.schema import Config, RewardConfig
-from rlhf_accel.reward import Reward, RewardError, load_golds
+from rlhf_accel.reward import Reward, RewardError, functions, load_golds
 from rlhf_accel.runs import checkpoint
 from rlhf_accel.system.errors import ConfigError
 from rlhf_accel.training import evaluation
@@ -245,7 +244,7 @@ def test_the_lexicon_reads_prompt_and_response() -> None:
 
 def test_without_its_package_the_lexicon_says_what_to_install(tiny, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
-    reward._vader_analyzer.cache_clear()
+    functions._vader_analyzer.cache_clear()
     with pytest.raises(ConfigError, match=r"^reward\.gold=rlhf_accel\.reward:vader .*pip install vaderSentiment, or"):
         PPOTrainer(tiny(reward={"gold": "rlhf_accel.reward:vader"}))
 

@@ -17,9 +17,8 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from rlhf_accel import reward
 from rlhf_accel.config.schema import RewardConfig
-from rlhf_accel.reward import Classifier, Reward, RewardError, import_function, load_reward
+from rlhf_accel.reward import Classifier, Reward, RewardError, classifier, import_function, load_reward
 from rlhf_accel.system.errors import ConfigError
 from tests.conftest import TEXTS, make_tokenizer
 
@@ -30,7 +29,7 @@ RESPONSES = [text[6 + i :] * (1 + i % 3) for i, text in enumerate(TEXTS)]
 pytestmark = pytest.mark.usefixtures("exact_fp32")
 
 
-def classifier(folder, **settings):
+def judge_of(folder, **settings):
     settings = {"model": str(folder), "label": "POSITIVE", "dtype": "fp32", **settings}
     return Classifier(RewardConfig(**settings), str(folder), CPU)
 
@@ -53,26 +52,26 @@ def logits_one_by_one(folder, texts, max_tokens=64):
 def test_classifier_agrees_with_plain_transformers_one_by_one(classifier_folder, batch_size):
     expected = logits_one_by_one(classifier_folder, [p + r for p, r in zip(PROMPTS, RESPONSES, strict=True)])[:, 1]
     assert expected.std() > 0.01, "scores that are all alike would not show a wrong order"
-    scores = classifier(classifier_folder, batch_size=batch_size)(PROMPTS, RESPONSES)
+    scores = judge_of(classifier_folder, batch_size=batch_size)(PROMPTS, RESPONSES)
     assert_close(torch.tensor(scores), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_classifier_may_read_the_response_alone(classifier_folder):
-    scores = classifier(classifier_folder, text="response")(PROMPTS, RESPONSES)
+    scores = judge_of(classifier_folder, text="response")(PROMPTS, RESPONSES)
     expected = logits_one_by_one(classifier_folder, RESPONSES)[:, 1]
     assert_close(torch.tensor(scores), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("label", "column"), [("POSITIVE", 1), ("NEGATIVE", 0), ("1", 1), ("0", 0)])
 def test_a_label_is_chosen_by_name_or_number(classifier_folder, label, column):
-    scores = classifier(classifier_folder, label=label, output="probability")(PROMPTS, RESPONSES)
+    scores = judge_of(classifier_folder, label=label, output="probability")(PROMPTS, RESPONSES)
     logits = logits_one_by_one(classifier_folder, [p + r for p, r in zip(PROMPTS, RESPONSES, strict=True)])
     assert_close(torch.tensor(scores), logits.softmax(1)[:, column], atol=1e-5, rtol=1e-5)
 
 
 def test_a_text_longer_than_the_model_reads_is_cut(classifier_folder):
     """RoBERTa has 66 positions, of which its padding offset takes two: 64 tokens, special ones included."""
-    judge = classifier(classifier_folder)
+    judge = judge_of(classifier_folder)
     assert judge.max_tokens == 64
     long = " ".join(TEXTS * 4)
     assert len(AutoTokenizer.from_pretrained(classifier_folder)(long)["input_ids"]) > 200
@@ -85,18 +84,18 @@ def test_a_tokenizer_that_knows_no_limit_is_held_to_the_models(classifier_folder
     tokenizer = AutoTokenizer.from_pretrained(classifier_folder)
     tokenizer.model_max_length = 10**30
     tokenizer.save_pretrained(tmp_path / "copy")
-    judge = classifier(tmp_path / "copy")
+    judge = judge_of(tmp_path / "copy")
     assert judge.max_tokens == 64
     assert len(judge([""], [" ".join(TEXTS * 4)])) == 1
 
 
 def test_one_label_needs_no_name(gpt2_classifier_folder):
-    judge = classifier(gpt2_classifier_folder, label=None)
+    judge = judge_of(gpt2_classifier_folder, label=None)
     texts = [p + r for p, r in zip(PROMPTS, RESPONSES, strict=True)]
     expected = logits_one_by_one(gpt2_classifier_folder, texts)[:, 0]
     assert expected.std() > 0.01
     assert_close(torch.tensor(judge(PROMPTS, RESPONSES)), expected, atol=1e-5, rtol=1e-5)
-    chances = classifier(gpt2_classifier_folder, label=None, output="probability")(PROMPTS, RESPONSES)
+    chances = judge_of(gpt2_classifier_folder, label=None, output="probability")(PROMPTS, RESPONSES)
     assert_close(torch.tensor(chances), expected.sigmoid(), atol=1e-5, rtol=1e-5)
 
 
@@ -107,13 +106,13 @@ def test_a_decoder_without_a_pad_token_scores_each_text_at_its_own_end(tmp_path)
     GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     expected = logits_one_by_one(tmp_path, RESPONSES)[:, 0]
-    scores = classifier(tmp_path, label=None, text="response")(PROMPTS, RESPONSES)
+    scores = judge_of(tmp_path, label=None, text="response")(PROMPTS, RESPONSES)
     assert_close(torch.tensor(scores), expected, atol=1e-5, rtol=1e-5)
 
 
 def refused(folder, match, **settings):
     with pytest.raises(ConfigError, match=match) as caught:
-        classifier(folder, **settings)
+        judge_of(folder, **settings)
     assert "\n" not in str(caught.value)
 
 
@@ -158,19 +157,19 @@ def test_a_model_without_a_classification_head_is_refused(gpt2_folder):
     ],
 )
 def test_dtype_of_the_classifier(monkeypatch, device, has_bf16, asked, expected):
-    monkeypatch.setattr(reward, "computes_in_bf16", lambda _: has_bf16)
-    assert reward.reward_dtype(RewardConfig(dtype=asked), torch.device(device)) == expected
+    monkeypatch.setattr(classifier, "computes_in_bf16", lambda _: has_bf16)
+    assert classifier.reward_dtype(RewardConfig(dtype=asked), torch.device(device)) == expected
 
 
 def test_half_precision_is_half_precision(classifier_folder):
-    judge = classifier(classifier_folder, dtype="bf16")
+    judge = judge_of(classifier_folder, dtype="bf16")
     assert {p.dtype for p in judge.model.parameters()} == {torch.bfloat16}
-    exact = classifier(classifier_folder)(PROMPTS, RESPONSES)
+    exact = judge_of(classifier_folder)(PROMPTS, RESPONSES)
     assert_close(torch.tensor(judge(PROMPTS, RESPONSES)), torch.tensor(exact), atol=0.05, rtol=0.05)
 
 
 def test_the_classifier_is_frozen_and_without_dropout(classifier_folder):
-    judge = classifier(classifier_folder)
+    judge = judge_of(classifier_folder)
     assert not judge.model.training
     assert not any(p.requires_grad for p in judge.model.parameters())
 
@@ -351,7 +350,7 @@ def test_roberta_positions_are_counted_from_the_padding_id(tmp_path):
     )
     RobertaForSequenceClassification(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    judge = classifier(tmp_path, label=None)
+    judge = judge_of(tmp_path, label=None)
     assert judge.max_tokens == 32
     assert len(judge([""], [" ".join(TEXTS)])) == 1
 
@@ -367,5 +366,5 @@ def test_no_responses_are_no_call():
 
 
 def test_an_empty_response_is_scored(classifier_folder):
-    (score,) = classifier(classifier_folder, text="response")(["A film"], [""])
+    (score,) = judge_of(classifier_folder, text="response")(["A film"], [""])
     assert np.isfinite(score)

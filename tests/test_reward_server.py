@@ -16,10 +16,9 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from rlhf_accel import reward as rewards
 from rlhf_accel.config.loading import load, parse
 from rlhf_accel.config.schema import Config, RewardConfig
-from rlhf_accel.reward import RemoteReward, Reward, RewardError, load_reward
+from rlhf_accel.reward import TOKEN_VARIABLE, RemoteReward, Reward, RewardError, load_reward, weighted
 from rlhf_accel.system.errors import ConfigError
 from rlhf_accel.training.ppo_trainer import PPOTrainer
 from scripts.reward_server import RewardServer
@@ -204,7 +203,7 @@ def test_many_clients_at_once_are_all_answered_one_after_the_other(serve) -> Non
 
 def test_a_token_is_asked_for_and_sent(serve, monkeypatch) -> None:
     url = serve(number_of)
-    monkeypatch.setenv(rewards.TOKEN_VARIABLE, "sesame")
+    monkeypatch.setenv(TOKEN_VARIABLE, "sesame")
     assert remote(url)(["a"], ["b"], {"number": [1.0]}).tolist() == [1.0]
     with pytest.raises(HTTPError) as refused:
         urlopen(Request(url, b"{}", {"Authorization": "Bearer other"}))
@@ -213,8 +212,8 @@ def test_a_token_is_asked_for_and_sent(serve, monkeypatch) -> None:
 
 @pytest.mark.parametrize("token", ["hunter2\r", "hunter2 ", "hünter2"])
 def test_a_token_that_cannot_be_sent_is_refused_and_not_repeated(token: str, monkeypatch) -> None:
-    monkeypatch.setenv(rewards.TOKEN_VARIABLE, token)
-    with pytest.raises(ConfigError, match=rewards.TOKEN_VARIABLE) as refused:
+    monkeypatch.setenv(TOKEN_VARIABLE, token)
+    with pytest.raises(ConfigError, match=TOKEN_VARIABLE) as refused:
         remote("http://127.0.0.1:9/")
     assert "nter2" not in str(refused.value)
 
@@ -243,14 +242,14 @@ def test_answers_that_are_none(answering, body: bytes, said: str) -> None:
 
 
 def test_an_answer_without_end_is_not_read(answering, monkeypatch) -> None:
-    monkeypatch.setattr(rewards, "LARGEST_ANSWER", 1 << 20)
+    monkeypatch.setattr("rlhf_accel.reward.server.LARGEST_ANSWER", 1 << 20)
     with pytest.raises(RewardError, match="more than 1 MiB"):
         remote(answering(b'{"scores": [1' + b"0" * (1 << 20) + b"]}"))(["a"], ["b"], {})
 
 
 def test_a_redirection_is_not_followed(answering, serve, monkeypatch) -> None:
     """It would carry the token to somebody else."""
-    monkeypatch.setenv(rewards.TOKEN_VARIABLE, "sesame")
+    monkeypatch.setenv(TOKEN_VARIABLE, "sesame")
     with pytest.raises(RewardError, match="the server answered 307"):
         remote(answering(b"", 307, Location=serve(number_of)))(["a"], ["b"], {"number": [1.0]})
 
@@ -300,7 +299,7 @@ def test_what_is_no_address(url: str) -> None:
 
 @pytest.mark.parametrize("url", ["http://me:hunter2@host/", "https://host/?key=hunter2", "https://hunter2@host/"])
 def test_a_secret_in_an_address_is_refused_and_not_repeated(url: str) -> None:
-    with pytest.raises(ConfigError, match=rewards.TOKEN_VARIABLE) as refused:
+    with pytest.raises(ConfigError, match=TOKEN_VARIABLE) as refused:
         load(Config, None, ["--reward.url", url])
     assert "hunter2" not in str(refused.value)
 
@@ -321,7 +320,7 @@ def failing(times: int, error: Exception) -> Callable[..., list[float]]:
 
 def test_a_function_that_fails_is_tried_again_with_longer_waits(monkeypatch, caplog) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(rewards.time, "sleep", waits.append)
+    monkeypatch.setattr(weighted.time, "sleep", waits.append)
     patient = {"retries": 3, "retry_wait": 0.5}
     assert Reward(terms=(("f", 1.0, failing(3, OSError("gone"))),), **patient)(["a"], ["b"], {}).tolist() == [1.0]
     assert waits == [0.5, 1.0, 2.0]

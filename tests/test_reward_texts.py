@@ -13,14 +13,13 @@ import transformers
 from tokenizers import processors
 from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification, XLNetConfig
 
-from rlhf_accel import reward
 from rlhf_accel.commands.doctor import _look_at_classifier
 from rlhf_accel.config.loading import parse
 from rlhf_accel.config.schema import Config, RewardConfig, RewardTrainingConfig
 from rlhf_accel.data import reward_texts
 from rlhf_accel.models import classifier as classifiers
 from rlhf_accel.models import probes
-from rlhf_accel.reward import Classifier, cautions, load_reward
+from rlhf_accel.reward import Classifier, cautions, classifier, classifier_checks, load_reward
 from rlhf_accel.system import arithmetic
 from rlhf_accel.system.errors import ConfigError, RunFailed
 from rlhf_accel.training import reward_trainer
@@ -165,8 +164,8 @@ def deep(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (another_template, r"its chat template makes '### .* of which training made '<\|turn\|>.*train again"),
-        (other_weights, r"the training text .* scores \[.*and training left .*its weights are others"),
+        (another_template, r"its chat template turns .* into '### .* it gave '<\|turn\|>.*train again"),
+        (other_weights, r"the training text .* scores \[.*and training left .*its weights have changed"),
         (
             another_tokenizer,
             r"puts \('', '</s>'\) around every text, and in training it put \('<s>', ''\)",
@@ -324,7 +323,7 @@ def test_a_model_that_reads_its_padding_is_refused_but_one_text_at_a_time(gpt2_c
         tokenizer.padding_side = "left"
         model.config.pad_token_id = tokenizer.pad_token_id
 
-    monkeypatch.setattr(reward, "settle_padding", left)
+    monkeypatch.setattr(classifier, "settle_padding", left)
     with pytest.raises(ConfigError, match=r"score changes by .* with the texts that it is padded with") as caught:
         judge(gpt2_classifier_folder)
     assert caught.value.key == "reward.batch_size"
@@ -403,7 +402,7 @@ def test_length_limits_and_padding_of_families(family, settings, limit) -> None:
 
 
 def test_a_limit_that_the_model_does_not_have_is_found_at_the_start(classifier_folder, monkeypatch) -> None:
-    monkeypatch.setattr(reward, "most_tokens", lambda model, tokenizer: 66)
+    monkeypatch.setattr(classifier, "most_tokens", lambda model, tokenizer: 66)
     with pytest.raises(ConfigError, match="cannot read a text of 66 tokens") as caught:
         judge(classifier_folder, label="POSITIVE")
     assert caught.value.facts == {"tokens": 66}
@@ -411,7 +410,7 @@ def test_a_limit_that_the_model_does_not_have_is_found_at_the_start(classifier_f
 
 def test_the_text_that_is_tried_is_no_longer_than_the_run_sends(classifier_folder, monkeypatch) -> None:
     tried: list[int] = []
-    monkeypatch.setattr(Classifier, "_check_finite", lambda self, rows, said: tried.append(len(rows[0]["input_ids"])))
+    monkeypatch.setattr(classifier_checks, "_check_finite", lambda judge, rows: tried.append(len(rows[0]["input_ids"])))
 
     def longest(sample_tokens: tuple[int, int] | None) -> int:
         tried.clear()
@@ -419,15 +418,15 @@ def test_the_text_that_is_tried_is_no_longer_than_the_run_sends(classifier_folde
         return max(Classifier(config, str(classifier_folder), CPU, sample_tokens=sample_tokens) and tried)
 
     assert [longest(None), longest((60, 60)), longest((8, 6))] == [64, 64, 28]
-    monkeypatch.setattr(reward, "has_position_table", lambda model: False)
+    monkeypatch.setattr(classifier_checks, "has_position_table", lambda model: False)
     assert longest(None) < 28
 
 
 def test_a_full_gpu_is_not_called_a_limit_of_the_model(classifier_folder, monkeypatch) -> None:
-    def full(self, rows, said):
+    def full(judge, rows):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Classifier, "_check_finite", full)
+    monkeypatch.setattr(classifier_checks, "_check_finite", full)
     with pytest.raises(torch.OutOfMemoryError):
         judge(classifier_folder, label="POSITIVE")
 
@@ -488,9 +487,9 @@ def test_a_label_is_a_name_before_it_is_a_number(classifier_folder, tmp_path) ->
     ],
 )
 def test_weights_in_bf16_are_never_read_in_fp16(monkeypatch, stored, native, device, expected) -> None:
-    monkeypatch.setattr(reward, "computes_in_bf16", lambda _: native)
-    assert reward.reward_dtype(RewardConfig(), torch.device(device), stored) == expected
-    assert reward.reward_dtype(RewardConfig(dtype="fp16"), torch.device(device), stored) == torch.float16
+    monkeypatch.setattr(classifier, "computes_in_bf16", lambda _: native)
+    assert classifier.reward_dtype(RewardConfig(), torch.device(device), stored) == expected
+    assert classifier.reward_dtype(RewardConfig(dtype="fp16"), torch.device(device), stored) == torch.float16
 
 
 def test_the_dtype_that_weights_are_stored_in(classifier_folder, tmp_path, monkeypatch) -> None:
@@ -507,8 +506,8 @@ def test_a_model_that_was_trained_in_bf16_is_not_read_in_fp16(chat_reward, tmp_p
     shutil.copytree(chat_reward, tmp_path / "reward")
     reward_texts.write(tmp_path / "reward", replace(record, precision="bf16"))
     seen: list[torch.dtype | None] = []
-    real = reward.reward_dtype
-    monkeypatch.setattr(reward, "reward_dtype", lambda *given: seen.append(given[2]) or real(*given))
+    real = classifier.reward_dtype
+    monkeypatch.setattr(classifier, "reward_dtype", lambda *given: seen.append(given[2]) or real(*given))
     judge(tmp_path / "reward")
     judge(chat_reward)
     assert seen == [torch.bfloat16, torch.float32]

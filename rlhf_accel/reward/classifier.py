@@ -1,0 +1,212 @@
+"""Scores by a frozen sequence classifier with its own tokenizer.
+
+Knows how texts are formed for the classifier, which output is the score, and its dtype. `classifier_checks.py` compares
+the loaded classifier with its training. Knows no policy and no rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification
+
+from rlhf_accel.config.schema import RewardConfig
+from rlhf_accel.data import reward_texts
+from rlhf_accel.data.reward_texts import Record
+from rlhf_accel.models.classifier import load_tokenizer, most_tokens, settle_padding, stored_dtype
+from rlhf_accel.models.loading import DTYPES, load_pretrained
+from rlhf_accel.reward import classifier_checks
+from rlhf_accel.system.arithmetic import computes_in_bf16
+from rlhf_accel.system.errors import ConfigError
+
+
+class Classifier:
+    """A sequence classifier that scores texts by one label's logit or probability.
+
+    Texts are formed as in its training, if that is recorded beside it. `sample_tokens` is the most tokens of the policy
+    that a sample's prompt and response may have, if known. Raises `ConfigError` if the classifier cannot be loaded, or
+    does not score as in its training.
+    """
+
+    def __init__(
+        self,
+        config: RewardConfig,
+        path: str,
+        device: torch.device,
+        *,
+        trust_remote_code: bool = False,
+        sample_tokens: tuple[int, int] | None = None,
+    ) -> None:
+        self.config = config
+        self.device = device
+        self.setting = f"reward.model={config.model}"  # with which its errors begin
+        self.record = reward_texts.read(path, self.setting)
+        in_bf16 = self.record is not None and self.record.precision == "bf16"
+        self.dtype = reward_dtype(config, device, torch.bfloat16 if in_bf16 else stored_dtype(path))
+        self.tokenizer = load_tokenizer(path, self.setting, trust_remote_code=trust_remote_code)
+        model = load_pretrained(
+            AutoModelForSequenceClassification,
+            path,
+            self.setting,
+            trust_remote_code=trust_remote_code,
+            dtype=self.dtype,
+        )
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.label, self.label_found = _find_label(config, self.model.config.id2label)
+        settle_padding(self.model, self.tokenizer)
+        self.max_tokens = most_tokens(self.model, self.tokenizer)
+        if self.record is not None:
+            self.max_tokens = min(self.max_tokens, self.record.max_tokens)
+            self.tokenizer.truncation_side = self.record.truncation_side
+        self.format = _settle_format(config, self.record, bool(self.tokenizer.chat_template))
+        classifier_checks.check(self, sample_tokens)
+        self.read = self.cut = self.unread = 0  # texts scored, texts cut, texts cut before the response
+
+    @property
+    def reads_prompts_as_turns(self) -> bool:
+        """Whether the policy's prompt becomes the user's turn of a conversation."""
+        return self.format == "chat" and self.config.chat_field is None and self.config.text == "full"
+
+    def tokens_read(self, prompt_tokens: int, new_tokens: int) -> int:
+        """How many tokens the classifier gets of a sample, counted in the policy's tokens."""
+        return new_tokens + (prompt_tokens if self.config.text == "full" else 0)
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Sequence[Any]) -> list[float]:
+        texts = self.formed(prompts, responses, columns)
+        rows, cut = reward_texts.encode(self.tokenizer, texts, self.max_tokens)
+        self._count(prompts, columns, rows, cut)
+        # Batches of texts of similar length need less padding.
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        scores = [0.0] * len(texts)
+        for start in range(0, len(order), self.config.batch_size):
+            chosen = order[start : start + self.config.batch_size]
+            logits = self.logits([rows[i] for i in chosen])
+            for i, score in zip(chosen, self._scores(logits).tolist(), strict=True):
+                scores[i] = score
+        return scores
+
+    def formed(
+        self, prompts: Sequence[str], responses: Sequence[str], columns: Mapping[str, Sequence[Any]]
+    ) -> list[str]:
+        """The texts that the model reads, before they are encoded."""
+        alone = self.config.text == "response"
+        if self.format == "plain":
+            return [r if alone else p + r for p, r in zip(prompts, responses, strict=True)]
+        given: Sequence[Any] = prompts
+        if self.config.chat_field is not None and not alone:
+            given = columns.get(self.config.chat_field, ())
+            if not columns.get(self.config.chat_field) and len(prompts):
+                raise KeyError(f"{self.config.chat_field} (reward.chat_field) is not a column of the data")
+        turns = [reward_texts.answered([] if alone else p, r) for p, r in zip(given, responses, strict=True)]
+        return [reward_texts.lay_out(self.tokenizer, conversation) for conversation in turns]
+
+    @torch.no_grad()
+    def logits(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> Float[Tensor, "B K"]:
+        """All logits of these encoded texts, read as one batch, in fp32."""
+        # The reward trainer passes ids only. Models from elsewhere may need the token types of their tokenizer.
+        keys = ["input_ids"] if self.record is not None else list(rows[0])
+        batch = {key: [list(row[key]) for row in rows] for key in keys}
+        inputs = self.tokenizer.pad(batch, return_tensors="pt").to(self.device)
+        logits: Tensor = self.model(**inputs).logits
+        return logits.float()
+
+    def _count(
+        self,
+        prompts: Sequence[str],
+        columns: Mapping[str, Sequence[Any]],
+        rows: Sequence[Mapping[str, Sequence[int]]],
+        cut: Sequence[bool],
+    ) -> None:
+        self.read += len(rows)
+        self.cut += sum(cut)
+        if self.config.text == "full" and any(cut):
+            places = [i for i, is_cut in enumerate(cut) if is_cut]
+            few = {name: [column[i] for i in places] for name, column in columns.items()}
+            empty = self.formed([prompts[i] for i in places], [""] * len(places), few)
+            without, _ = reward_texts.encode(self.tokenizer, empty, self.max_tokens)
+            self.unread += sum(rows[i] == alone for i, alone in zip(places, without, strict=True))
+
+    def _scores(self, logits: Float[Tensor, "B K"]) -> Float[Tensor, " B"]:
+        if self.config.output == "logit":
+            return logits[:, self.label]
+        probabilities = logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
+        return probabilities[:, self.label]
+
+
+def reward_dtype(config: RewardConfig, device: torch.device, stored: torch.dtype | None = None) -> torch.dtype:
+    """reward.dtype. `auto` is fp16 on a GPU; on a CPU, where fp16 is emulated, it is bf16 if the CPU computes in bf16,
+    else fp32.
+
+    It is never fp16 for weights that are `stored` or were trained in bf16: their activations may overflow in fp16.
+    """
+    if config.dtype != "auto":
+        return DTYPES[config.dtype]
+    if device.type != "cpu" and stored != torch.bfloat16:
+        return torch.float16
+    return torch.bfloat16 if computes_in_bf16(device) else torch.float32
+
+
+def _find_label(config: RewardConfig, id2label: Mapping[Any, str]) -> tuple[int, str]:
+    """The output that reward.label means, and how it was found. A label's name takes precedence over a number."""
+    names = {int(i): name for i, name in id2label.items()}
+    label = config.label
+    if label is None and len(names) == 1:
+        return 0, "the only one"
+    listed = ", ".join(str(names[i]) for i in sorted(names))
+    if label is None:
+        raise ConfigError(
+            f"reward.label is not set, and {config.model} has {len(names)} labels: {listed}", key="reward.label"
+        )
+    by_name = [i for i in sorted(names) if str(names[i]) == label]
+    if len(by_name) > 1:
+        raise ConfigError(
+            f"reward.label={label} is the name of outputs {', '.join(map(str, by_name))} of {config.model}; give each "
+            "label its own name in its config.json (id2label)",
+            key="reward.label",
+        )
+    if by_name:
+        return by_name[0], "found by its name"
+    by_number = [i for i in sorted(names) if str(i) == label]
+    if by_number and len(names) > 1:
+        return by_number[0], "found by its number, as no label has that name"
+    raise ConfigError(f"reward.label={label} is not a label of {config.model}; it has {listed}", key="reward.label")
+
+
+def _settle_format(config: RewardConfig, record: Record | None, has_template: bool) -> str:
+    """plain or chat; raises `ConfigError` if the format is unknown or cannot be used."""
+    setting = f"reward.model={config.model}"
+    if config.format == "auto" and record is not None and record.format in ("mixed", "marked"):
+        texts = f"texts with special tokens such as {record.marker}" if record.marker else "conversations and texts"
+        raise ConfigError(
+            f"{setting} was trained on {texts}, and the policy's texts have none of its marks; set reward.format=chat "
+            "for its chat template around prompt and response, or plain to score them as they are",
+            key="reward.format",
+        )
+    recorded = "plain" if record is None else record.format
+    found = recorded if config.format == "auto" else config.format
+    if found == "chat" and not has_template:
+        raise ConfigError(
+            f"{setting}: reward.format={config.format} needs a chat template, and its tokenizer has none; save one "
+            "beside it",
+            key="reward.format",
+        )
+    if found == "plain" and config.chat_field is not None:
+        raise ConfigError(
+            f"reward.chat_field={config.chat_field} is set, and {setting} reads plain text; set reward.format=chat, or "
+            "remove it",
+            key="reward.chat_field",
+        )
+    if found == "chat" and record is not None and record.turns:
+        alone = len(record.turns) == 1
+        if alone != (config.text == "response"):
+            other, texts = ("response", "answers alone") if alone else ("full", "whole conversations")
+            raise ConfigError(
+                f"reward.text={config.text}: {setting} was trained on {texts}; set reward.text={other}",
+                key="reward.text",
+            )
+    return found

@@ -1,0 +1,104 @@
+"""The reward of a run: a weighted sum of named terms, retried, calibrated and clipped.
+
+Knows how a sum is made of scores; knows neither where the terms come from nor what they compute.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlhf_accel.reward.calls import RewardError, RewardFunction, call, check_finite
+from rlhf_accel.reward.classifier import Classifier
+from rlhf_accel.system.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reward:
+    """Weighted sum of named terms, then shifted, scaled and clipped: the score in the objective."""
+
+    terms: tuple[tuple[str, float, RewardFunction], ...]  # name (such as reward.model=PATH), weight, function
+    mean: float = 0.0
+    std: float = 1.0
+    clip: float | None = None
+    retries: int = 0
+    retry_wait: float = 1.0  # seconds, doubled after each retry
+    timeout: float | None = None  # seconds
+
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], columns: Mapping[str, Sequence[Any]]
+    ) -> Float[Tensor, " B"]:
+        """Scores (B,) in fp32 on the CPU. They may be infinite or nan: the caller checks.
+
+        Raises `RewardError`, which names the term that failed after `retries` retries.
+        """
+        return self._sum([self._retried(name, term, prompts, responses, columns) for name, _, term in self.terms])
+
+    def finite(
+        self, prompts: Sequence[str], responses: Sequence[str], columns: Mapping[str, Sequence[Any]]
+    ) -> Float[Tensor, " B"]:
+        """The same scores; raises `RewardError` also for a score that is not finite."""
+        parts = [self._retried(name, term, prompts, responses, columns) for name, _, term in self.terms]
+        for (name, _, _), part in zip(self.terms, parts, strict=True):
+            check_finite(name, part, responses)
+        return self._sum(parts)
+
+    def try_out(
+        self, prompts: Sequence[str], responses: Sequence[str], columns: Mapping[str, Sequence[Any]]
+    ) -> Float[Tensor, " B"]:
+        """The same scores without retries; raises `RewardError` also for a score that is not finite."""
+        parts = []
+        for name, _, term in self.terms:
+            parts.append(call(name, term, prompts, responses, columns, self.timeout))
+            check_finite(name, parts[-1], responses)
+        return self._sum(parts)
+
+    def calibrated(self, scores: Float[Tensor, " N"]) -> Reward:
+        """The reward under which samples of the reference have mean 0, variance 1 (Ziegler et al. 2019, section 2.1).
+
+        `scores` are the scores of these samples by this reward. Raises `ConfigError` if they are not finite, or equal.
+        """
+        if not scores.isfinite().all():
+            raise ConfigError(
+                "reward.calibrate=true, but not all scores of the reference samples are finite", key="reward.calibrate"
+            )
+        std, mean = torch.std_mean(scores.double() * self.std + self.mean)
+        if not std > 1e-8:
+            raise ConfigError(
+                f"reward.calibrate=true, but all {len(scores)} reference samples score {mean:.4g}; the reward "
+                "cannot tell them apart",
+                key="reward.calibrate",
+            )
+        return replace(self, mean=float(mean), std=float(std))
+
+    def _sum(self, parts: Sequence[Float[Tensor, " B"]]) -> Float[Tensor, " B"]:
+        total = sum(weight * part for (_, weight, _), part in zip(self.terms, parts, strict=True))
+        scores = ((torch.as_tensor(total) - self.mean) / self.std).float()
+        return scores if self.clip is None else scores.clamp(-self.clip, self.clip)
+
+    def _retried(
+        self,
+        name: str,
+        function: RewardFunction,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        columns: Mapping[str, Sequence[Any]],
+    ) -> Float[Tensor, " B"]:
+        retries = 0 if isinstance(function, Classifier) else self.retries  # a classifier would fail in the same way
+        for attempt in range(retries):
+            try:
+                return call(name, function, prompts, responses, columns, self.timeout)
+            except RewardError as error:
+                wait = self.retry_wait * 2**attempt
+                logger.warning("%s; trying again in %g s (%d of %d)", error, wait, attempt + 1, retries)
+                time.sleep(wait)
+        return call(name, function, prompts, responses, columns, self.timeout)
