@@ -53,8 +53,9 @@ from rlhf_accel.data import embedded as assets
 from rlhf_accel.data import prompts as data
 from rlhf_accel.data.tokenizer import Tokens
 from rlhf_accel.models import cpu_kernels as kernels
+from rlhf_accel.rollout import engine
 from rlhf_accel.rollout import sampling as decoding
-from rlhf_accel.rollout.scoring import Sampler
+from rlhf_accel.rollout.collector import Collector
 from rlhf_accel.system.arithmetic import computes_in_bf16
 from rlhf_accel.system.errors import ConfigError
 from rlhf_accel.system.process import quiet_libraries, tune_process
@@ -126,18 +127,18 @@ def work(job: dict[str, Any]) -> None:
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print must not mix with the figures
     clock = Clock()
-    Sampler.sample = clock.counts("sampling", Sampler.sample)  # type: ignore[method-assign]
-    decoding.sample = clock.counts("loop", decoding.sample)
+    Collector.sample = clock.counts("sampling", Collector.sample)  # type: ignore[method-assign]
+    engine.sample = clock.counts("loop", decoding.sample)  # type: ignore[attr-defined]
     torch.Tensor.backward = clock.counts("model", torch.Tensor.backward)  # type: ignore[method-assign]
     trainer = PPOTrainer(
         load(Config, job["config"], job["overrides"]), reward=lambda prompts, responses: [1.0] * len(prompts)
     )
     module = trainer.runtime.plain_module
-    for network in (module, module.policy, trainer.sampler.reference):
+    for network in (module, module.policy, trainer.collector.reference):
         if network is not None:
             kind: Any = type(network)
             kind.__call__ = clock.counts("model", kind.__call__)
-    rows = _prompts_in_turn(trainer.tokens, job)
+    rows = _prompts_in_turn(trainer.setup.tokens, job)
     profile = None
     while True:
         out.write(json.dumps({"ready": True}) + "\n")

@@ -45,7 +45,7 @@ def every_call(config: Config) -> dict[str, int]:
         while True:
             nth += 1
             disk.disk_arm(nth, error, 0)
-            saved = run.keeper.save(run.progress)
+            saved = run.run.recorder.save(run.progress)
             reached = disk.disk_calls()
             disk.disk_arm(0, 0, 0)
             place = checkpoint.resume_folder(resumed, run.folder, lambda said: None)
@@ -61,7 +61,7 @@ def every_call(config: Config) -> dict[str, int]:
             assert found.keys() == expected[place.name].keys()
             assert all(torch.equal(found[name], tensor) for name, tensor in expected[place.name].items()), nth
         counts[errno.errorcode[error]] = nth - 1
-        run.keeper._saved = None
+        run.run.recorder._saved = None
     return counts
 
 

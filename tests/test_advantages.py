@@ -24,7 +24,7 @@ import torch
 from torch.testing import assert_close
 
 from rlhf_accel.algorithm import ppo
-from rlhf_accel.algorithm.advantages import make_experience
+from rlhf_accel.algorithm.advantages import gae, make_experience
 from rlhf_accel.algorithm.batches import Rollout, Sequences
 from rlhf_accel.config.schema import PPOConfig, RewardConfig
 
@@ -43,6 +43,7 @@ def rollout():
             responses=torch.tensor([[5, 6, 0], [7, 8, 9]]),
             response_mask=MASK,
         ),
+        groups=torch.arange(2),
         finished=torch.tensor([True, False]),
         scores=torch.tensor([1.0, 2.0]),
         partial_scores=torch.zeros(2, 3),
@@ -158,7 +159,7 @@ def test_partial_scores_do_what_shaping_the_rewards_by_a_potential_does():
             [0.0 + 0.9 * 0.5 - 0.2, -0.3 + 0.9 * 3.0 - 0.5, 1.9 - 3.0],
         ]
     )
-    advantages, returns = ppo.gae(shaped, rollout().values, MASK, 0.9, 0.5)
+    advantages, returns = gae(shaped, rollout().values, MASK, 0.9, 0.5)
     assert_close(experience.advantages, advantages)
     assert_close(experience.returns, returns)
 

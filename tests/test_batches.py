@@ -24,6 +24,7 @@ def make_prompts() -> PromptBatch:
         queries=queries,
         query_mask=queries != 0,
         index=torch.arange(3),
+        sample=torch.arange(3),
         texts=("a", "b", "c"),
         columns={"texts": ("x", "y", "z"), "number": (1, 2, 3)},
     )
@@ -46,6 +47,7 @@ def make_rollout() -> Rollout:
     rows = {name: torch.rand(3, 3) for name in ("partial_scores", "logprobs", "ref_logprobs", "values", "entropy")}
     return Rollout(
         sequences=make_responses().sequences,
+        groups=torch.arange(3),
         finished=torch.tensor([True, False, True]),
         scores=torch.tensor([0.0, 1.0, 2.0]),
         prompts=("a", "b", "c"),

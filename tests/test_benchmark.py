@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from rlhf_accel.algorithm import ppo
+from rlhf_accel.algorithm.logprobs import token_logprobs
 from rlhf_accel.models.calls import response_logits
 from rlhf_accel.system.errors import ConfigError
 
@@ -42,7 +42,7 @@ def test_the_formula_counts_what_torch_counts(benchmark, kind, tmp_path) -> None
     inputs = (queries, torch.ones_like(queries).bool(), responses, torch.ones_like(responses).bool())
     with FlopCounterMode(display=False) as counter:
         logits, _ = response_logits(model, *inputs)
-        ppo.token_logprobs(logits, responses).sum().backward()
+        token_logprobs(logits, responses).sum().backward()
     counted = counter.get_total_flops()
     assert benchmark.update_flops(workload, path, 4 * 24) == pytest.approx(counted, rel=0.03)
     frozen = benchmark.update_flops(replace(workload, lora_r=8), path, 4 * 24)

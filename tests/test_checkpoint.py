@@ -389,7 +389,7 @@ def test_final_loads_and_writes_without_this_package(trained, llama_folder, tmp_
     written = json.loads(done.stdout.splitlines()[-1])
     for trainer in kinds.values():
         ids = torch.tensor(written[str(trainer.folder / "final")])[None]
-        prompt = torch.tensor(trainer.tokens.encode(["The film"]))
+        prompt = torch.tensor(trainer.setup.tokens.encode(["The film"]))
         assert torch.equal(ids[:, : prompt.shape[1]], prompt)
         policy = trainer.runtime.plain_module.policy
         expected = policy.generate(input_ids=prompt, max_new_tokens=5, min_new_tokens=5, do_sample=False)
@@ -413,7 +413,7 @@ def test_exported_weights_are_those_of_the_run(trained, gpt2_folder):
 def test_an_exported_adapter_is_that_of_the_run(trained, gpt2_folder):
     trainer = trained(lora={"r": 4}, optim={"lr": 0.05})
     loaded = AutoPeftModelForCausalLM.from_pretrained(trainer.folder / "final").eval()
-    ids = torch.tensor(trainer.tokens.encode(["The film is good"]))
+    ids = torch.tensor(trainer.setup.tokens.encode(["The film is good"]))
     with torch.no_grad():
         policy = trainer.runtime.plain_module.policy
         assert_close(loaded(ids).logits, policy(ids).logits, atol=1e-5, rtol=1e-5)
@@ -442,7 +442,7 @@ def test_tied_weights_stay_tied(trained, llama_folder):
     assert "lm_head.weight" not in load_file(trainer.folder / "final" / "model.safetensors")
     loaded = AutoModelForCausalLM.from_pretrained(trainer.folder / "final").eval()
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-    ids = torch.tensor(trainer.tokens.encode(["The film"]))
+    ids = torch.tensor(trainer.setup.tokens.encode(["The film"]))
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, trainer.runtime.plain_module.policy(ids).logits)
 
@@ -533,7 +533,7 @@ def test_going_back_to_an_older_checkpoint_leaves_no_gap(tiny, tmp_path):
     back = {**run, "resume": str(tmp_path / "a" / "checkpoints" / "step-000002")}
     killed = PPOTrainer(tiny(run=back))
     killed._prepare()
-    killed.keeper.open(killed.progress, killed.resume_from)
+    killed.run.recorder.open(killed.progress, killed.run.resume_from)
     assert len(rows_of(tmp_path / "a")) == 2
     PPOTrainer(tiny(run={**run, "resume": "latest"})).fit()
     assert rows_of(tmp_path / "a") == expected

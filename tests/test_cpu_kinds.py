@@ -102,5 +102,5 @@ def test_a_run_whose_products_are_rounded_is_not_refused_as_one_that_computes_so
 ):
     assert not multiplies_exactly(CPU)
     trainer, rows = fitted(tiny, tmp_path / "run")
-    assert trainer._dtype == torch.bfloat16, "the limits of step 1 are those of what the products are"
+    assert trainer.setup.dtype == torch.bfloat16, "the limits of step 1 are those of what the products are"
     assert_ratio_starts_at_one(rows, exact=False)

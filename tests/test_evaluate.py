@@ -16,6 +16,7 @@ from rlhf_accel.commands import evaluate
 from rlhf_accel.commands.evaluate import FRONTIER_STEP, Judge
 from rlhf_accel.config.loading import load
 from rlhf_accel.config.schema import Config
+from rlhf_accel.rollout.engine import Seeds
 from rlhf_accel.runs.checkpoint import load_progress
 from rlhf_accel.runs.metrics import Progressline
 from rlhf_accel.training.evaluation import EVALUATION_SEED, EVALUATION_STEP
@@ -134,13 +135,13 @@ def test_the_frontier_is_that_of_the_runs_reference_on_its_own_scale(fitted) -> 
         file.write('12\n{"step": 4, "obj')  # torn rows, of which one is JSON
     evaluate.main([str(run), "--trust_code", "--frontier", "6", "--which", "final"])
     told = tree(run / "frontier.json")
-    assert (told["prompts"], told["samples"]) == (len(trainer.held_out.fixed(4)), 6)
+    assert (told["prompts"], told["samples"]) == (len(trainer.setup.held_out.fixed(4)), 6)
 
     # Again, by the reference alone: the run's base, scored by hand.
     base = PPOTrainer(load(Config, run / "config.yaml", ["--run.output_dir", str(run / "x")]))
     scores = []
     for number in range(6):
-        said = base.sampler.sample(base.held_out.fixed(4), seed=EVALUATION_SEED, step=FRONTIER_STEP + number)
+        said = base.collector.sample(base.setup.held_out.fixed(4), Seeds(EVALUATION_SEED, FRONTIER_STEP + number))
         raw = [text.count("o") / max(len(text), 1) for text in said.texts]
         scores.append([(score - trainer.reward.mean) / trainer.reward.std for score in raw])
     expected = np.array(scores)
@@ -159,7 +160,7 @@ def test_the_frontier_is_that_of_the_runs_reference_on_its_own_scale(fitted) -> 
         assert (point["kl"], point["kl_high"] - point["kl"]) == pytest.approx((row["eval/kl"], row["eval/kl_ci"]))
     # Of the last step and of final/, which are one model: one gain, and the paired interval of what was kept.
     assert points[3]["gain"] == pytest.approx(points[2]["gain"], abs=1e-5)
-    final = trainer._evaluation.rollout.scores.numpy() - expected.mean(0)
+    final = trainer.run.evaluation.rollout.scores.numpy() - expected.mean(0)
     half = 1.96 * final.std(ddof=1) / len(final) ** 0.5
     assert points[3]["gain"] - points[3]["low"] == pytest.approx(half, abs=1e-5)
 

@@ -48,6 +48,7 @@ def make(
             responses=ids,
             response_mask=mask,
         ),
+        groups=torch.arange(count),
         finished=torch.tensor(finished or [False] * count),
         scores=torch.tensor(scores),
         partial_scores=zeros,
@@ -169,7 +170,7 @@ def test_a_gold_reward_is_measured_and_never_learnt_from(tiny, tmp_path) -> None
     summary = trainer.fit()
     rows = read(trainer.folder)
     assert learnt(rows) == learnt(read(tmp_path / "plain"))
-    texts, prompts = trainer._evaluation.rollout.texts, trainer.held_out.fixed(4)
+    texts, prompts = trainer.run.evaluation.rollout.texts, trainer.setup.held_out.fixed(4)
     # Neither clipped nor shifted.
     expected = row_by_length(prompts.texts, texts, number=prompts.columns["number"])
     assert rows[-1]["eval/gold/row_by_length"] == pytest.approx(sum(expected) / len(expected))
@@ -199,7 +200,7 @@ def test_a_gold_reward_that_fails_leaves_its_figures_empty_and_the_run_alone(
     assert f"warning: reward.gold=tests.test_evaluation:{function} {said}" in output
     assert f"gold/{function} is left empty here" in output
     if function == "fails_later":
-        held_out = len(trainer.held_out.fixed(4))
+        held_out = len(trainer.setup.held_out.fixed(4))
         assert [2, *[held_out] * 6] == CALLS, "tried out on two, then twice in each of three evaluations"
 
 
@@ -268,7 +269,7 @@ def test_the_win_rate_outlives_a_resume(tiny, tmp_path, capsys) -> None:
     summary = trainer.fit()
     rows = read(trainer.folder)
     place = trainer.folder / "checkpoints" / "step-000002"
-    base, last = torch.tensor(trainer.progress.base_scores), trainer._evaluation.rollout.scores
+    base, last = torch.tensor(trainer.progress.base_scores), trainer.run.evaluation.rollout.scores
     assert rows[-1]["eval/win_rate"] == float(evaluation.wins(last, base).mean())
     assert rows[-1]["eval/win_rate"] != 0.5, "else a base that was evaluated anew would not be noticed"
     assert summary["trained"]["win_rate"] == rows[-1]["eval/win_rate"]
@@ -298,26 +299,26 @@ def test_the_win_rate_outlives_a_resume(tiny, tmp_path, capsys) -> None:
 def stub_evaluations(trainer: PPOTrainer, monkeypatch: pytest.MonkeyPatch, figures: list[tuple[float, float]]) -> None:
     """Let evaluations say these scores and KLs one after the other, the first before training."""
     queue = [(0.0, 0.0), *figures]
-    true = trainer._evaluate
+    true = trainer.run.evaluate
 
     def said() -> evaluation.Evaluation:
         score, kl = queue.pop(0)
         found = true()
         return replace(found, figures={**found.figures, "score": score, "kl": kl})
 
-    monkeypatch.setattr(trainer, "_evaluate", said)
+    monkeypatch.setattr(trainer.run, "evaluate", said)
 
 
 def kept_by(trainer: PPOTrainer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     steps: list[int] = []
-    export = trainer.keeper.export
+    export = trainer.run.recorder.export
 
     def spy(name, *rest):
         if name == "best":
             steps.append(trainer.progress.step)
         export(name, *rest)
 
-    monkeypatch.setattr(trainer.keeper, "export", spy)
+    monkeypatch.setattr(trainer.run.recorder, "export", spy)
     return steps
 
 
@@ -360,7 +361,7 @@ def test_another_budget_takes_back_a_best_that_is_beyond_it(tiny, tmp_path, monk
         go_on = {"total_steps": 2, "output_dir": str(tmp_path / str(budget)), "resume": "latest"}
         trainer = PPOTrainer(tiny(run={**run, **go_on, "best_kl_budget": budget}))
         stub_evaluations(trainer, monkeypatch, [(1.0, 2.0)])
-        monkeypatch.setattr(trainer, "_evaluate", lambda true=trainer._evaluate: (true(), true())[1])
+        monkeypatch.setattr(trainer.run, "evaluate", lambda true=trainer.run.evaluate: (true(), true())[1])
         kept = kept_by(trainer, monkeypatch)
         trainer.fit()
         assert kept == steps, budget

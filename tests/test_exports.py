@@ -88,7 +88,7 @@ def test_buffers_are_in_models_checkpoints_and_whole_weights(tiny, gemma4_folder
     policy.get_buffer(SCALAR).fill_(2.0)
     trainer.fit()
     policy.model.norm.weight.requires_grad_(False).fill_(0.5)  # what is frozen is exported all the same
-    trainer.keeper.export("final", {}, trainer.tokens, trainer._export_probe)
+    trainer.run.recorder.export("final", {}, trainer.setup.tokens, trainer.run.export_probe)
     run_folder = tmp_path / "run"
     final = AutoModelForCausalLM.from_pretrained(run_folder / "final", dtype=torch.float32).eval()
     ids = torch.tensor([[40, 41, 42, 43]])
@@ -179,7 +179,7 @@ def test_an_adapter_is_loaded_once_and_its_tensors_are_compared_each_time(
         with monkeypatch.context() as patch:
             if change is not None:
                 patch.setattr(checkpoint, "save_file", planted(change))
-            trainer.keeper.export(name, {}, trainer.tokens, trainer._export_probe)
+            trainer.run.recorder.export(name, {}, trainer.setup.tokens, trainer.run.export_probe)
 
     with pytest.raises(ExportError, match="though no tensor does: its config"):
         export("best", rewrite("adapter_config.json", use_rslora=False))
@@ -198,25 +198,25 @@ def test_an_adapter_is_loaded_once_and_its_tensors_are_compared_each_time(
     export("final")
     assert len(loads) == 4
     final = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "final", dtype=torch.float32).eval()
-    ids = trainer._export_probe.ids
+    ids = trainer.run.export_probe.ids
     torch.testing.assert_close(calls.logits_of(final, ids), calls.logits_of(policy, ids))
     assert (calls.logits_of(policy.get_base_model(), ids) - calls.logits_of(final, ids)).abs().max() < 1e-4
     for fault in (torch.OutOfMemoryError("no room"), MemoryError(), ConnectionError("reset"), unreachable()):
         with monkeypatch.context() as patch:
             patch.setattr(exports, "load_export", lambda *args, fault=fault, **how: raise_(fault))
-            trainer._export_probe._described = None
+            trainer.run.export_probe._described = None
             export("final")
-            assert type(fault).__name__ in str(trainer._export_probe.skipped)
+            assert type(fault).__name__ in str(trainer.run.export_probe.skipped)
             with pytest.raises(ExportError, match=r"lm_head\.lora_A\.default\.weight differs by [0-9.]+;"):
                 export("final", turn_around)
     export("final")
-    assert trainer._export_probe.skipped is None and len(loads) == 5
+    assert trainer.run.export_probe.skipped is None and len(loads) == 5
     monkeypatch.setattr(exports, "free_memory", lambda: 0)
-    trainer._export_probe._described = None
+    trainer.run.export_probe._described = None
     with pytest.raises(ExportError, match=r"lm_head\.lora_A\.default\.weight differs by [0-9.]+;"):
         export("final", turn_around)
     export("final")
-    assert len(loads) == 5 and "a second model takes 0 GiB" in str(trainer._export_probe.skipped)
+    assert len(loads) == 5 and "a second model takes 0 GiB" in str(trainer.run.export_probe.skipped)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -224,7 +224,7 @@ def test_an_adapter_on_a_rounded_base_is_compared_in_its_dtype(tiny, tmp_path: P
     """And the adapter that a run starts from, which came from a machine where the base lay elsewhere."""
     lora = {"r": 2, "target_modules": ["c_attn"]}
     first = PPOTrainer(tiny(model={"dtype": dtype}, lora=lora))
-    first.keeper.export("final", {}, first.tokens, first._export_probe)
+    first.run.recorder.export("final", {}, first.setup.tokens, first.run.export_probe)
     rewrite("adapter_config.json", base_model_name_or_path="/elsewhere")(tmp_path / "run" / "final")
     lora["adapter"] = str(tmp_path / "run" / "final")
     second = PPOTrainer(tiny(run={"output_dir": str(tmp_path / "second")}, model={"dtype": dtype}, lora=lora))
@@ -232,7 +232,7 @@ def test_an_adapter_on_a_rounded_base_is_compared_in_its_dtype(tiny, tmp_path: P
         name: torch.full_like(p, 0.1) for name, p in second.runtime.plain_module.named_parameters() if "default" in name
     }
     second.runtime.set_weights(adapter)
-    second.keeper.export("final", {}, second.tokens, second._export_probe)
+    second.run.recorder.export("final", {}, second.setup.tokens, second.run.export_probe)
     about = json.loads((tmp_path / "second" / "final" / "adapter_config.json").read_text())
     assert about["base_model_name_or_path"] == second.config.model.name_or_path
 
@@ -251,7 +251,7 @@ def test_a_checkpoint_of_which_only_the_text_part_is_loaded_is_told(
         tiny(model={"name_or_path": str(tmp_path / "sees")}, run={"total_steps": 1, "eval_samples": 0})
     )
     told = "of the qwen3_5 checkpoint only the text part (qwen3_5_text) is loaded, trained and exported; final/ and"
-    assert trainer.keeper.left_out == f"{told} best/ are without: vision"
+    assert trainer.setup.left_out == f"{told} best/ are without: vision"
     trainer.fit()
     assert told in " ".join(capsys.readouterr().out.split())
     assert "Of the qwen3_5 checkpoint only the text part" in (tmp_path / "run" / "final" / "README.md").read_text()
@@ -261,4 +261,4 @@ def test_a_checkpoint_of_which_only_the_text_part_is_loaded_is_told(
         with pytest.raises(ZeroDivisionError):
             examination.examine(trainer)
     assert [found.level for found in examination.findings if told in found.said] == ["warning"]
-    assert PPOTrainer(tiny(run={"output_dir": str(tmp_path / "text")})).keeper.left_out is None
+    assert PPOTrainer(tiny(run={"output_dir": str(tmp_path / "text")})).setup.left_out is None

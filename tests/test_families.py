@@ -16,8 +16,8 @@ from rlhf_accel.commands import memory_plan as plan
 from rlhf_accel.config.loading import parse
 from rlhf_accel.config.schema import Config
 from rlhf_accel.models import calls, lora, policy_with_value, positions, probes, trainable
-from rlhf_accel.models import policy as models
 from rlhf_accel.models.lora import POLICY
+from rlhf_accel.models.policy import load_policy
 from rlhf_accel.rollout import padding
 from rlhf_accel.system.errors import ConfigError
 from tests.families import FAMILIES, PAD, REFUSED, save_tiny, tiny_config, tiny_model
@@ -55,7 +55,7 @@ def config_of(folder: Path, lora: bool, **model: Any) -> Config:
 
 def built(config: Config) -> policy_with_value.PolicyWithValue:
     path = config.model.name_or_path
-    module = policy_with_value.build(config, models.load_policy(config, path, CPU), path, None).eval()
+    module = policy_with_value.build(config, load_policy(config, path, CPU), path, None).eval()
     trainable.freeze_unreached(module)
     return module
 
@@ -124,7 +124,7 @@ def test_family(name: str, lora: bool, folder_of: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_with_a_reason(name: str, folder_of: Any) -> None:
     config = config_of(folder_of(name), lora=False, critic="head")
-    policy = models.load_policy(config, config.model.name_or_path, CPU)
+    policy = load_policy(config, config.model.name_or_path, CPU)
     batch = padding.made_up(IDS, PAD)
     looks = (
         lambda: padding.policy_alone(policy, batch, torch.float32),
@@ -141,7 +141,7 @@ def test_all_linear_leaves_routers_out(name: str, folder_of: Any) -> None:
     for targets, experts in ((["all-linear"], name == "mixtral"), (None, False)):
         adapters = {"r": 2, "target_modules": targets}
         asked = parse(Config, {"model": {"name_or_path": config.model.name_or_path, "dtype": "fp32"}, "lora": adapters})
-        policy = models.load_policy(asked, asked.model.name_or_path, CPU)
+        policy = load_policy(asked, asked.model.name_or_path, CPU)
         adapted = {name.partition(".lora_")[0] for name, _ in policy.named_parameters() if ".lora_" in name}
         assert any("q_proj" in layer for layer in adapted)
         assert not [layer for layer in adapted if "router" in layer or layer.endswith(".gate")]
@@ -154,7 +154,7 @@ def test_what_no_text_reaches_is_frozen(folder_of: Any) -> None:
     for name, part in (("gemma3", "vision_tower"), ("ernie4_5_moe", "e_score_correction_bias"), ("bert", "pooler")):
         config = config_of(folder_of(name), lora=False)
         path = config.model.name_or_path
-        module = policy_with_value.build(config, models.load_policy(config, path, CPU), path, None).eval()
+        module = policy_with_value.build(config, load_policy(config, path, CPU), path, None).eval()
         frozen = trainable.freeze_unreached(module)
         assert any(part in name for name in frozen)
         assert frozen == [name for name, p in module.named_parameters() if not p.requires_grad]

@@ -24,6 +24,7 @@ from rlhf_accel.runs.report import charts
 from rlhf_accel.runs.report import page as report
 from rlhf_accel.system.errors import ConfigError, RunFailed
 from rlhf_accel.training.ppo_trainer import PPOTrainer
+from rlhf_accel.training.run import Run
 
 SECONDS = 10
 DEEP = "[" * 100_000
@@ -125,9 +126,9 @@ def a_run(gpt2_folder, prompts_file, tmp_path_factory):
     trainer.fit()
     rollout, facts = trainer.rollout, {"message": "m", "rows": [0, 2]}
     facts |= {"prompts": rollout.prompts, "responses": rollout.texts, "columns": {"number": [1, 2, 3, 4]}}
-    trainer.keeper.dump({**facts, "step": 1, "phase": "score"}, None)
+    trainer.run.recorder.dump({**facts, "step": 1, "phase": "score"}, None)
     experience = make_experience(rollout, config.ppo, config.reward, 0.05)
-    trainer.keeper.dump({**facts, "step": 2, "phase": "update"}, experience)
+    trainer.run.recorder.dump({**facts, "step": 2, "phase": "update"}, experience)
     evaluate.main([str(folder), "--which", "final", "--frontier", "2", "--trust_code"])
     return folder
 
@@ -228,7 +229,7 @@ def test_malformed_files_in_a_runs_folder(count, a_run, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "_check_access", lambda *_: None)
     monkeypatch.setattr(hub.HfApi, "create_repo", lambda *_, **__: "address")
     monkeypatch.setattr(hub.HfApi, "upload_folder", lambda *_, **__: None)
-    monkeypatch.setattr(PPOTrainer, "_train", lambda self: {})
+    monkeypatch.setattr(Run, "_train", lambda self: {})
     if count == 300:
         monkeypatch.setattr(charts, "png", lambda *_: None)
         monkeypatch.setattr(charts, "svg", lambda *_: "")

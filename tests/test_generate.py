@@ -76,7 +76,7 @@ def test_the_trained_model_and_its_base_are_the_runs(run_folder, lora, gpt2_fold
     options = generate._parse([str(trainer.folder), "--compare"])
     _, (base, trained) = generate._writers(options)
     assert (base.name, trained.name) == ("base", "trained")
-    ids = torch.tensor(trainer.tokens.encode(["The film"]))
+    ids = torch.tensor(trainer.setup.tokens.encode(["The film"]))
     from transformers import AutoModelForCausalLM
 
     start = AutoModelForCausalLM.from_pretrained(gpt2_folder).eval()
@@ -84,7 +84,7 @@ def test_the_trained_model_and_its_base_are_the_runs(run_folder, lora, gpt2_fold
         expected = trainer.runtime.plain_module.policy(ids).logits
         torch.testing.assert_close(trained.model(ids).logits, expected, atol=1e-5, rtol=1e-5)
         assert (expected - start(ids).logits).abs().max() > 1e-2
-    same = generate.Writer(name="start", model=start, tokens=trainer.tokens, rollout=trainer.config.rollout)
+    same = generate.Writer(name="start", model=start, tokens=trainer.setup.tokens, rollout=trainer.config.rollout)
     assert base.write(["The film", "A dull"], 0) == same.write(["The film", "A dull"], 0)
     # An adapter that was switched off for the base is back for the trained model.
     assert trained.write(["The film", "A dull"], 0) != base.write(["The film", "A dull"], 0)

@@ -7,8 +7,8 @@ import torch
 
 from rlhf_accel.commands import memory_plan as plan
 from rlhf_accel.commands.memory_plan import Launch, Sizes
-from rlhf_accel.models import policy as models
 from rlhf_accel.models import policy_with_value
+from rlhf_accel.models.policy import load_policy
 from rlhf_accel.system.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ SIZES = Sizes(
 
 def real_pass(config, path, rows):
     """Bytes that autograd keeps of a real forward pass, each storage once, weights not counted."""
-    policy = models.load_policy(config, path, CPU)
+    policy = load_policy(config, path, CPU)
     module = policy_with_value.build(config, policy, path, None).eval()
     weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     kept = {}

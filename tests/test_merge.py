@@ -92,7 +92,7 @@ def test_tied_embeddings_of_which_one_is_trained_become_two(
     for parameter in trainer.runtime.plain_module.policy.parameters():
         if parameter.requires_grad:
             parameter.data.add_(torch.randn_like(parameter), alpha=0.2)
-    trainer.keeper.export("final", {}, trainer.tokens, trainer._export_probe)
+    trainer.run.recorder.export("final", {}, trainer.setup.tokens, trainer.run.export_probe)
     adapted = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
     adapted.load_state_dict(scaled_adapter(adapted.state_dict(), scale))
     for dtype in ("fp32", "bf16"):

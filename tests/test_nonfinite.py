@@ -240,7 +240,7 @@ def test_a_step_whose_evaluation_waited_is_recorded_once(tiny, tmp_path: Path, w
         PPOTrainer(tiny(run=run)).fit()
     killed = PPOTrainer(tiny(run={**run, "resume": "latest"}))
     killed._prepare()
-    killed.keeper.open(killed.progress, killed.resume_from)
+    killed.run.recorder.open(killed.progress, killed.run.resume_from)
     killed._conclude()
     assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 2
     PPOTrainer(tiny(run={**run, "resume": "latest"})).fit()

@@ -19,8 +19,9 @@ from rlhf_accel.algorithm.batches import Sequences
 from rlhf_accel.config.loading import parse
 from rlhf_accel.config.schema import Config, OptimConfig
 from rlhf_accel.models import calls, policy_with_value
-from rlhf_accel.models import policy as models
+from rlhf_accel.models import policy as policy_module
 from rlhf_accel.models.lora import CRITIC, POLICY, REFERENCE, adapter
+from rlhf_accel.models.policy import end_of_text_ids, load_policy, resolve_dtype
 from rlhf_accel.models.reference import load_reference, reference_policy
 from rlhf_accel.models.trainable import parameter_groups
 from rlhf_accel.system.errors import ConfigError
@@ -39,7 +40,7 @@ def config_of(folder, **sections):
 
 def built(folder, reward_path=None, **sections):
     config = config_of(folder, **sections)
-    policy = models.load_policy(config, str(folder), CPU)
+    policy = load_policy(config, str(folder), CPU)
     return policy_with_value.build(config, policy, str(folder), None if reward_path is None else str(reward_path))
 
 
@@ -308,7 +309,7 @@ def test_the_adapter_is_back_on_after_an_exception(gpt2_folder):
 
 def test_the_frozen_copy_does_not_follow_the_policy(gpt2_folder):
     config, batch = config_of(gpt2_folder, rollout={"temperature": 0.7}), sequences(*RAGGED)
-    policy = models.load_policy(config, str(gpt2_folder), CPU)
+    policy = load_policy(config, str(gpt2_folder), CPU)
     reference = load_reference(config, policy)
     module = policy_with_value.build(config, policy, str(gpt2_folder), None)
     start = say(module, batch).logprobs
@@ -502,7 +503,7 @@ def test_an_adapter_that_does_not_fit_is_refused(gpt2_folder, llama_folder, adap
 
 def test_lora_needs_no_copy(gpt2_folder):
     config = config_of(gpt2_folder, lora={"r": 4})
-    assert load_reference(config, models.load_policy(config, str(gpt2_folder), CPU)) is None
+    assert load_reference(config, load_policy(config, str(gpt2_folder), CPU)) is None
 
 
 @pytest.mark.parametrize(
@@ -516,9 +517,9 @@ def test_lora_needs_no_copy(gpt2_folder):
     ],
 )
 def test_dtype_of_the_weights(monkeypatch, has_bf16, r, asked, expected):
-    monkeypatch.setattr(models, "computes_in_bf16", lambda device: has_bf16)
+    monkeypatch.setattr(policy_module, "computes_in_bf16", lambda device: has_bf16)
     config = parse(Config, {"lora": {"r": r}, "model": {"dtype": asked}})
-    assert models.resolve_dtype(config, CPU) == expected
+    assert resolve_dtype(config, CPU) == expected
 
 
 def test_a_bf16_base_has_fp32_adapters_head_and_outputs(gpt2_folder):
@@ -591,9 +592,9 @@ def test_gradient_checkpointing_gives_the_same_gradient(gpt2_folder, lora, criti
 
 
 def test_end_of_text_ids(gpt2_folder, llama_folder):
-    policy = models.load_policy(config_of(gpt2_folder), str(gpt2_folder), CPU)
-    assert models.end_of_text_ids(policy) == [policy.config.eos_token_id]
+    policy = load_policy(config_of(gpt2_folder), str(gpt2_folder), CPU)
+    assert end_of_text_ids(policy) == [policy.config.eos_token_id]
     policy.generation_config.eos_token_id = [3, 7]
-    assert models.end_of_text_ids(policy) == [3, 7]
+    assert end_of_text_ids(policy) == [3, 7]
     policy.generation_config.eos_token_id = None
-    assert models.end_of_text_ids(policy) == []
+    assert end_of_text_ids(policy) == []

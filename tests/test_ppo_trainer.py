@@ -17,11 +17,14 @@ from rlhf_accel.data.tokenizer import Tokens
 from rlhf_accel.distributed.runtime import Runtime
 from rlhf_accel.models import calls
 from rlhf_accel.models import cpu_kernels as kernels
-from rlhf_accel.models import policy as models
+from rlhf_accel.rollout import scoring
 from rlhf_accel.runs import metrics as metrics_module
 from rlhf_accel.runs.recorder import Keeper
 from rlhf_accel.system.errors import ConfigError, RunFailed
 from rlhf_accel.training import ppo_trainer as trainer_module
+from rlhf_accel.training import run as run_module
+from rlhf_accel.training import setup as setup_module
+from rlhf_accel.training.first_step import ratio_limits, sampling_again
 from rlhf_accel.training.ppo_trainer import PPOTrainer, lr_factor
 from tests.conftest import share_of_o
 
@@ -569,7 +572,7 @@ def test_a_policy_that_reads_other_tokens_than_its_tokenizer_makes_is_refused(ti
 
 
 def test_a_stop_text_that_cannot_be_is_refused_before_a_model_loads(tiny, monkeypatch):
-    monkeypatch.setattr(models, "load_policy", None)
+    monkeypatch.setattr(setup_module, "load_policy", None)
     with pytest.raises(ConfigError, match=r"^rollout\.stop holds '<\|endoftext\|>\\n'"):
         PPOTrainer(tiny(rollout={"stop": ["<|endoftext|>\n"]}))
 
@@ -630,7 +633,7 @@ def test_a_figure_that_is_not_finite_is_null_in_the_file(fit, monkeypatch):
 def test_another_reference_is_noticed_at_step_1(tiny):
     trainer = PPOTrainer(tiny())
     with torch.no_grad():
-        trainer.sampler.reference.policy.transformer.wpe.weight.mul_(1.5)
+        trainer.collector.reference.policy.transformer.wpe.weight.mul_(1.5)
     with pytest.raises(RuntimeError, match=r"objective/kl_k3 .* at step 1"):
         trainer.step(["The film", "A dull"] * 4)
 
@@ -662,18 +665,18 @@ def test_where_log_probabilities_are_recomputed_sampling_from_elsewhere_is_warne
             monkeypatch.setattr(calls, "position_ids", lambda mask, first=0: positions(mask) + 1)
         trainer.step(prompts)
         said = capsys.readouterr().out
-        assert ("warning: responses are drawn from another distribution than the one that learns" in said) == fault
+        assert ("warning: responses are drawn from another distribution than the one that is trained" in said) == fault
 
 
 def test_a_rank_without_a_share_takes_part_in_the_look_at_sampling(tiny, monkeypatch):
     trainer = PPOTrainer(tiny(run={"precision": "bf16"}))
-    prompts = trainer.prompts.batch(1, 8)
+    prompts = trainer.setup.prompts.batch(1, 8)
     trainer.step(prompts)
     assert trainer.rollout is not None
-    limits = trainer.ratio_limits(trainer.rollout)
+    limits = ratio_limits(trainer.setup, trainer.rollout)
     monkeypatch.setattr(Runtime, "rank", property(lambda self: 1))
     monkeypatch.setattr(Runtime, "shares", lambda self, count: [torch.arange(count), torch.arange(0)])
-    trainer._warn_of_sampling(prompts, trainer.rollout, limits)
+    sampling_again(trainer.setup, prompts, trainer.rollout, limits)
 
 
 def test_checkpointing_trains_nothing_but_layers(tiny):
@@ -744,7 +747,7 @@ def test_a_reward_that_fails_on_a_part_later_says_where(tiny):
         PPOTrainer(tiny(reward=settings, run={"eval_samples": 0}), reward=reward).fit()
     line = inspect.getsourcelines(reward)[1] + 2
     said = r"OSError: gone; .* unfinished responses \(reward\.partial_every=1\)"
-    found = re.search(rf"{said}: .* \(test_trainer\.py:{line}\); look .*replay ([^\s;]+)", str(raised.value))
+    found = re.search(rf"{said}: .* \(test_ppo_trainer\.py:{line}\); look .*replay ([^\s;]+)", str(raised.value))
     assert found, raised.value
     facts = json.loads((Path(found[1]) / "dump.json").read_text())
     assert len(facts["prompts"]) == 8 and all(0 < len(response) < 8 for response in facts["responses"])
@@ -752,9 +755,10 @@ def test_a_reward_that_fails_on_a_part_later_says_where(tiny):
 
 def test_a_stop_is_heard_between_the_calls_for_parts(tiny, monkeypatch):
     trainer, asked = PPOTrainer(tiny(reward={"partial_every": 1})), []
-    monkeypatch.setattr(trainer, "_stop_if_asked", lambda: asked.append("stop?"))
-    score = trainer.sampler.score
-    monkeypatch.setattr(type(trainer.sampler), "score", lambda _, *given: asked.append("score") or score(*given))
+    trainer.between = lambda: asked.append("stop?")
+    score = scoring.score
+    for module in (scoring, trainer_module):
+        monkeypatch.setattr(module, "score", lambda *given: asked.append("score") or score(*given))
     trainer.step(["The film", "A dull"] * 4)
     length = trainer.config.rollout.max_new_tokens
     assert asked[: 2 * length + 2] == ["stop?", "score", *(["stop?", "score"] * length)]
@@ -849,6 +853,6 @@ def test_no_evaluation_is_said_aloud(tiny, tmp_path, capsys):
 
 @pytest.mark.parametrize("has_bf16", [True, False])
 def test_emulated_arithmetic_that_was_asked_for_is_said_aloud(fit, monkeypatch, capsys, has_bf16):
-    monkeypatch.setattr(trainer_module, "computes_in_bf16", lambda device: has_bf16)
+    monkeypatch.setattr(run_module, "computes_in_bf16", lambda device: has_bf16)
     fit(run={"total_steps": 1, "precision": "bf16"})
     assert ("run.precision=bf16: this device only emulates bf16" in capsys.readouterr().out) != has_bf16

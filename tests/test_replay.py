@@ -128,8 +128,8 @@ def test_a_gradient_that_is_not_finite_is_dumped_and_found_again(lora, tiny, tmp
 
     run = {"output_dir": str(tmp_path / "run"), "total_steps": 2, "eval_samples": 0, "max_skipped_steps": 1}
     trainer = PPOTrainer(tiny(run=run, ppo={"num_minibatches": 1}, **lora))
-    prompts = trainer.prompts.batch(1, 8)
-    rollout = trainer.sampler.sample(prompts, seed=trainer.config.run.seed, step=1)
+    prompts = trainer.setup.prompts.batch(1, 8)
+    rollout = trainer.collector.sample(prompts, seed=trainer.config.run.seed, step=1)
     bad = rollout.sequences.responses[5, :2]
     monkeypatch.setattr(policy_with_value.PolicyWithValue, "forward", spiked)
     with pytest.raises(

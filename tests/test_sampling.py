@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Lfm2Config
 from rlhf_accel.data.tokenizer import Tokens
 from rlhf_accel.models.positions import position_ids
 from rlhf_accel.rollout import sampling as decoding
-from rlhf_accel.rollout.sampling import Sampled, SamplingSettings, pick, sample, truncate, uniforms
+from rlhf_accel.rollout.sampling import Generations, SamplingSettings, pick, sample, truncate, uniforms
 from tests.conftest import TEXTS
 
 
@@ -50,7 +50,7 @@ class Policy:
         stop_ids: Sequence[int] | None = None,
         model: Any = None,
         **settings: Any,
-    ) -> Sampled:
+    ) -> Generations:
         stop = self.tokens.stop_condition(())
         return sample(
             model or self.model,

@@ -23,12 +23,12 @@ T = TypeVar("T", bound="_Batch")
 class TokenOutputs(NamedTuple):
     """What `PolicyWithValue.forward` says of each response token, all fp32.
 
-    logprobs (B, R) in nats; values (B, R), before the token is chosen; entropy (B, R) in nats of the distribution that
-    the token was chosen from, or None if it was not asked for.
+    logprobs (B, R) in nats; values (B, R), before the token is chosen, or None without a critic; entropy (B, R) in nats
+    of the distribution that the token was chosen from, or None if it was not asked for.
     """
 
     logprobs: Float[Tensor, "B R"]
-    values: Float[Tensor, "B R"]
+    values: Float[Tensor, "B R"] | None
     entropy: Float[Tensor, "B R"] | None
 
 
@@ -51,15 +51,17 @@ class _Batch:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PromptBatch(_Batch):
-    """Prompts of one step.
+    """Prompts of one step, a row for each response that is asked for.
 
-    index is a prompt's place in the step's global batch: with the run's seed and the step it fixes the random numbers
-    of its response, wherever that is sampled.
+    index is the prompt's place in the step's global batch, the same for all samples of one prompt. sample is the row's
+    own place there: with the run's seed and the step it fixes the random numbers of the response, wherever that is
+    sampled.
     """
 
     queries: Int[Tensor, "B Q"]  # int64, padded on the left
     query_mask: Bool[Tensor, "B Q"]
     index: Int[Tensor, " B"]
+    sample: Int[Tensor, " B"]
     texts: tuple[str, ...]
     columns: Mapping[str, tuple[Any, ...]]  # the data set's other columns, for reward functions
 
@@ -67,11 +69,27 @@ class PromptBatch(_Batch):
         _check("queries", self.queries, torch.int64, self.query_mask.shape)
         _check("query_mask", self.query_mask, torch.bool, self.queries.shape)
         _check("index", self.index, torch.int64, (len(self),))
+        _check("sample", self.sample, torch.int64, (len(self),))
         _check_rows(len(self), {"texts": self.texts})
         _check_rows(len(self), self.columns)
 
     def __len__(self) -> int:
         return len(self.queries)
+
+    def repeated(self, samples: int) -> PromptBatch:
+        """Each prompt `samples` times in a row, each time with random numbers of its own.
+
+        >>> one = torch.tensor([[7], [8]])
+        >>> few = PromptBatch(queries=one, query_mask=one > 0, index=torch.tensor([0, 1]), sample=torch.tensor([0, 1]),
+        ...     texts=("a", "b"), columns={})
+        >>> few.repeated(2).index.tolist(), few.repeated(2).sample.tolist()
+        ([0, 0, 1, 1], [0, 1, 2, 3])
+        """
+        if samples == 1:
+            return self
+        rows = torch.arange(len(self)).repeat_interleave(samples)
+        numbers = self.sample[rows] * samples + torch.arange(samples).repeat(len(self))
+        return replace(self.select(rows), sample=numbers)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -124,14 +142,13 @@ class Sequences(_Batch):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Responses(_Batch):
-    """Sampled responses of one process's share of the prompts, with the text that rewards read, and what the policy and
-    a critic that reads its states said meanwhile."""
+    """Sampled responses of one process's share of the prompts, with the text that rewards read."""
 
     sequences: Sequences
     finished: Bool[Tensor, " B"]  # ended by a stop, not by the length limit
-    logprobs: Float[Tensor, "B R"]
+    logprobs: Float[Tensor, "B R"]  # those of sampling itself, as are the two that follow
     entropy: Float[Tensor, "B R"]
-    values: Float[Tensor, "B R"]  # 0 of another critic
+    values: Float[Tensor, "B R"] | None  # None unless a critic read the policy's states meanwhile
     prompts: tuple[str, ...]
     texts: tuple[str, ...]
     columns: Mapping[str, tuple[Any, ...]]
@@ -139,7 +156,7 @@ class Responses(_Batch):
     def __post_init__(self) -> None:
         _check("finished", self.finished, torch.bool, (len(self),))
         for name in ("logprobs", "entropy", "values"):
-            _check(name, getattr(self, name), torch.float32, self.sequences.responses.shape)
+            _check_if_there(name, getattr(self, name), torch.float32, self.sequences.responses.shape)
         _check_rows(len(self), {"prompts": self.prompts, "texts": self.texts})
         _check_rows(len(self), self.columns)
 
@@ -149,15 +166,16 @@ class Responses(_Batch):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Rollout(_Batch):
-    """All responses of a step, scored, with what policy, critic and reference said of them; the same on every rank."""
+    """All responses of a step, scored, with the outputs of policy, critic and reference; the same on every rank."""
 
     sequences: Sequences
+    groups: Int[Tensor, " B"]  # the place of each response's prompt in the step's batch
     finished: Bool[Tensor, " B"]
     scores: Float[Tensor, " B"]
     partial_scores: Float[Tensor, "B R"]  # of the response before each token is chosen; 0 where not asked for
     logprobs: Float[Tensor, "B R"]
     ref_logprobs: Float[Tensor, "B R"]
-    values: Float[Tensor, "B R"]
+    values: Float[Tensor, "B R"] | None  # None without a critic
     entropy: Float[Tensor, "B R"]
     prompts: tuple[str, ...]
     texts: tuple[str, ...]
@@ -165,9 +183,10 @@ class Rollout(_Batch):
     def __post_init__(self) -> None:
         shape = self.sequences.responses.shape
         _check("finished", self.finished, torch.bool, shape[:1])
+        _check("groups", self.groups, torch.int64, shape[:1])
         _check("scores", self.scores, torch.float32, shape[:1])
         for name in ("partial_scores", "logprobs", "ref_logprobs", "values", "entropy"):
-            _check(name, getattr(self, name), torch.float32, shape)
+            _check_if_there(name, getattr(self, name), torch.float32, shape)
         _check_rows(len(self), {"prompts": self.prompts, "texts": self.texts})
 
     def __len__(self) -> int:
@@ -176,22 +195,23 @@ class Rollout(_Batch):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Experience(_Batch):
-    """What the update learns from; `old_` is what policy and critic said when they sampled.
+    """What the update is trained on; `old_` is of the policy and the critic that sampled.
 
-    Values and returns are beyond the rollout's partial scores, which the critic need not learn.
+    Values and returns are beyond the rollout's partial scores, which the critic need not fit; both are None without a
+    critic.
     """
 
     sequences: Sequences
     old_logprobs: Float[Tensor, "B R"]
-    old_values: Float[Tensor, "B R"]
+    old_values: Float[Tensor, "B R"] | None
     rewards: Float[Tensor, "B R"]  # per token: -kl_coef * kl, and the score on the last token
     advantages: Float[Tensor, "B R"]
-    returns: Float[Tensor, "B R"]
+    returns: Float[Tensor, "B R"] | None
 
     def __post_init__(self) -> None:
         shape = self.sequences.responses.shape
         for name in ("old_logprobs", "old_values", "rewards", "advantages", "returns"):
-            _check(name, getattr(self, name), torch.float32, shape)
+            _check_if_there(name, getattr(self, name), torch.float32, shape)
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -202,11 +222,11 @@ class LossStats:
     """Means over the response tokens of all minibatches of a PPO step, all ranks together."""
 
     policy: float
-    value: float
+    value: float | None  # as value_clip_fraction, None without a critic
     total: float
     approx_kl: float  # nats per token, k3 of the sampling policy against the current one
     clip_fraction: float
-    value_clip_fraction: float
+    value_clip_fraction: float | None
     ratio_max: float
     first_ratio_error: float  # max |ratio - 1| before the first optimizer step
     first_log_ratio_rms: float  # nats, over the tokens of the first minibatch, before that step
@@ -216,6 +236,8 @@ class LossStats:
 
 
 def _select(value: Any, rows: Int[Tensor, " n"]) -> Any:
+    if value is None:
+        return None
     if isinstance(value, Tensor):
         return value[rows.to(value.device)]
     if isinstance(value, _Batch):
@@ -228,6 +250,11 @@ def _select(value: Any, rows: Int[Tensor, " n"]) -> Any:
 def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {tuple(shape)}")
+
+
+def _check_if_there(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if tensor is not None:
+        _check(name, tensor, dtype, shape)
 
 
 def _check_rows(count: int, named: Mapping[str, tuple[Any, ...]]) -> None:

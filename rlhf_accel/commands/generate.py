@@ -27,7 +27,7 @@ from rlhf_accel.models.policy import end_of_text_ids
 from rlhf_accel.models.positions import check_prompts
 from rlhf_accel.reward import Reward, RewardError, load_reward
 from rlhf_accel.rollout import sampling as decoding
-from rlhf_accel.rollout.scoring import sampling_settings
+from rlhf_accel.rollout.engine import sampling_settings
 from rlhf_accel.runs.checkpoint import model_folder, reward_scale
 from rlhf_accel.runs.metrics import plain
 from rlhf_accel.system.arithmetic import has_gpu

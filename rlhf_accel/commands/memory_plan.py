@@ -23,8 +23,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from rlhf_accel.config.schema import BatchSizes, Config
 from rlhf_accel.data.loading import adapter_config, from_config, pretrained
 from rlhf_accel.models import cpu_kernels as kernels
-from rlhf_accel.models import policy as models
 from rlhf_accel.models import policy_with_value, trainable
+from rlhf_accel.models.policy import fitted, resolve_dtype
 from rlhf_accel.reward import reward_dtype
 from rlhf_accel.system.errors import ConfigError
 
@@ -117,9 +117,7 @@ def measure(config: Config, policy_path: str, reward_path: str | None = None, *,
     settings = _model_config(policy_path, "model.name_or_path", trusted)
     precision = config.run.precision
     autocast = precision == "bf16" or (precision == "auto" and device == "cuda")
-    dtype = models.resolve_dtype(
-        config, torch.device(device if device == "cpu" or torch.cuda.is_available() else "cpu")
-    )
+    dtype = resolve_dtype(config, torch.device(device if device == "cpu" or torch.cuda.is_available() else "cpu"))
     if config.model.dtype == "auto" and device == "cuda" and config.lora.r and not config.lora.modules_to_save:
         dtype = torch.bfloat16  # as on any GPU of today, also where the plan is made without one
     plain = replace(config, model=replace(config.model, gradient_checkpointing=False))
@@ -130,7 +128,7 @@ def measure(config: Config, policy_path: str, reward_path: str | None = None, *,
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore", FutureWarning)  # what peft and transformers say to each other
         whole = from_config(AutoModelForCausalLM, settings, trust_remote_code=trusted, dtype=dtype)
-        policy = models.fitted(whole, plain)
+        policy = fitted(whole, plain)
         separate = _critic(plain, settings, reward_path, policy) if config.model.critic == "separate" else None
         outline = policy_with_value.with_critic(plain, policy, separate, width=1).eval()
     with FakeTensorMode(), _experts_as_shapes():

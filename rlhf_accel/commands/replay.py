@@ -13,7 +13,7 @@ import torch
 from rich.table import Table
 
 from rlhf_accel.algorithm.batches import Experience, Sequences
-from rlhf_accel.config.loading import for_a_look
+from rlhf_accel.config.places import absolute
 from rlhf_accel.config.schema import RewardConfig
 from rlhf_accel.config.trust import add_flag, require_trust
 from rlhf_accel.data import wheels
@@ -26,7 +26,8 @@ from rlhf_accel.system.arithmetic import has_gpu
 from rlhf_accel.system.errors import ConfigError, RunFailed
 from rlhf_accel.system.process import quiet_libraries, tune_process
 from rlhf_accel.system.terminal import Terminal
-from rlhf_accel.training.ppo_trainer import PPOTrainer
+from rlhf_accel.training.losses import loss_of
+from rlhf_accel.training.setup import Setup, start
 
 SHOWN = 20
 
@@ -103,9 +104,11 @@ def replay_reward(dump: Dump) -> list[dict[str, Any]]:
 def replay_model(dump: Dump, folder: Path) -> list[dict[str, Any]]:
     """What the model makes of each sample by itself, in one process: its log-probability and value where these were at
     fault, else loss and gradient."""
-    config = replace(for_a_look(dump.config, folder / "replay"), reward=RewardConfig())
-    trainer = PPOTrainer(config, reward=lambda prompts, responses, **columns: [0.0] * len(prompts))
-    module = trainer.runtime.plain_module
+    model = replace(dump.config.model, critic_init="policy")  # its weights are in the dump
+    config = absolute(replace(dump.config, reward=RewardConfig(), model=model))
+    runtime = start(config, training=False)
+    Setup.of(config, runtime, lambda prompts, responses, **columns: [0.0] * len(prompts))
+    module = runtime.plain_module
     module.load_state_dict(dump.weights, strict=False)
     experience = experience_of(dump)
     learned = [p for p in module.parameters() if p.requires_grad]
@@ -113,13 +116,13 @@ def replay_model(dump: Dump, folder: Path) -> list[dict[str, Any]]:
     for row in dump.facts["rows"]:
         part = experience.select(torch.tensor([row]))
         if dump.facts["phase"] == "rollout":
-            with torch.no_grad(), trainer.runtime.autocast():
-                said = module(*model_inputs(part.sequences.to(trainer.runtime.device)))
+            with torch.no_grad(), runtime.autocast():
+                said = module(*model_inputs(part.sequences.to(runtime.device)))
             figures = {"log-probability": float(said.logprobs.sum()), "values": float(said.values.sum())}
         else:
             module.zero_grad()
-            with trainer.runtime.autocast():
-                loss = trainer.loss_of(part)
+            with runtime.autocast():
+                loss = loss_of(runtime.module, part, config.ppo)
             loss.backward()
             norm = torch.stack([p.grad.norm() for p in learned if p.grad is not None]).norm()
             figures = {"loss": float(loss.detach()), "gradient norm": float(norm)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import stat
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -208,14 +208,6 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
         except yaml.YAMLError:
             pairs.append((key, value))
     return pairs
-
-
-def for_a_look(config: Config, place: Path) -> Config:
-    """The config for setting the run up again without training it: a new run that tells no tracker and no hub, in a
-    folder that is not made, without what only training needs."""
-    run = replace(config.run, resume=None, changes=(), trackers=(), push_to_hub=None, output_dir=str(place))
-    reward, ppo = replace(config.reward, partial_every=0), replace(config.ppo, kl_estimator="k1")
-    return replace(config, run=run, model=replace(config.model, critic_init="policy"), reward=reward, ppo=ppo)
 
 
 def _refuse_unknown_keys(cls: Any, tree: Mapping[Any, Any], prefix: str, known: Sequence[str]) -> None:

@@ -236,6 +236,7 @@ def prompt_batch(
         queries=queries,
         query_mask=query_mask,
         index=torch.arange(len(ids)),
+        sample=torch.arange(len(ids)),
         texts=tuple(tokens.text(row) for row in ids),
         columns={name: tuple(column) for name, column in (columns or {}).items()},
     )

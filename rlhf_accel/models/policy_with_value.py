@@ -11,8 +11,8 @@ from peft import TaskType
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from rlhf_accel.algorithm import ppo
 from rlhf_accel.algorithm.batches import Sequences, TokenOutputs
+from rlhf_accel.algorithm.logprobs import token_entropy, token_logprobs
 from rlhf_accel.config.schema import Config
 from rlhf_accel.models import calls
 from rlhf_accel.models.loading import LanguageModel, load_model
@@ -42,18 +42,29 @@ class PolicyWithValue(nn.Module):
     """A causal language model with a critic, prepared and optimised as one.
 
     The value head reads `critic`, a transformer without a head; where that is None, the policy's own trunk: with the
-    policy's adapter, or with an adapter of its own if the policy has one by the name `CRITIC`.
+    policy's adapter, or with an adapter of its own if the policy has one by the name `CRITIC`. Without a value head
+    there is no critic.
     """
 
+    value_head: ValueHead | None
+
     def __init__(
-        self, policy: LanguageModel, critic: LanguageModel | None, temperature: float, width: int | None = None
+        self,
+        policy: LanguageModel,
+        critic: LanguageModel | None,
+        temperature: float,
+        width: int | None = None,
+        *,
+        has_critic: bool = True,
     ) -> None:
         """`width` is that of the states that the head reads, where it is known already."""
         super().__init__()
         self.policy: LanguageModel = policy
         self.critic: LanguageModel | None = critic
         self.temperature = temperature
-        self.value_head = ValueHead(self.states_width() if width is None else width)
+        self.value_head = None
+        if has_critic:
+            self.value_head = ValueHead(self.states_width() if width is None else width)
 
     def forward(
         self,
@@ -70,9 +81,11 @@ class PolicyWithValue(nn.Module):
         """
         inputs = (queries, query_mask, responses, response_mask)
         logits, hidden = calls.response_logits(self.policy, *inputs)
-        logprobs = ppo.token_logprobs(logits, responses, self.temperature)
-        entropy = ppo.token_entropy(logits, self.temperature) if with_entropy else None
-        values = self.value_head(hidden) if self.critic_reads_policy else self.values(*inputs)
+        logprobs = token_logprobs(logits, responses, self.temperature)
+        entropy = token_entropy(logits, self.temperature) if with_entropy else None
+        values = None
+        if self.value_head is not None:
+            values = self.value_head(hidden) if self.critic_reads_policy else self.values(*inputs)
         return TokenOutputs(logprobs=logprobs, values=values, entropy=entropy)
 
     def states_width(self) -> int:
@@ -86,6 +99,10 @@ class PolicyWithValue(nn.Module):
             return int(states.shape[-1])
 
     @property
+    def has_critic(self) -> bool:
+        return self.value_head is not None
+
+    @property
     def critic_reads_policy(self) -> bool:
         """Whether the value head reads the very states that the policy's vocabulary layer reads."""
         return self.critic is None and CRITIC not in getattr(self.policy, "peft_config", ())
@@ -94,6 +111,7 @@ class PolicyWithValue(nn.Module):
         self, queries: Tensor, query_mask: Tensor, responses: Tensor, response_mask: Tensor
     ) -> Float[Tensor, "B R"]:
         """The values alone, of a critic that has a pass of its own."""
+        assert self.value_head is not None, "no critic"
         with self.critic_trunk() as trunk:
             states = calls.response_hidden(trunk, queries, query_mask, responses, response_mask)
             values: Tensor = self.value_head(states)
@@ -120,16 +138,20 @@ def logit_sizes(module: PolicyWithValue, sequences: Sequences) -> Float[Tensor, 
     return torch.maximum(own.abs(), logits.amax(-1).abs()).float()[sequences.response_mask]
 
 
-def build(config: Config, policy: LanguageModel, policy_path: str, reward_path: str | None) -> PolicyWithValue:
-    """The policy with the critic that model.critic asks for.
+def build(
+    config: Config, policy: LanguageModel, policy_path: str, reward_path: str | None, *, critic: bool = True
+) -> PolicyWithValue:
+    """The policy, with the critic that model.critic asks for unless `critic` is False.
 
     Raises `ConfigError` if the critic cannot start from the reward model: other architecture or other vocabulary.
     """
+    if not critic:
+        return PolicyWithValue(policy, None, config.rollout.temperature, has_critic=False)
     if config.model.critic in ("head", "adapter"):
         return with_critic(config, policy, None)
     dtype = policy.get_base_model().dtype if config.lora.r else torch.float32
     if config.model.critic_init == "policy":
-        critic = load_model(AutoModel, config.model, policy_path, dtype)
+        trunk = load_model(AutoModel, config.model, policy_path, dtype)
     else:
         assert reward_path is not None, "checked by the config"
         classifier = load_model(AutoModelForSequenceClassification, config.model, reward_path, dtype, "reward.model")
@@ -141,8 +163,8 @@ def build(config: Config, policy: LanguageModel, policy_path: str, reward_path: 
                 "model.critic_init=policy",
                 key="model.critic_init",
             )
-        critic = classifier.base_model
-    return with_critic(config, policy, critic)
+        trunk = classifier.base_model
+    return with_critic(config, policy, trunk)
 
 
 def with_critic(

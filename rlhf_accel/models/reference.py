@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rlhf_accel.algorithm import ppo
 from rlhf_accel.algorithm.batches import Sequences
+from rlhf_accel.algorithm.logprobs import token_logprobs
 from rlhf_accel.config.schema import Config
 from rlhf_accel.models import calls
 from rlhf_accel.models.loading import LanguageModel
@@ -31,7 +31,7 @@ class Reference(nn.Module):
     ) -> Float[Tensor, "B R"]:
         """Log-probability of every response token, in nats."""
         logits, _ = calls.response_logits(self.policy, queries, query_mask, responses, response_mask)
-        return ppo.token_logprobs(logits, responses, self.temperature)
+        return token_logprobs(logits, responses, self.temperature)
 
 
 @contextlib.contextmanager
@@ -50,7 +50,7 @@ def reference_policy(
 
         def logprobs(sequences: Sequences) -> Float[Tensor, "B R"]:
             logits, _ = calls.response_logits(module.policy, *calls.model_inputs(sequences))
-            return ppo.token_logprobs(logits, sequences.responses, module.temperature)
+            return token_logprobs(logits, sequences.responses, module.temperature)
 
         yield logprobs
 

@@ -27,7 +27,7 @@ def freeze_unreached(module: PolicyWithValue) -> list[str]:
     device = next(module.parameters()).device
     ids = torch.full((1, 2), 1, device=device)
     said = module(ids, torch.ones_like(ids, dtype=torch.bool), ids, torch.ones_like(ids, dtype=torch.bool))
-    reached = _leaves(said.logprobs.sum() + said.values.sum())
+    reached = _leaves(said.logprobs.sum() + (0.0 if said.values is None else said.values.sum()))
     learned = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     if not any(name.startswith("policy.") and id(parameter) in reached for name, parameter in learned.items()):
         return []  # not a part of the model, but a fault, which the doctor's look at the gradient finds

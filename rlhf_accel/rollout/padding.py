@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_accel.algorithm import ppo
 from rlhf_accel.algorithm.batches import Sequences
+from rlhf_accel.algorithm.logprobs import token_logprobs
 from rlhf_accel.models.calls import model_inputs, response_hidden, response_logits
 from rlhf_accel.models.policy_with_value import PolicyWithValue
 from rlhf_accel.models.probes import Finding, rounding_limit
@@ -65,8 +65,8 @@ def policy_alone(policy: Any, batch: Sequences, dtype: torch.dtype) -> Finding:
     logits, _ = response_logits(policy, *model_inputs(batch))
     ids, start = _alone(batch)
     plain = policy(input_ids=ids[None], use_cache=False).logits[:, start - 1 : -1]
-    theirs = ppo.token_logprobs(plain, ids[None, start:])[0]
-    differences = [_apart(ppo.token_logprobs(logits, batch.responses)[0, :_SEEN], theirs)]
+    theirs = token_logprobs(plain, ids[None, start:])[0]
+    differences = [_apart(token_logprobs(logits, batch.responses)[0, :_SEEN], theirs)]
     reason = "padding on the left reaches what it computes"
     found = _of_rows("padded = alone", differences, rounding_limit(logits, dtype) / 4, "nats")
     if not found.passed:
@@ -103,7 +103,7 @@ def sampled_is_recomputed(policy: Any, batch: Sequences, pad_id: int, dtype: tor
         ended=lambda tokens: torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device),
     )
     logits, _ = response_logits(policy, batch.queries, batch.query_mask, sampled.responses, sampled.response_mask)
-    differences = list(_apart(ppo.token_logprobs(logits, sampled.responses), sampled.logprobs))
+    differences = list(_apart(token_logprobs(logits, sampled.responses), sampled.logprobs))
     found = _of_rows("sampled = recomputed", differences, rounding_limit(logits, dtype) / 4, "nats")
     what = f"{_family(policy)}: log-probabilities of sampled tokens and of the same in one pass"
     return _explained(found, what, "its cache does not continue a text as a pass reads it")
@@ -120,14 +120,13 @@ def _reason(policy: Any, batch: Sequences, limit: float) -> str | None:
     last = batch.select(torch.tensor([len(batch) - 1]))
     beginning = replace(last, responses=last.responses[:, :_SEEN], response_mask=last.response_mask[:, :_SEEN])
     whole, cut = (
-        ppo.token_logprobs(response_logits(policy, *model_inputs(text))[0], text.responses)
-        for text in (last, beginning)
+        token_logprobs(response_logits(policy, *model_inputs(text))[0], text.responses) for text in (last, beginning)
     )
     if not float((whole[:, :_SEEN] - cut).abs().mean()) <= limit:
         return "what follows a token changes its log-probability: not a causal decoder (is_decoder in its config?)"
     ids = torch.cat([last.queries, last.responses], dim=1)
     plain = policy(input_ids=ids, use_cache=False).logits[:, last.queries.shape[1] - 1 : -1]
-    if not float((whole - ppo.token_logprobs(plain, last.responses)).abs().mean()) <= limit:
+    if not float((whole - token_logprobs(plain, last.responses)).abs().mean()) <= limit:
         return "it counts positions in a way of its own"
     return None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from rlhf_accel.algorithm import ppo
+from rlhf_accel.algorithm.logprobs import entropy_of, log_normalizer, tempered
 from rlhf_accel.models.calls import accepted, vocabulary_inputs
 from rlhf_accel.models.positions import first_position, position_ids
 
@@ -32,18 +32,36 @@ class SamplingSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampled:
+class Generations:
     """responses (B, R) int64, R = max_new_tokens, filled up with the pad id; response_mask (B, R), True up to and
     including the stop token; finished (B,), whether a stop ended the response; logprobs (B, R) fp32 in nats of the
     sampled tokens under the policy at that temperature, before top-k and top-p; entropy (B, R) fp32 in nats of the
-    distribution of which they are; values (B, R) fp32, what `value` said. These three are 0 where masked."""
+    distribution of which they are; values (B, R) fp32 of the critic, None where it was not asked. These three are 0
+    where masked."""
 
     responses: Int[Tensor, "B R"]
     response_mask: Bool[Tensor, "B R"]
     finished: Bool[Tensor, " B"]
     logprobs: Float[Tensor, "B R"]
     entropy: Float[Tensor, "B R"]
-    values: Float[Tensor, "B R"]
+    values: Float[Tensor, "B R"] | None
+
+    def rows(self, kept: slice) -> Generations:
+        """These rows, on the CPU."""
+        return self._mapped(lambda tensor: tensor[kept].cpu())
+
+    @classmethod
+    def joined(cls, parts: Sequence[Generations]) -> Generations:
+        """The rows of all parts, in order."""
+        columns: dict[str, Any] = {field.name: [getattr(part, field.name) for part in parts] for field in fields(cls)}
+        joined: dict[str, Any] = {
+            name: None if column[0] is None else torch.cat(column) for name, column in columns.items()
+        }
+        return cls(**joined)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Generations:
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items() if tensor is not None})
 
 
 def uniforms(seed: int, step: int, index: Sequence[int], length: int) -> Float[Tensor, "B R"]:
@@ -74,21 +92,17 @@ def sample(
     ended: Callable[[Int[Tensor, "B t"]], Bool[Tensor, " B"]],
     everywhere: Callable[[bool], bool] = bool,
     value: Callable[[Float[Tensor, "n 1 H"]], Float[Tensor, "n 1"]] | None = None,
-) -> Sampled:
+) -> Generations:
     """Sample a response to each query by the inverse CDF of its own uniform numbers.
 
     `model` is a causal language model of transformers. `stop_ids` are not sampled before min_new_tokens; `ended` says
     of the tokens so far which responses the newest one ended. Stops once all have ended, which `everywhere` may widen
-    to the batches of other processes. `value` maps the states that the vocabulary layer reads to values; without it
-    they are 0.
+    to the batches of other processes. `value` maps the states that the vocabulary layer reads to values.
     """
     count, length = uniform.shape
     device, width = queries.device, queries.shape[1]
-    responses = torch.full((count, length), pad_id, dtype=torch.int64, device=device)
-    response_mask = torch.zeros(count, length, dtype=torch.bool, device=device)
-    logprobs, entropy, values = (torch.zeros(count, length, device=device) for _ in range(3))
-    finished = torch.zeros(count, dtype=torch.bool, device=device)
-    attention_mask = torch.cat([query_mask, torch.ones_like(response_mask)], dim=1).long()
+    out = _nothing_yet(count, length, pad_id, device, with_values=value is not None)
+    attention_mask = torch.cat([query_mask, torch.ones_like(out.response_mask)], dim=1).long()
     positions = position_ids(attention_mask, first_position(model))
     extras = accepted(model, logits_to_keep=torch.tensor([-1], device=device), position_ids=positions)
     cache = next(iter(accepted(model, past_key_values=None, cache_params=None)), None)  # what the model calls it
@@ -97,53 +111,71 @@ def sample(
     with contextlib.ExitStack() as stack:
         states = stack.enter_context(vocabulary_inputs(model)) if value is not None else []
         for t in range(length):
-            if everywhere(bool(finished.all())):
+            if everywhere(bool(out.finished.all())):
                 break
-            going = ~finished[rows]
+            going = ~out.finished[rows]
             if past is not None and 0 < int(going.sum()) <= _STILL_FULL * len(rows) and _select(past, going):
                 rows, tokens = rows[going], tokens[going]
             seen = width + t
             if "position_ids" in extras:
                 extras["position_ids"] = positions[rows, seen - tokens.shape[1] : seen]
-            # Of a text that is begun, a state space reads no mask: the state has it, and the new tokens all count.
-            masked = past is None or cache != "cache_params"
-            output = model(
-                input_ids=tokens,
-                attention_mask=attention_mask[rows, :seen] if masked else None,
-                use_cache=True,
-                **({} if cache is None else {cache: past}),
-                **extras,
-            )
+            output = _forward(model, tokens, attention_mask[rows, :seen], cache, past, extras)
             past = None if cache is None else getattr(output, cache)
-            logits = ppo.tempered(output.logits[:, -1], settings.temperature)
+            logits = tempered(output.logits[:, -1], settings.temperature)
             probabilities = logits.softmax(-1)
-            choice = logits if t >= settings.min_new_tokens else _without(logits, stop_ids)
-            choice = truncate(choice, settings.top_k, settings.top_p)
-            picked = pick(probabilities if choice is logits else choice.softmax(-1), uniform[rows, t])
-            active = ~finished[rows]
+            blocked = stop_ids if t < settings.min_new_tokens else ()
+            picked = _choose(logits, probabilities, uniform[rows, t], settings, blocked)
+            active = ~out.finished[rows]
             tokens = picked.masked_fill(~active, pad_id)[:, None]
-            normalizer = ppo.log_normalizer(logits, probabilities)
-            said = (
-                (logprobs, logits.gather(1, tokens)[:, 0] - normalizer),
-                (entropy, ppo.entropy_of(logits, probabilities, normalizer)),
-                *([(values, value(states.pop()[:, -1:])[:, 0])] if value is not None else []),
-            )
-            for whole, part in said:
+            normalizer = log_normalizer(logits, probabilities)
+            figures = [
+                (out.logprobs, logits.gather(1, tokens)[:, 0] - normalizer),
+                (out.entropy, entropy_of(logits, probabilities, normalizer)),
+            ]
+            if value is not None and out.values is not None:
+                figures.append((out.values, value(states.pop()[:, -1:])[:, 0]))
+            for whole, part in figures:
                 whole[rows, t] = part.masked_fill(~active, 0.0)
-            responses[rows, t] = tokens[:, 0]
-            response_mask[rows, t] = active
+            out.responses[rows, t] = tokens[:, 0]
+            out.response_mask[rows, t] = active
             if t + 1 >= settings.min_new_tokens:
-                finished |= response_mask[:, t] & ended(responses[:, : t + 1])
+                out.finished.logical_or_(out.response_mask[:, t] & ended(out.responses[:, : t + 1]))
             if past is None:  # a model without a cache reads everything again
-                tokens = torch.cat([queries, responses[:, : t + 1]], dim=1)[rows]
-    return Sampled(
-        responses=responses,
-        response_mask=response_mask,
-        finished=finished,
-        logprobs=logprobs,
-        entropy=entropy,
-        values=values,
+                tokens = torch.cat([queries, out.responses[:, : t + 1]], dim=1)[rows]
+    return out
+
+
+def _nothing_yet(count: int, length: int, pad_id: int, device: torch.device, *, with_values: bool) -> Generations:
+    """Tensors of empty responses, to be filled in place."""
+    zeros = torch.zeros(count, length, device=device)
+    return Generations(
+        responses=torch.full((count, length), pad_id, dtype=torch.int64, device=device),
+        response_mask=torch.zeros(count, length, dtype=torch.bool, device=device),
+        finished=torch.zeros(count, dtype=torch.bool, device=device),
+        logprobs=zeros.clone(),
+        entropy=zeros.clone(),
+        values=zeros.clone() if with_values else None,
     )
+
+
+def _choose(
+    logits: Float[Tensor, "B V"],
+    probabilities: Float[Tensor, "B V"],
+    uniform: Float[Tensor, " B"],
+    settings: SamplingSettings,
+    blocked: Sequence[int],
+) -> Int[Tensor, " B"]:
+    """The next token of each row, none of which is `blocked`; `probabilities` are the softmax of the logits."""
+    choice = truncate(_without(logits, blocked), settings.top_k, settings.top_p)
+    return pick(probabilities if choice is logits else choice.softmax(-1), uniform)
+
+
+def _forward(model: Any, tokens: Tensor, mask: Tensor, cache: str | None, past: Any, extras: dict[str, Any]) -> Any:
+    """The model's output for the next tokens, continuing `past`, which it takes by the name `cache`."""
+    # Of a text that has begun, a state space reads no mask: the state has it, and the new tokens all count.
+    masked = past is None or cache != "cache_params"
+    named = {} if cache is None else {cache: past}
+    return model(input_ids=tokens, attention_mask=mask if masked else None, use_cache=True, **named, **extras)
 
 
 def pick(probabilities: Float[Tensor, "B V"], uniform: Float[Tensor, " B"]) -> Int[Tensor, " B"]:

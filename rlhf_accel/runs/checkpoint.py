@@ -606,7 +606,8 @@ def export(
         # The value head, and what was trained of the transformer under it where that is a separate one. An adapter of
         # the critic's own lies in critic/, where peft puts it.
         critic = {name: value.contiguous() for name, value in weights.items() if not name.startswith("policy.")}
-        save_file(critic, beside / VALUE_HEAD)
+        if critic:
+            save_file(critic, beside / VALUE_HEAD)
         (beside / "README.md").write_text(card, encoding="utf-8")
         found = fault(beside)
         if found is None:

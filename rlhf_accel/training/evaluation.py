@@ -15,11 +15,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rlhf_accel.algorithm import ppo
 from rlhf_accel.algorithm.batches import PromptBatch, Rollout
+from rlhf_accel.algorithm.masked import masked_row_sum
 from rlhf_accel.reward import Reward, RewardError
-from rlhf_accel.rollout.scoring import Sampler
-from rlhf_accel.runs.metrics import Stopwatch
+from rlhf_accel.rollout.collector import Collector
+from rlhf_accel.rollout.engine import Seeds
+from rlhf_accel.rollout.scoring import score, score_parts
 
 # Step number of the sampling stream: training steps count from 1, and the calibration uses 0. The k-th responses are
 # those of the k-th number from here on. The seed is fixed, so that runs with different seeds are compared on the same
@@ -56,7 +57,7 @@ class Evaluation:
 
 
 def evaluate(
-    sampler: Sampler,
+    collector: Collector,
     reward: Reward,
     prompts: PromptBatch,
     *,
@@ -76,13 +77,22 @@ def evaluate(
     rollouts, rewards = [], dict(golds or {})
     parts: dict[str, list[Tensor]] = {name: [] for name in rewards}
     for number in range(samples):
-        step = EVALUATION_STEP + number
-        rollout = sampler.rollout(prompts, reward, seed=EVALUATION_SEED, step=step, watch=Stopwatch())
+        rollout = roll_out(collector, prompts, reward, Seeds(EVALUATION_SEED, EVALUATION_STEP + number))
         rollouts.append(rollout)
         for name, gold in rewards.items():
-            parts[name].append(_gold_scores(sampler, gold, prompts, rollout, f"gold/{name}", say))
+            parts[name].append(_gold_scores(collector, gold, prompts, rollout, f"gold/{name}", say))
         after(number + 1)
     return measure(rollouts, {name: torch.stack(columns, dim=1) for name, columns in parts.items()}, base)
+
+
+def roll_out(collector: Collector, prompts: PromptBatch, reward: Reward, seeds: Seeds) -> Rollout:
+    """Responses to the prompts, scored, with the outputs of policy and reference; on every rank alike."""
+    runtime = collector.runtime
+    with runtime.gathered():
+        responses = collector.sample(prompts, seeds)
+        scores = score(runtime, responses, reward)
+        unasked = score_parts(runtime, collector.tokens, responses, reward, every=0)
+        return collector.forward(prompts, responses, scores, unasked)
 
 
 def measure(
@@ -94,7 +104,8 @@ def measure(
     scores = torch.stack([rollout.scores for rollout in rollouts], dim=1)
     masks = [rollout.sequences.response_mask for rollout in rollouts]
     kls = torch.stack(
-        [ppo.masked_row_sum(r.logprobs - r.ref_logprobs, mask) for r, mask in zip(rollouts, masks, strict=True)], dim=1
+        [masked_row_sum(r.logprobs - r.ref_logprobs, mask) for r, mask in zip(rollouts, masks, strict=True)],
+        dim=1,
     )
     ids = [
         row[kept].tolist()
@@ -192,7 +203,7 @@ def wins(scores: Float[Tensor, "P K"], base: Float[Tensor, "P K"]) -> Float[Tens
 
 
 def _gold_scores(
-    sampler: Sampler,
+    collector: Collector,
     gold: Reward,
     prompts: PromptBatch,
     rollout: Rollout,
@@ -200,7 +211,7 @@ def _gold_scores(
     say: Callable[[str], None],
 ) -> Float[Tensor, " P"]:
     """What a reward that nothing learns from says of the responses; NaN throughout if it fails on any rank."""
-    runtime = sampler.runtime
+    runtime = collector.runtime
     mine = runtime.share(len(prompts))
     scores, failure = torch.zeros(len(mine)), None
     texts, continuations = ([column[row] for row in mine.tolist()] for column in (rollout.prompts, rollout.texts))

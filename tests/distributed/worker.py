@@ -41,7 +41,7 @@ response_logits = calls.response_logits
 
 def check_that_weights_are_cut(trainer: PPOTrainer) -> None:
     """With ZeRO-3 each of two ranks holds half of the policy and the critic, and of the reference if it is a copy."""
-    for module in filter(None, [trainer.runtime.plain_module, trainer.sampler.reference]):
+    for module in filter(None, [trainer.runtime.plain_module, trainer.collector.reference]):
         held = sum(p.ds_tensor.numel() for p in module.parameters())
         whole = sum(p.ds_numel for p in module.parameters())
         assert held < 0.6 * whole, f"{held} of {whole}"
@@ -67,7 +67,7 @@ def poison(trainer: PPOTrainer, what: str) -> None:
     gradient."""
 
     def in_step_one() -> bool:
-        return trainer.keeper.heartbeat.now.endswith("of step 1")
+        return trainer.run.recorder.heartbeat.now.endswith("of step 1")
 
     if what == "gradient":
         trainer.runtime.plain_module.value_head.bias.register_hook(once_nan(lambda gradient: gradient))
@@ -100,12 +100,12 @@ def stop(trainer: PPOTrainer, phase: str) -> None:
     def on_entering(said: str) -> None:
         if (
             said.startswith((f"{phase} of step 2", f"{phase} after step 2"))
-            and trainer.keeper.heartbeat._post is on_entering
+            and trainer.run.recorder.heartbeat._post is on_entering
         ):
-            trainer.keeper.heartbeat._post = lambda _: None
+            trainer.run.recorder.heartbeat._post = lambda _: None
             os.kill(os.getpid(), signal.SIGTERM)
 
-    trainer.keeper.heartbeat._post = on_entering
+    trainer.run.recorder.heartbeat._post = on_entering
 
 
 class _Seen(Exception):
@@ -129,7 +129,7 @@ def note_gradient(trainer: PPOTrainer, path: Path) -> None:
 
     trainer.runtime.optimizer_step = instead_of_a_step
     try:
-        trainer.step(trainer.prompts.batch(1, trainer.sizes.rollout))
+        trainer.step(trainer.setup.prompts.batch(1, trainer.setup.sizes.rollout))
     except _Seen:
         trainer.runtime.anywhere(False)
 

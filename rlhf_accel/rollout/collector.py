@@ -1,0 +1,121 @@
+"""Prompts -> Responses -> Rollout: sample, then the forward passes of policy, critic and reference.
+
+Every rank works on its share of the prompts; the rollout that comes out is whole on all of them. Ranks run equally many
+forward passes, since with ZeRO-3 each is a collective: one whose share is used up repeats a row that is thrown away.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rlhf_accel.algorithm.batches import PromptBatch, Responses, Rollout, Sequences
+from rlhf_accel.config.schema import RolloutConfig
+from rlhf_accel.data.tokenizer import Tokens
+from rlhf_accel.distributed.batching import cut_by_tokens
+from rlhf_accel.distributed.runtime import Runtime
+from rlhf_accel.models.calls import model_inputs
+from rlhf_accel.models.reference import reference_policy
+from rlhf_accel.rollout.engine import Engine, Seeds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collector:
+    """What training and evaluations share of a rollout. The two calls belong into one `runtime.gathered()`."""
+
+    config: RolloutConfig
+    runtime: Runtime
+    tokens: Tokens
+    engine: Engine
+    reference: nn.Module | None  # None: the policy without its adapter
+    pass_tokens: int  # of a pass of critic and reference, padding included
+    recompute: bool  # log-probabilities, entropy and values by a pass of the policy, instead of those of sampling
+
+    def sample(self, prompts: PromptBatch, seeds: Seeds) -> Responses:
+        """Responses to this rank's share of the prompts, of which there is at least one on all ranks."""
+        generated = self.engine.generate(prompts, self.config, seeds)
+        mine = prompts.select(self.runtime.share(len(prompts)))
+        sequences = Sequences(
+            queries=mine.queries,
+            query_mask=mine.query_mask,
+            responses=generated.responses,
+            response_mask=generated.response_mask,
+        )
+        texts, continuations = self.tokens.decode(sequences)
+        return Responses(
+            sequences=sequences,
+            finished=generated.finished,
+            logprobs=generated.logprobs,
+            entropy=generated.entropy,
+            values=generated.values,
+            prompts=texts,
+            texts=continuations,
+            columns=mine.columns,
+        )
+
+    @torch.no_grad()
+    def forward(
+        self,
+        prompts: PromptBatch,
+        responses: Responses,
+        scores: Float[Tensor, " n"],
+        partial_scores: Float[Tensor, "n R"],
+    ) -> Rollout:
+        """Log-probabilities, values and reference of this rank's responses, gathered with those of the others.
+
+        `prompts` are those of all ranks.
+        """
+        gather, own, count = self.runtime.gather_rows, responses.sequences, len(prompts)
+        sequences = Sequences(
+            queries=gather(own.queries, count),
+            query_mask=gather(own.query_mask, count),
+            responses=gather(own.responses, count),
+            response_mask=gather(own.response_mask, count),
+        )
+        noted = self._noted(responses)
+        lengths = sequences.query_mask.sum(1), sequences.response_mask.sum(1)
+        shares, rank = self.runtime.shares(count), self.runtime.rank
+        for placed in cut_by_tokens(*lengths, shares, self.pass_tokens)[rank]:
+            rows = placed - shares[rank][:1]  # counted from this rank's first
+            chunk = (own.select(rows) if len(rows) else sequences.select(torch.tensor([0]))).trimmed()
+            for name, part in self._passes(chunk.to(self.runtime.device)).items() if len(rows) else ():
+                noted[name][rows, : part.shape[1]] = part.cpu()
+        # A sample of NaN is never trained on, also if the model is itself again by now.
+        noted["logprobs"][~responses.logprobs.isfinite().all(1)] = torch.nan
+        return Rollout(
+            sequences=sequences,
+            groups=prompts.index,
+            finished=gather(responses.finished, count),
+            scores=gather(scores, count),
+            partial_scores=gather(partial_scores, count),
+            prompts=tuple(self.runtime.gather_list(responses.prompts)),
+            texts=tuple(self.runtime.gather_list(responses.texts)),
+            values=gather(noted.pop("values"), count) if "values" in noted else None,
+            **{name: gather(tensor, count) for name, tensor in noted.items()},
+        )
+
+    def _noted(self, responses: Responses) -> dict[str, Tensor]:
+        """Per token, what the rollout notes of the models: as sampling left it, or zeros to be filled."""
+        empty = torch.zeros(responses.sequences.responses.shape)
+        noted = {"logprobs": responses.logprobs.clone(), "entropy": responses.entropy.clone()}
+        if self.runtime.plain_module.has_critic:
+            noted["values"] = empty.clone() if responses.values is None else responses.values.clone()
+        return {**noted, "ref_logprobs": empty}
+
+    def _passes(self, chunk: Sequences) -> dict[str, Tensor]:
+        """What has to be computed of these sequences, by its name in the rollout."""
+        module, found = self.runtime.plain_module, {}
+        with self.runtime.autocast():
+            inputs = model_inputs(chunk)
+            if self.recompute:
+                outputs = module(*inputs, with_entropy=True)
+                found = {"logprobs": outputs.logprobs, "entropy": outputs.entropy, "values": outputs.values}
+                found = {name: tensor for name, tensor in found.items() if tensor is not None}
+            elif module.has_critic and not module.critic_reads_policy:
+                found["values"] = module.values(*inputs)
+            with reference_policy(module, self.reference) as reference:
+                found["ref_logprobs"] = reference(chunk)
+        return found

@@ -1,0 +1,111 @@
+"""What samples: prompts in, generations out. The built-in engine samples with the module that is trained.
+
+An engine knows how to generate and how to get the current weights. Scoring, partial scores and forward passes are not
+its matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from rlhf_accel.algorithm.batches import PromptBatch
+from rlhf_accel.config.schema import RolloutConfig
+from rlhf_accel.data.tokenizer import StopCondition, Tokens
+from rlhf_accel.distributed.runtime import Runtime
+from rlhf_accel.models import cpu_kernels
+from rlhf_accel.models.policy import end_of_text_ids
+from rlhf_accel.rollout.sampling import Generations, SamplingSettings, sample, uniforms
+
+
+class Seeds(NamedTuple):
+    """With a row's `PromptBatch.sample`, all that its random numbers derive from: no rank, no batch size."""
+
+    run: int
+    step: int
+
+
+class Engine(Protocol):
+    """Samples responses with the policy's current weights.
+
+    exact: its log-probabilities are those of the trainer's own passes, to rounding. repeatable: the same seeds give the
+    same samples. Where one of the two is False, the caller recomputes or corrects.
+    """
+
+    @property
+    def exact(self) -> bool: ...
+
+    @property
+    def repeatable(self) -> bool: ...
+
+    def generate(self, prompts: PromptBatch, settings: RolloutConfig, seeds: Seeds) -> Generations:
+        """Responses to this rank's share of the prompts, of which there is at least one on all ranks; on the CPU."""
+
+    def sync(self, weights: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Take the trainable weights as they are after an update. Called by all ranks; `weights` is a collective."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltinEngine:
+    """Samples with the trained module itself, with its key-value cache; on every rank its share.
+
+    With `with_values` a critic that reads the policy's states is evaluated along the way.
+    """
+
+    runtime: Runtime
+    tokens: Tokens
+    with_values: bool
+    fast_kernels: bool = True
+    exact: bool = True
+    repeatable: bool = True
+
+    def generate(self, prompts: PromptBatch, settings: RolloutConfig, seeds: Seeds) -> Generations:
+        policy = self.runtime.plain_module.policy
+        stop = self.tokens.stop_condition(settings.stop, end_of_text_ids(policy))
+        mine = prompts.select(self.runtime.share(len(prompts)))
+        size = settings.forward_batch_size
+        layout = cpu_kernels.packed(policy, min(size, max(len(mine), 1))) if self.fast_kernels else nullcontext()
+        passes = []
+        with self.runtime.autocast(), layout:
+            for rows in self._passes(len(prompts), size):
+                chunk = mine.select(rows) if len(rows) else prompts.select(torch.tensor([0]))
+                generated = self._continue(policy, chunk.to(self.runtime.device), stop, settings, seeds)
+                passes.append(generated.rows(slice(None) if len(rows) else slice(0)))
+        return Generations.joined(passes)
+
+    def sync(self, weights: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Nothing to do: the module that is trained is the one that samples."""
+
+    def _continue(
+        self, policy: Any, prompts: PromptBatch, stop: StopCondition, settings: RolloutConfig, seeds: Seeds
+    ) -> Generations:
+        module = self.runtime.plain_module
+        uniform = uniforms(seeds.run, seeds.step, prompts.sample.tolist(), settings.max_new_tokens)
+        return sample(
+            policy,
+            prompts.queries,
+            prompts.query_mask,
+            uniform.to(self.runtime.device),
+            sampling_settings(settings),
+            pad_id=self.tokens.pad_id,
+            stop_ids=stop.ids,
+            ended=stop.after(prompts.queries, prompts.query_mask),
+            everywhere=self.runtime.everywhere,
+            value=module.value_head if self.with_values else None,
+        )
+
+    def _passes(self, count: int, size: int) -> Iterator[Int[Tensor, " n"]]:
+        """This rank's share of `count` rows, from 0, in passes of `size`; as many as the longest share needs."""
+        shares = self.runtime.shares(count)
+        mine = torch.arange(len(shares[self.runtime.rank]))
+        return (mine[start : start + size] for start in range(0, len(shares[0]), size))
+
+
+def sampling_settings(config: RolloutConfig) -> SamplingSettings:
+    return SamplingSettings(**{field.name: getattr(config, field.name) for field in fields(SamplingSettings)})

@@ -1,0 +1,93 @@
+"""How a run ends before its last step: what is saved, what is dumped, and the line that its user reads.
+
+Each function is called by all ranks and gives the exception to raise.
+"""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_accel.algorithm.batches import Experience
+from rlhf_accel.rollout.scoring import FailedScoring
+from rlhf_accel.system.errors import RunFailed
+from rlhf_accel.system.signals import STOPPED
+from rlhf_accel.training.nonfinite import Fault, explain
+
+if TYPE_CHECKING:
+    from rlhf_accel.training.run import Run
+
+
+def stopped(run: Run, received: str | None) -> SystemExit:
+    """By a signal, answered with a checkpoint."""
+    progress = run.trainer.progress
+    saved = run.recorder.save(progress)
+    run.line.say(
+        f"stopped by {received or 'a signal to another process'} after step {progress.step} of "
+        f"{run.config.run.total_steps}; {run.recorder.how_to_go_on()}"
+    )
+    return SystemExit(STOPPED if saved else 1)
+
+
+def interrupted(run: Run) -> BaseException:
+    """By Ctrl-C, which waits for nobody: the main process reports how to resume."""
+    if not run.runtime.is_main:
+        return SystemExit(130)
+    where = f"{run.recorder.heartbeat.now} (of {run.config.run.total_steps})"
+    return KeyboardInterrupt(f"stopped by Ctrl-C in {where}; {run.recorder.how_to_go_on()}")
+
+
+def gave_up_scoring(run: Run, error: FailedScoring) -> RunFailed:
+    """By a reward that failed for good, after a checkpoint and the inputs that it failed on were written."""
+    if not run.recorder.is_open:  # while calibrating: nothing was trained, and nothing is left behind
+        return RunFailed(str(error))
+    progress = run.trainer.progress
+    evaluating = progress.unrecorded is not None
+    facts = {
+        "phase": "score",
+        "step": progress.step + (not evaluating),
+        "message": str(error),
+        "traceback": "".join(traceback.format_exception(error.__cause__ or error)),
+        "rows": [],
+        "arithmetic": run.trainer.setup.arithmetic(),
+        **error.inputs,
+    }
+    place = run.recorder.dump(facts, None)
+    raised = error.__cause__.__cause__ if error.__cause__ is not None else None
+    frames = traceback.extract_tb(raised.__traceback__) if raised is not None else []
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return saved_and_failed(run, f"{error}{where}; look with python -m rlhf_accel replay {place}")
+
+
+def saved_and_failed(run: Run, message: str) -> RunFailed:
+    """Between two steps, after a checkpoint; the message gets how to resume."""
+    try:
+        run.recorder.save(run.trainer.progress)
+    except RunFailed as unsaved:
+        return RunFailed(f"{message}; {unsaved}")
+    return RunFailed(f"{message}; {run.recorder.how_to_go_on()}")
+
+
+def skip(run: Run, fault: Fault, experience: Experience) -> None:
+    """Count a step that is not taken and report why; raises `RunFailed` if it is one too many in a row."""
+    trainer, most = run.trainer, run.config.run.max_skipped_steps
+    count = trainer.progress.skipped_in_a_row + 1
+    trainer.progress = replace(trainer.progress, skipped_in_a_row=count)
+    message = explain(fault, trainer.rollout)
+    run.warn(f"{message}; skipped, {count} in a row of run.max_skipped_steps={most}")
+    if count < most:
+        return
+    message += f"; {count} steps in a row were skipped (run.max_skipped_steps)"
+    if not run.recorder.is_open:  # step() was called by itself, which writes nothing
+        raise RunFailed(message)
+    facts: dict[str, Any] = {**asdict(fault), "message": message, "arithmetic": trainer.setup.arithmetic()}
+    if trainer.rollout is not None:
+        facts |= {"prompts": trainer.rollout.prompts, "responses": trainer.rollout.texts}
+        facts |= {"scores": trainer.rollout.scores.tolist(), "columns": trainer.columns}
+    place = run.recorder.dump(facts, experience)
+    message += f"; look with python -m rlhf_accel replay {place}"
+    if fault.phase == "update":  # a step that is half taken cannot be resumed
+        raise RunFailed(f"{message}; {run.recorder.how_to_go_on()}")
+    raise saved_and_failed(run, message)

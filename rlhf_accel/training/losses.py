@@ -1,0 +1,135 @@
+"""The loss of a micro-batch, and the statistics of an update: sums and maxima by name, so that a term without a critic
+is one name less. Knows no rank and no optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from rlhf_accel.algorithm import ppo
+from rlhf_accel.algorithm.batches import Experience, LossStats, TokenOutputs
+from rlhf_accel.algorithm.masked import masked_sum
+from rlhf_accel.config.schema import PPOConfig
+from rlhf_accel.models.calls import model_inputs
+
+POLICY_SUMS = ("policy", "total", "approx_kl", "clipped")
+VALUE_SUMS = ("value", "value_clipped")
+MAXIMA = ("ratio", "ratio_error", "log_ratio_error")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """Of a micro-batch: sums over its tokens (total is the loss itself), and maxima over them; all fp32."""
+
+    sums: dict[str, Tensor]
+    maxima: dict[str, Tensor]
+
+    def detached(self) -> Terms:
+        """The same figures on the CPU, without the graph that they came from."""
+        return Terms(
+            sums={name: value.detach().float().cpu() for name, value in self.sums.items()},
+            maxima={name: value.float().cpu() for name, value in self.maxima.items()},
+        )
+
+    @classmethod
+    def added(cls, parts: Sequence[Terms]) -> Terms:
+        """Those of several micro-batches together."""
+        sums = torch.stack([torch.stack(list(part.sums.values())) for part in parts]).sum(0)
+        maxima = torch.stack([torch.stack(list(part.maxima.values())) for part in parts]).amax(0)
+        return cls(
+            sums=dict(zip(parts[0].sums, sums, strict=True)), maxima=dict(zip(parts[0].maxima, maxima, strict=True))
+        )
+
+    def over(self, reduce_sum: Callable[[Tensor], Tensor], reduce_max: Callable[[Tensor], Tensor]) -> Terms:
+        """Those of all ranks together, by these two collectives."""
+        sums = reduce_sum(torch.stack(list(self.sums.values())))
+        maxima = reduce_max(torch.stack(list(self.maxima.values())))
+        return Terms(sums=dict(zip(self.sums, sums, strict=True)), maxima=dict(zip(self.maxima, maxima, strict=True)))
+
+
+def loss_terms(outputs: TokenOutputs, experience: Experience, mask: Bool[Tensor, "m R"], config: PPOConfig) -> Terms:
+    """The terms of PPO's loss for rows of experience, of which `mask` counts; R may be shorter than the experience's.
+
+    Without a critic, or where the estimator gives no returns, there is no value loss. Source: Schulman et al. 2017,
+    equations 7 and 9.
+    """
+    length = mask.shape[1]
+    old_logprobs, advantages = experience.old_logprobs[:, :length], experience.advantages[:, :length]
+    policy = ppo.policy_loss(outputs.logprobs, old_logprobs, advantages, mask, config.cliprange)
+    value, total = None, policy.loss
+    if outputs.values is not None and experience.old_values is not None and experience.returns is not None:
+        old_values, returns = experience.old_values[:, :length], experience.returns[:, :length]
+        value = ppo.value_loss(outputs.values, old_values, returns, mask, config.cliprange_value)
+        total = policy.loss + config.vf_coef * value.loss
+    if outputs.entropy is not None:
+        total = total - config.entropy_coef * masked_sum(outputs.entropy, mask)
+    sums = {"policy": policy.loss, "total": total, "approx_kl": policy.approx_kl, "clipped": policy.clipped}
+    if value is not None:
+        sums |= {"value": value.loss, "value_clipped": value.clipped}
+    maxima = {"ratio": policy.ratio_max, "ratio_error": policy.ratio_error, "log_ratio_error": policy.log_ratio_error}
+    return Terms(sums=sums, maxima=maxima)
+
+
+def loss_of(module: nn.Module, experience: Experience, config: PPOConfig) -> Tensor:
+    """The loss of a few samples as one micro-batch, for commands that inspect it; the module brings its device."""
+    part = experience.to(next(module.parameters()).device)
+    sequences = part.sequences.trimmed()
+    outputs = module(*model_inputs(sequences), with_entropy=config.entropy_coef > 0)
+    mask = sequences.response_mask
+    return loss_terms(outputs, part, mask, config).sums["total"] / int(mask.sum())
+
+
+class UpdateTotals:
+    """Collects the statistics of a step's minibatches, each a mean over its tokens.
+
+    The minibatch at which ppo.target_kl_stop ended the update counts: its losses are known, though no step was taken.
+    """
+
+    def __init__(self, *, critic: bool) -> None:
+        self._sums = (*POLICY_SUMS, *VALUE_SUMS) if critic else POLICY_SUMS
+        self._means: list[Tensor] = []
+        self._maxima: list[Tensor] = []
+        self._norms: list[float] = []
+        self._skipped = 0
+
+    def add_losses(self, terms: Terms, tokens: int) -> dict[str, Tensor]:
+        """Note a minibatch of so many tokens; returns its means over tokens."""
+        means = {name: terms.sums[name] / tokens for name in self._sums}
+        self._means.append(torch.stack(list(means.values())))
+        self._maxima.append(torch.stack([terms.maxima[name] for name in MAXIMA]))
+        return means
+
+    def add_step(self, norm: float, *, taken: bool) -> None:
+        self._skipped += not taken
+        if taken:
+            self._norms.append(norm)
+
+    def stats(self) -> LossStats:
+        # What was not finite was skipped and counted; the others tell how the update went.
+        taken = [number for number, means in enumerate(self._means) if means.isfinite().all()]
+        rows = [self._means[number] for number in taken] or [torch.full((len(self._sums),), torch.nan)]
+        largest = torch.stack([self._maxima[number] for number in taken] or [torch.full((len(MAXIMA),), torch.nan)])
+        means = dict(zip(self._sums, torch.stack(rows).mean(0).tolist(), strict=True))
+        first = dict(zip(self._sums, rows[0].tolist(), strict=True))
+        ratio, ratio_error, log_ratio_error = largest.T
+        return LossStats(
+            policy=means["policy"],
+            value=means.get("value"),
+            total=means["total"],
+            approx_kl=means["approx_kl"],
+            clip_fraction=means["clipped"],
+            value_clip_fraction=means.get("value_clipped"),
+            ratio_max=float(ratio.max()),
+            first_ratio_error=float(ratio_error[0]),
+            # k3 is half the square of a small log-ratio
+            first_log_ratio_rms=math.sqrt(2 * max(first["approx_kl"], 0.0)),
+            first_log_ratio_max=float(log_ratio_error[0]),
+            grad_norm=float(np.mean(self._norms)) if self._norms else math.nan,
+            skipped=self._skipped,
+        )
