@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from rlhf_accel.config.loading import load
 from rlhf_accel.config.schema import Config
-from rlhf_accel.runs import checkpoint
-from rlhf_accel.runs import recorder as keeper
+from rlhf_accel.runs import recorder
+from rlhf_accel.runs.resume import resume_folder
 from rlhf_accel.training.ppo_trainer import PPOTrainer
 
 # fp32 that is fp32 also on a CPU with bf16 units, as in the test that compares: tune_process() would allow these.
@@ -48,7 +48,7 @@ def every_call(config: Config) -> dict[str, int]:
             saved = run.run.recorder.save(run.progress)
             reached = disk.disk_calls()
             disk.disk_arm(0, 0, 0)
-            place = checkpoint.resume_folder(resumed, run.folder, lambda said: None)
+            place = resume_folder(resumed, run.folder, lambda said: None)
             assert place is not None
             if saved:
                 assert reached < nth, f"call {nth} failed and nobody noticed"
@@ -81,7 +81,7 @@ def full_disk(config: Config) -> dict[str, int]:
 
     failed: dict[str, int] = {}
     run.step = fill_and_free
-    keeper._RETRY = 0.0
+    recorder._RETRY = 0.0
     run.fit()
     return failed
 

@@ -1,6 +1,7 @@
 """A run's folder, models that load without this package, and runs that go on as if they had never stopped."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,9 @@ from rlhf_accel.config.keys import key_names
 from rlhf_accel.config.loading import load, parse
 from rlhf_accel.config.schema import Config
 from rlhf_accel.data.tokenizer import Tokens
-from rlhf_accel.runs import checkpoint
+from rlhf_accel.runs import checkpoint, exports, run_folder
+from rlhf_accel.runs.resume import resume_folder
+from rlhf_accel.runs.summary import reward_scale
 from rlhf_accel.system import lock
 from rlhf_accel.system.errors import ConfigError, RunFailed
 from rlhf_accel.training.ppo_trainer import PPOTrainer
@@ -34,8 +37,8 @@ def run_config(**run):
 
 
 def opened(config):
-    folder = checkpoint.choose_folder(config)
-    folder, held = checkpoint.make_folder(folder, config, checkpoint.claim_folder(folder, config, [].append))
+    folder = run_folder.choose_folder(config)
+    folder, held = run_folder.make_folder(folder, config, run_folder.claim_folder(folder, config, [].append))
     held.release()
     return folder
 
@@ -53,8 +56,8 @@ def test_the_default_folder_is_the_first_free_one(tmp_path, monkeypatch):
 def test_of_three_that_start_at_once_each_gets_a_default_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = run_config(name="mine")
-    chosen = [checkpoint.choose_folder(config) for _ in range(3)]
-    made = [checkpoint.make_folder(folder, config, checkpoint.Claim(lock=None, state=()))[0] for folder in chosen]
+    chosen = [run_folder.choose_folder(config) for _ in range(3)]
+    made = [run_folder.make_folder(folder, config, run_folder.Claim(lock=None, state=()))[0] for folder in chosen]
     assert [folder.name for folder in chosen] == ["mine"] * 3
     assert made == [tmp_path / "saved_models" / name for name in ("mine", "mine-2", "mine-3")]
 
@@ -66,21 +69,21 @@ def test_a_folder_with_what_a_run_would_overwrite_is_refused(tmp_path, name, res
     (tmp_path / name).mkdir()
     (tmp_path / name / "model.safetensors").write_text("mine")
     with pytest.raises(ConfigError, match=rf"^run\.output_dir={tmp_path} (holds {name}|already holds)") as refused:
-        checkpoint.choose_folder(run_config(output_dir=str(tmp_path), resume=resume))
+        run_folder.choose_folder(run_config(output_dir=str(tmp_path), resume=resume))
     assert refused.value.key == "run.output_dir"
     (tmp_path / "config.yaml").touch()  # a kill came before its text
     with pytest.raises(ConfigError, match=r"^run\.output_dir="):
-        checkpoint.choose_folder(run_config(output_dir=str(tmp_path), resume=resume))
+        run_folder.choose_folder(run_config(output_dir=str(tmp_path), resume=resume))
 
 
 def test_logs_of_a_scheduler_are_in_nobodys_way(tmp_path):
     """Slurm makes the folder of a job's output before the job starts."""
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "17.out").touch()
-    assert checkpoint.choose_folder(run_config(output_dir=str(tmp_path), resume="auto")) == tmp_path
+    assert run_folder.choose_folder(run_config(output_dir=str(tmp_path), resume="auto")) == tmp_path
     (tmp_path / "logs" / "rank-0.log").touch()
     with pytest.raises(ConfigError, match=r"holds logs/rank-0\.log"):
-        checkpoint.choose_folder(run_config(output_dir=str(tmp_path), resume="auto"))
+        run_folder.choose_folder(run_config(output_dir=str(tmp_path), resume="auto"))
 
 
 def test_a_run_that_is_started_twice_with_auto_continues_once(tmp_path, monkeypatch):
@@ -93,7 +96,7 @@ def test_a_run_that_is_started_twice_with_auto_continues_once(tmp_path, monkeypa
     elsewhere(tmp_path / ".lock")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(ConfigError, match=r"^run\.output_dir=.* is in use by another run \(process \d+ on node7"):
-        checkpoint.claim_folder(tmp_path, config, [].append)
+        run_folder.claim_folder(tmp_path, config, [].append)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -115,15 +118,15 @@ def test_a_folder_that_holds_a_run_is_refused_but_for_resuming(tmp_path, held):
 
 def test_a_folder_that_another_run_took_meanwhile_is_refused(tmp_path):
     """It is chosen at the start and made much later, when the reward model is there and calibrated."""
-    one, other = (checkpoint.choose_folder(run_config(output_dir=str(tmp_path / "run"))) for _ in range(2))
+    one, other = (run_folder.choose_folder(run_config(output_dir=str(tmp_path / "run"))) for _ in range(2))
     named = {"output_dir": str(one)}
     config = run_config(seed=2, resume="auto", **named)
-    claim = checkpoint.claim_folder(other, config, [].append)
-    checkpoint.make_folder(one, run_config(seed=1, **named), claim)[1].release()
+    claim = run_folder.claim_folder(other, config, [].append)
+    run_folder.make_folder(one, run_config(seed=1, **named), claim)[1].release()
     with pytest.raises(ConfigError, match=r"^run\.output_dir=.*taken by another run"):
-        checkpoint.make_folder(other, config, claim)
+        run_folder.make_folder(other, config, claim)
     with pytest.raises(ConfigError, match=r"^run\.output_dir=.*taken by another run"):
-        checkpoint.make_folder(other, run_config(seed=2, **named), claim)
+        run_folder.make_folder(other, run_config(seed=2, **named), claim)
     assert not (other / ".lock").exists()
     assert load(Config, tmp_path / "run" / "config.yaml") == run_config(seed=1, **named)
     opened(run_config(seed=3, resume="auto", changes=["run.seed"], output_dir=str(other)))
@@ -134,16 +137,16 @@ def test_a_folder_that_another_run_took_meanwhile_is_refused(tmp_path):
 def test_a_file_in_the_way_is_refused(tmp_path, below):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ConfigError, match=r"^run\.output_dir=.*is a file") as caught:
-        checkpoint.choose_folder(run_config(output_dir=str(tmp_path / "file" / below)))
+        run_folder.choose_folder(run_config(output_dir=str(tmp_path / "file" / below)))
     assert "\n" not in str(caught.value)
     assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch):
     """The tests may run as root, who may write everywhere."""
-    monkeypatch.setattr(checkpoint.os, "access", lambda place, mode: place != tmp_path)
+    monkeypatch.setattr(os, "access", lambda place, mode: place != tmp_path)
     with pytest.raises(ConfigError, match=r"^run\.output_dir=.*no permission in"):
-        checkpoint.choose_folder(run_config(output_dir=str(tmp_path / "run")))
+        run_folder.choose_folder(run_config(output_dir=str(tmp_path / "run")))
 
 
 def test_a_place_where_nothing_can_be_made_is_refused():
@@ -152,7 +155,7 @@ def test_a_place_where_nothing_can_be_made_is_refused():
 
 
 def test_choosing_a_folder_creates_nothing(tmp_path):
-    folder = checkpoint.choose_folder(run_config(output_dir=str(tmp_path / "a" / "b")))
+    folder = run_folder.choose_folder(run_config(output_dir=str(tmp_path / "a" / "b")))
     assert folder == tmp_path / "a" / "b"
     assert list(tmp_path.iterdir()) == []
 
@@ -185,7 +188,7 @@ def save(folder, step, text="whole", **run):
 
 def found(folder, resume="latest", said=None, **run):
     said = [] if said is None else said
-    return checkpoint.resume_folder(run_config(output_dir=str(folder), resume=resume, **run), folder, said.append)
+    return resume_folder(run_config(output_dir=str(folder), resume=resume, **run), folder, said.append)
 
 
 def test_resuming_without_a_checkpoint_is_refused(tmp_path):
@@ -193,7 +196,7 @@ def test_resuming_without_a_checkpoint_is_refused(tmp_path):
         with pytest.raises(ConfigError, match=rf"^run\.resume={resume}"):
             found(tmp_path, resume)
     (tmp_path / "config.yaml").write_text("")
-    with pytest.raises(ConfigError, match=r"ended before its first checkpoint.*--run\.resume auto starts it anew$"):
+    with pytest.raises(ConfigError, match=r"ended before its first checkpoint.*--run\.resume auto starts it again$"):
         found(tmp_path)
 
 
@@ -243,7 +246,7 @@ def test_a_step_that_is_saved_again_is_never_absent(tmp_path, monkeypatch):
         return wrapped
 
     monkeypatch.setattr(Path, "rename", looked(rename))
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", looked(rmtree))
+    monkeypatch.setattr(shutil, "rmtree", looked(rmtree))
     save(tmp_path, 1, keep_checkpoints=1)
     assert set(seen) == {"step-000001", "step-000001.old"}
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-000001"]
@@ -299,16 +302,16 @@ def test_every_damage_to_every_file_is_recognised_named_and_passed_over(tiny, tm
         for what, damage in damages(path):
             damage()
             said = []
-            place = checkpoint.resume_folder(resumed, folder, said.append)
+            place = resume_folder(resumed, folder, said.append)
             assert place.name == "step-000001", (path.name, what)
             assert len(said) == 1 and f"passing over {newest}, which is damaged: {path.name}" in said[0], (what, said)
             with pytest.raises(ConfigError, match=rf"is not a whole checkpoint: {path.name}"):
                 named = replace(config, run=replace(config.run, resume=str(newest)))
-                checkpoint.resume_folder(named, folder, said.append)
+                resume_folder(named, folder, said.append)
             path.write_bytes(content)
             count += 1
     assert count == 5 * 8
-    assert checkpoint.resume_folder(resumed, folder, pytest.fail).name == "step-000002"
+    assert resume_folder(resumed, folder, pytest.fail).name == "step-000002"
 
 
 def test_when_all_are_damaged_there_is_none(tmp_path):
@@ -325,7 +328,7 @@ def test_a_changed_config_is_refused_with_the_keys_that_differ(tmp_path):
 
     def resume(**run):
         tree = {**changed, "run": {**changed["run"], "output_dir": str(tmp_path), "resume": "latest", **run}}
-        return checkpoint.resume_folder(parse(Config, tree), tmp_path, pytest.fail)
+        return resume_folder(parse(Config, tree), tmp_path, pytest.fail)
 
     with pytest.raises(ConfigError) as caught:
         resume()
@@ -336,7 +339,7 @@ def test_a_changed_config_is_refused_with_the_keys_that_differ(tmp_path):
 
 def test_another_version_is_said(tmp_path, monkeypatch):
     save(tmp_path, 1)
-    monkeypatch.setattr(checkpoint, "versions", lambda: {"torch": "1.0"})
+    monkeypatch.setattr("rlhf_accel.runs.resume.versions", lambda: {"torch": "1.0"})
     said = []
     found(tmp_path, said=said)
     assert len(said) == 1 and f"torch {torch.__version__}" in said[0]
@@ -404,7 +407,7 @@ def test_exported_weights_are_those_of_the_run(trained, gpt2_folder):
     assert final.keys() == policy.keys()
     assert all(torch.equal(final[name], policy[name]) for name in policy)
     assert not all(torch.equal(final[name], start[name]) for name in policy)
-    head = checkpoint.load_value_head(trainer.folder / "final")
+    head = exports.load_value_head(trainer.folder / "final")
     assert head.keys() == {"value_head.weight", "value_head.bias"}
     assert torch.equal(head["value_head.weight"], trainer.runtime.plain_module.value_head.weight)
     assert head["value_head.weight"].abs().max() > 0
@@ -426,7 +429,7 @@ def test_an_exported_adapter_is_that_of_the_run(trained, gpt2_folder):
 
 def test_a_separate_critic_is_exported_whole(trained):
     trainer = trained(model={"critic": "separate"})
-    critic = checkpoint.load_value_head(trainer.folder / "final")
+    critic = exports.load_value_head(trainer.folder / "final")
     module = trainer.runtime.plain_module
     expected = {name: value for name, value in module.state_dict().items() if not name.startswith("policy.")}
     assert critic.keys() == expected.keys()
@@ -451,14 +454,14 @@ def test_an_export_replaces_the_one_before(trained, tmp_path):
     trainer = trained()
     module, folder = trainer.runtime.plain_module, tmp_path / "out"
     tokens = Tokens.load(trainer.config.model.name_or_path)
-    checkpoint.export(folder, module, module.state_dict(), tokens, "first")
+    exports.export(folder, module, module.state_dict(), tokens, "first")
     (folder / "stale.txt").write_text("from before")
     with torch.no_grad():
         module.value_head.bias.fill_(3.0)
-    checkpoint.export(folder, module, module.state_dict(), tokens, "second")
+    exports.export(folder, module, module.state_dict(), tokens, "second")
     assert (folder / "README.md").read_text() == "second"
     assert not (folder / "stale.txt").exists()
-    assert checkpoint.load_value_head(folder)["value_head.bias"].item() == 3.0
+    assert exports.load_value_head(folder)["value_head.bias"].item() == 3.0
     assert [path.name for path in tmp_path.glob(".*")] == []
 
 
@@ -473,7 +476,7 @@ def rows_of(folder, name="metrics.jsonl"):
 
 def final_weights(folder):
     name = "adapter_model.safetensors" if (folder / "final" / "adapter_config.json").exists() else "model.safetensors"
-    return load_file(folder / "final" / name) | checkpoint.load_value_head(folder / "final")
+    return load_file(folder / "final" / name) | exports.load_value_head(folder / "final")
 
 
 @pytest.mark.parametrize("lora", [{"r": 0}, {"r": 4}])
@@ -555,7 +558,7 @@ def test_rows_that_are_torn_before_the_checkpoint_are_said(tiny, tmp_path):
     first, second, third = metrics.read_text().splitlines(keepends=True)
     resumed = tiny(run={**run, "total_steps": 4, "resume": "latest"})
     metrics.write_text(first + "\0\0\0\n" + second)
-    with pytest.raises(ConfigError, match=r"cannot be gone on in: line 2 is torn, and rows up to step 2 follow it$"):
+    with pytest.raises(ConfigError, match=r"cannot be resumed: line 2 is torn, and rows up to step 2 follow it$"):
         PPOTrainer(resumed).fit()
     metrics.write_text(first + second + third[:9] + "\n" + third + third[:5])
     PPOTrainer(resumed).fit()
@@ -577,7 +580,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_fails_nothing(tiny, tmp_path, 
         rmtree(path, *rest, **settings)
 
     rmtree = shutil.rmtree
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", stuck)
+    monkeypatch.setattr(shutil, "rmtree", stuck)
     run = {
         "total_steps": 4,
         "save_every": 1,
@@ -644,5 +647,5 @@ def test_a_coefficient_that_was_changed_on_purpose_is_the_new_one(tiny, tmp_path
 @pytest.mark.parametrize("text", ['{"steps": 3}', '{"calibration": null}', '{"calibration": {"mean": "x", "std": 1}}'])
 def test_a_summary_without_its_scale_is_named(tmp_path, text):
     (tmp_path / "summary.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"summary\.json is not what a run writes.*calibration"):
-        checkpoint.reward_scale(tmp_path)
+    with pytest.raises(ConfigError, match=r"summary\.json does not have the form.*calibration"):
+        reward_scale(tmp_path)

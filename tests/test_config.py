@@ -536,13 +536,13 @@ def test_an_estimator_that_drives_the_policy_away_is_refused_and_old_runs_with_i
 # Functions whose errors are about a folder, file or text that a command or a call was given, or a launch: there is no
 # key to change.
 KEYLESS = {
-    *("checkpoint.model_folder", "checkpoint.read_summary", "checkpoint.reward_scale", "checkpoint.read_dump"),
+    *("run_folder.model_folder", "summary.read_summary", "summary.reward_scale", "dumps.read_dump"),
     *("loading.parse", "prompts.own_prompts", "accelerator.make_accelerator", "accelerator.check_precision_of_process"),
     *("deepspeed_config.deepspeed_plugin", "weights.set_weights", "doctor.build"),
     *("evaluate._config", "evaluate.of", "evaluate.reference_scores", "generate._load", "hub.main"),
     *("generate._prompts", "generate.write"),
     *("loading.adapter_config", "merge.merge", "merge._settings", "metrics._unreadable", "replay.main"),
-    *("exports.exported_weights", "page.write", "page.read_run"),
+    *("exports.exported_weights", "page.write", "run_data.read_run"),
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 
 import rlhf_accel
 
-MODULES = [module.name for module in pkgutil.iter_modules(rlhf_accel.__path__, "rlhf_accel.")]
+MODULES = [module.name for module in pkgutil.walk_packages(rlhf_accel.__path__, "rlhf_accel.")]
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith("__main__")])

@@ -24,7 +24,7 @@ from rlhf_accel.commands import doctor
 from rlhf_accel.distributed import deepspeed, portable, weights
 from rlhf_accel.distributed.runtime import Runtime
 from rlhf_accel.models import calls
-from rlhf_accel.runs import checkpoint, exports
+from rlhf_accel.runs import exports
 from rlhf_accel.runs.exports import ExportError
 from rlhf_accel.system.errors import RunFailed
 from rlhf_accel.training.ppo_trainer import PPOTrainer
@@ -134,8 +134,8 @@ def test_an_export_without_a_buffer_ends_the_run_and_takes_no_place(
     with pytest.raises(RunFailed) as raised:
         trainer.fit()
     said = str(raised.value)
-    assert f"best/ as loaded is not what is in memory: {SCALAR} is not in the folder; logits differ by " in said
-    assert "best is as it was before; the last checkpoint is " in said and "step-000001, go on with" in said
+    assert f"best/ as loaded is not the model in memory: {SCALAR} is not in the folder; logits differ by " in said
+    assert "best is as it was before; the last checkpoint is " in said and "step-000001, resume with" in said
     assert before.is_dir()
     assert not [path for path in (tmp_path / "run").iterdir() if ".work-" in path.name or path.name == "final"]
 
@@ -178,7 +178,7 @@ def test_an_adapter_is_loaded_once_and_its_tensors_are_compared_each_time(
     def export(name: str, change: Callable[[Path], None] | None = None) -> None:
         with monkeypatch.context() as patch:
             if change is not None:
-                patch.setattr(checkpoint, "save_file", planted(change))
+                patch.setattr(exports, "save_file", planted(change))
             trainer.run.recorder.export(name, {}, trainer.setup.tokens, trainer.run.export_probe)
 
     with pytest.raises(ExportError, match="though no tensor does: its config"):

@@ -103,8 +103,8 @@ def test_an_upload_that_fails_loses_nothing_and_says_how_to_try_again(tiny, clie
     [
         (LocalTokenNotFoundError("none"), "ada/m", ["no token", "hf auth login", "HF_TOKEN"]),
         (OfflineModeIsEnabled("offline"), "ada/m", ["HF_HUB_OFFLINE"]),
-        (TimeoutError("slow"), "ada/m", ["cannot be asked", "slow"]),
-        (ME, "bob/m", ["writes for ada, engine, not for bob"]),
+        (TimeoutError("slow"), "ada/m", ["cannot be reached", "slow"]),
+        (ME, "bob/m", ["may write to ada, engine, not to bob"]),
         ({**ME, "auth": {"accessToken": {"role": "read"}}}, "ada/m", ["may only read"]),
         (ME, "m", ["USER/NAME"]),
         (ME, "ada/m/n", ["USER/NAME"]),
@@ -164,7 +164,7 @@ def test_of_a_runs_folder_the_model_that_is_named_goes_up_with_the_base_that_the
 @pytest.mark.parametrize("content", ["", "[]", "{}"])
 def test_an_adapter_whose_config_is_torn_is_refused(client, exported, content):
     (exported / "adapter_config.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"adapter_config\.json is not what peft writes"):
+    with pytest.raises(ConfigError, match=r"adapter_config\.json does not have the form that peft writes"):
         hub.main([str(exported), "ada/m"])
 
 
@@ -260,5 +260,5 @@ def test_the_real_client_sends_the_files_to_a_server(server, exported, monkeypat
 
 def test_a_token_that_the_hub_refuses(server, exported, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    with pytest.raises(ConfigError, match="refuses the token here; log in with `hf auth login`"):
+    with pytest.raises(ConfigError, match="refuses the token of this machine; log in with `hf auth login`"):
         hub.main([str(exported), "ada/m", "--base", "openai-community/gpt2"])

@@ -301,7 +301,7 @@ def test_ctrl_c_says_where_it_stands(tiny, tmp_path: Path, signalled) -> None:
         PPOTrainer(config).fit()
     assert str(stopped.value) == (
         f"stopped by Ctrl-C in update of step 3 (of 4); the last checkpoint is {tmp_path}/run/checkpoints/step-000002, "
-        f"go on with --run.output_dir {tmp_path}/run --run.resume latest"
+        f"resume with --run.output_dir {tmp_path}/run --run.resume latest"
     )
 
 
@@ -369,8 +369,8 @@ def test_too_many_failed_saves_end_a_run(tiny, tmp_path: Path) -> None:
         trainer.fit()
     assert str(stopped.value) == (
         "the checkpoint of step 3 could not be written: rank 1: No space left on device; run.max_failed_saves=2 have "
-        f"failed in a row; make room, then: the last checkpoint is {tmp_path}/run/checkpoints/step-000001, go on with "
-        f"--run.output_dir {tmp_path}/run --run.resume latest"
+        f"failed in a row; free disk space, then: the last checkpoint is {tmp_path}/run/checkpoints/step-000001, "
+        f"resume with --run.output_dir {tmp_path}/run --run.resume latest"
     )
     PPOTrainer(replace(trainer.config, run=replace(trainer.config.run, resume="latest"))).fit()
     assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 6

@@ -19,7 +19,7 @@ from rlhf_accel.models import calls
 from rlhf_accel.models import cpu_kernels as kernels
 from rlhf_accel.rollout import scoring
 from rlhf_accel.runs import metrics as metrics_module
-from rlhf_accel.runs.recorder import Keeper
+from rlhf_accel.runs.recorder import Recorder
 from rlhf_accel.system.errors import ConfigError, RunFailed
 from rlhf_accel.training import ppo_trainer as trainer_module
 from rlhf_accel.training import run as run_module
@@ -220,13 +220,13 @@ def test_config_yaml_is_the_run(fit):
 
 def test_best_is_the_model_with_the_best_evaluation(fit, monkeypatch):
     kept = []
-    export = Keeper.export
+    export = Recorder.export
 
     def spy(self, name, results, *rest):
         kept.append((name, results["trained"]["score"]))
         export(self, name, results, *rest)
 
-    monkeypatch.setattr(Keeper, "export", spy)
+    monkeypatch.setattr(Recorder, "export", spy)
     trainer, rows = fit(run={"eval_samples": 4, "eval_every": 1, "total_steps": 6}, optim={"lr": 0.02})
     best, expected = -math.inf, []
     for row in rows:

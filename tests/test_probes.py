@@ -77,7 +77,7 @@ def test_the_limit_follows_from_the_dtype_and_the_size_of_the_logits(monkeypatch
     one = torch.tensor([[torch.inf, 1.0]])
     assert export_is_memory(one, one, dtype=torch.float32).passed
     assert not export_is_memory(one, torch.tensor([[torch.inf, torch.nan]]), dtype=torch.float32).passed
-    assert "logits are (1, 2), in memory (1, 3)" in export_is_memory(logits, one, dtype=torch.float32).message
+    assert "logits have shape (1, 2), in memory (1, 3)" in export_is_memory(logits, one, dtype=torch.float32).message
 
 
 class OldTokens(Tokens):

@@ -18,7 +18,7 @@ from rlhf_accel.config.loading import parse
 from rlhf_accel.config.schema import Config
 from rlhf_accel.models import policy_with_value
 from rlhf_accel.reward import Reward
-from rlhf_accel.runs.checkpoint import Dump, read_dump
+from rlhf_accel.runs.dumps import Dump, read_dump
 from rlhf_accel.system.errors import RunFailed
 from rlhf_accel.training import ppo_trainer
 from rlhf_accel.training.nonfinite import Fault, explain, rollout_fault
@@ -209,8 +209,8 @@ def test_what_is_no_dump(content, tmp_path, capsys) -> None:
         command_line.main(["replay", str(tmp_path), "--trust_code"])
     assert left.value.code == 2
     said = capsys.readouterr().err
-    reason = "it holds no dump.json; failed runs leave theirs in RUN/dumps" if content is None else ""
-    assert said.startswith(f"error: {tmp_path} is no dump of a run: {reason}")
+    reason = "it holds no dump.json; failed runs write theirs to RUN/dumps" if content is None else ""
+    assert said.startswith(f"error: {tmp_path} is not a dump of a run: {reason}")
 
 
 def test_a_fault_names_the_first_quantity_and_its_samples() -> None:

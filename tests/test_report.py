@@ -18,8 +18,9 @@ from rlhf_accel.config.loading import to_yaml
 from rlhf_accel.config.schema import Config
 from rlhf_accel.runs import metrics
 from rlhf_accel.runs.metrics import METRICS
-from rlhf_accel.runs.report import charts
+from rlhf_accel.runs.report import charts, run_data
 from rlhf_accel.runs.report import page as report
+from rlhf_accel.runs.report.curves import PANELS, UPDATES, frontier_charts, panels
 from rlhf_accel.system.errors import ConfigError
 from rlhf_accel.training.ppo_trainer import PPOTrainer
 
@@ -148,7 +149,7 @@ def test_the_scripts_hash_is_that_of_the_policy(folder: Path) -> None:
 
 
 def test_the_headline_tells_what_the_run_did(folder: Path) -> None:
-    found = dict(report.headlines([report.read_run(folder)]))
+    found = dict(report.headlines([run_data.read_run(folder)]))
     assert found["Held-out score before"] == ["-0.100"] and found["Held-out score after"] == ["+1.150 ± 0.200"]
     assert found["Gain, in standard deviations of the base"] == ["+1.25"] and found["Time"] == ["1:02:05"]
     assert found["KL to the reference, nats per response"] == ["0.70"]
@@ -161,20 +162,20 @@ def test_the_headline_tells_what_the_run_did(folder: Path) -> None:
 def test_scaled_models_are_the_way_back_and_not_the_runs_path(folder: Path) -> None:
     """They are of the run's last step too, and would stand in the place of the model that it left."""
     tree = json.loads((folder / "frontier.json").read_text())
-    path = [point["name"] for point in report._in_order(tree["points"])]
+    path = [point["name"] for point in run_data.in_order(tree["points"])]
     final = next(point for point in tree["points"] if point["name"] == "final")
     for name, kl in (("final@0.5", 0.1), ("final@0.8", 0.4)):
         tree["points"].append({**final, "name": name, "kl": kl})
     (folder / "frontier.json").write_text(json.dumps(tree))
-    run = report.read_run(folder)
-    (chart,) = report.frontier_charts([run])
+    run = run_data.read_run(folder)
+    (chart,) = frontier_charts([run])
     assert [list(course.names) for course in chart.paths] == [path, ["final", "final@0.8", "final@0.5"]]
     assert [(course.dashed, course.label) for course in chart.paths] == [(False, "this run"), (True, "")]
     assert report._share(run).endswith("% (final)")
     tree["points"] = tree["points"][-1:]
     (folder / "frontier.json").write_text(json.dumps(tree))
-    alone = report.read_run(folder)
-    assert [list(course.names) for course in report.frontier_charts([alone])[0].paths] == [[], ["final@0.8"]]
+    alone = run_data.read_run(folder)
+    assert [list(course.names) for course in frontier_charts([alone])[0].paths] == [[], ["final@0.8"]]
     assert report._share(alone) == ""
 
 
@@ -183,12 +184,12 @@ def test_the_share_is_that_of_the_final_model_and_else_of_the_last_step(folder: 
     tree = json.loads((folder / "frontier.json").read_text())
     tree["points"].append({"name": "best", "step": 6, "kl": 0.7, "gain": 0.25})
     (folder / "frontier.json").write_text(json.dumps(tree))
-    run = report.read_run(folder)
+    run = run_data.read_run(folder)
     assert report._share(run).endswith("% (final)")
-    assert [point["name"] for point in report._in_order(run.points)] == ["step 3", "best"]
+    assert [point["name"] for point in run_data.in_order(run.points)] == ["step 3", "best"]
     tree["points"] = tree["points"][1:]
     (folder / "frontier.json").write_text(json.dumps(tree))
-    assert report._share(report.read_run(folder)).endswith("% (best)")
+    assert report._share(run_data.read_run(folder)).endswith("% (best)")
 
 
 def test_keys_that_differ_come_before_those_that_are_changed_alike(folder: Path, tmp_path: Path) -> None:
@@ -196,7 +197,7 @@ def test_keys_that_differ_come_before_those_that_are_changed_alike(folder: Path,
     for place, changed in ((folder, {"lr": 0.5, "eps": 1e-3}), (other, {"lr": 0.5, "eps": 1e-2})):
         defaults = yaml.safe_load(to_yaml(Config()))
         (place / "config.yaml").write_text(yaml.safe_dump({"optim": defaults["optim"] | changed}, sort_keys=False))
-    rows = report.config_rows([report.read_run(folder), report.read_run(other)])
+    rows = report.config_rows([run_data.read_run(folder), run_data.read_run(other)])
     assert [row["key"] for row in rows if row["changed"]] == ["optim.eps", "optim.lr"]
     assert [row["changed"] for row in rows[:3]] == [True, True, False]
 
@@ -205,14 +206,14 @@ def test_a_share_beyond_what_is_known_is_at_least_so_much(folder: Path) -> None:
     tree = json.loads((folder / "frontier.json").read_text())
     tree["points"][0]["kl"] = 5.0
     (folder / "frontier.json").write_text(json.dumps(tree))
-    (share,) = dict(report.headlines([report.read_run(folder)]))["Share of the best gain at that KL"]
+    (share,) = dict(report.headlines([run_data.read_run(folder)]))["Share of the best gain at that KL"]
     assert share.startswith("at least ")
 
 
 def test_every_chart_is_there_with_a_name_and_as_an_image(drawn: Path) -> None:
     page = Page(drawn / "report.html")
     named = [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"]
-    expected = ["What the KL bought", *(title for title, _, _ in report._PANELS), "Gold reward: mine", "Time of a step"]
+    expected = ["What the KL bought", *(title for title, _, _ in PANELS), "Gold reward: mine", "Time of a step"]
     assert named == expected
     images = sorted((drawn / "report").glob("*.png"))
     assert len(images) == len(named) and all(image.read_bytes()[:4] == b"\x89PNG" for image in images)
@@ -232,20 +233,20 @@ def test_skipped_updates_are_marked_where_the_count_grows(folder: Path) -> None:
     counts = {1: 1, 2: 1, 3: 2, 4: 2, 5: 4}
     rows = [metrics_row(step, **{"optim/skipped_steps": count}) for step, count in counts.items()]
     write_rows(folder / "metrics.jsonl", rows)
-    run = report.read_run(folder)
-    assert report.skipped_steps(run) == [1, 3, 5]
-    marked = {chart.title for chart in report.panels([run]) if chart.marks == (1, 3, 5)}
-    assert marked == set(report._UPDATES)
+    run = run_data.read_run(folder)
+    assert run_data.skipped_steps(run) == [1, 3, 5]
+    marked = {chart.title for chart in panels([run]) if chart.marks == (1, 3, 5)}
+    assert marked == set(UPDATES)
 
 
 def test_of_a_tail_that_is_not_known_neither_share_nor_bound_is_shown(folder: Path) -> None:
     tree = json.loads((folder / "frontier.json").read_text())
     tree["no_share"] = "the scores have a heavy upper tail"
     (folder / "frontier.json").write_text(json.dumps(tree))
-    run = report.read_run(folder)
-    assert report._share(run) == "not known: the scores have a heavy upper tail"
-    (chart,) = report.frontier_charts([run])
-    assert len(chart.bound.kl) == 0 and "is not known: the scores have a heavy" in chart.caption
+    run = run_data.read_run(folder)
+    assert report._share(run) == "unknown: the scores have a heavy upper tail"
+    (chart,) = frontier_charts([run])
+    assert len(chart.bound.kl) == 0 and "is unknown: the scores have a heavy" in chart.caption
 
 
 def test_several_runs_share_their_charts_and_keep_their_colours(folder: Path, tmp_path: Path) -> None:
@@ -254,8 +255,8 @@ def test_several_runs_share_their_charts_and_keep_their_colours(folder: Path, tm
     output = tmp_path / "pages" / "both.html"
     path, _ = report.write([folder, other], output)
     assert path == output and (output.parent / "both" / "objective-score.png").is_file()
-    runs = [report.read_run(folder), report.read_run(other)]
-    for chart in report.panels(runs):
+    runs = [run_data.read_run(folder), run_data.read_run(other)]
+    for chart in panels(runs):
         if not chart.stacked:
             named = {line.label: line.colour for line in chart.lines if line.label}
             assert named == {"first": 0, "second": 1}, chart.title
@@ -272,7 +273,7 @@ def test_several_runs_share_their_charts_and_keep_their_colours(folder: Path, tm
 def test_runs_of_the_same_name_are_told_apart(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     other = make_run(tmp_path / "b" / "first")
-    assert report._names([folder, other]) == [str(folder), str(other)]
+    assert run_data.run_names([folder, other]) == [str(folder), str(other)]
 
 
 def test_a_run_that_has_just_begun_has_a_report(tmp_path: Path, sketched: None) -> None:
@@ -282,7 +283,7 @@ def test_a_run_that_has_just_begun_has_a_report(tmp_path: Path, sketched: None) 
     path, notes = report.write([place])
     text = Page(path).text()
     assert notes == ["young: line 2 of metrics.jsonl is torn and left out"] and notes[0] in text
-    assert "still going, or stopped, after step 1" in text
+    assert "running, or stopped, after step 1" in text
     assert "Policy loss" not in text and "Value loss" in text
     for said in ("evaluate", "No samples were logged", "no config.yaml", "no environment.json"):
         assert said in text
@@ -301,7 +302,7 @@ def test_a_file_that_is_no_json_is_said_and_left_out(folder: Path, name: str) ->
 @pytest.mark.parametrize("content", [b"[1]", b"a: \xff", b""])
 def test_a_file_of_another_shape_is_said_and_left_out(folder: Path, name: str, content: bytes) -> None:
     (folder / name).write_bytes(content)
-    run = report.read_run(folder)
+    run = run_data.read_run(folder)
     (note,) = run.notes
     assert note.startswith(f"{name} ") and "left out" in note and "\n" not in note
     report.page([run], [])
@@ -313,19 +314,17 @@ def test_a_gold_reward_that_failed_has_no_figure(folder: Path) -> None:
     tree["base"] |= {"gold/a": 0.25, "gold/b": None}
     tree["trained"] |= {"gold/a": None, "gold/b": None, "win_rate": None, "kl": None}
     (folder / "summary.json").write_text(json.dumps(tree))
-    found = dict(report.headlines([report.read_run(folder)]))
-    assert found["a, not trained on"] == ["+0.250 → not known"] and found["b, not trained on"] == [
-        "not known → not known"
-    ]
-    assert found["KL to the reference, nats per response"] == ["not known"] == found["Wins over the base"]
+    found = dict(report.headlines([run_data.read_run(folder)]))
+    assert found["a, not trained on"] == ["+0.250 → unknown"] and found["b, not trained on"] == ["unknown → unknown"]
+    assert found["KL to the reference, nats per response"] == ["unknown"] == found["Wins over the base"]
 
 
 def test_a_summary_from_before_the_run_went_on_is_left_out(folder: Path) -> None:
     """run.total_steps was raised, and the run went on from its last checkpoint."""
     write_rows(folder / "metrics.jsonl", [metrics_row(step) for step in range(1, 9)])
-    run = report.read_run(folder)
+    run = run_data.read_run(folder)
     assert run.summary is None and "summary.json is of step 6" in run.notes[0]
-    assert report.state(run).startswith("still going, or stopped, after step 8")
+    assert report.state(run).startswith("running, or stopped, after step 8")
 
 
 @pytest.mark.parametrize("gold", ["social_circle", "gold_ci", "vader_ci"])
@@ -334,8 +333,8 @@ def test_a_gold_reward_of_any_name_is_shown(folder: Path, gold: str) -> None:
     write_rows(folder / "metrics.jsonl", [row])
     models = {"base": {f"gold/{gold}": 0.5, f"gold_ci/{gold}": 0.25}}
     (folder / "evaluation.json").write_text(json.dumps({"models": models}))
-    run = report.read_run(folder)
-    shown = {chart.title: chart for chart in report.panels([run])}
+    run = run_data.read_run(folder)
+    shown = {chart.title: chart for chart in panels([run])}
     assert [title for title in shown if title.startswith("Gold") or "ci" in title.split()] == [f"Gold reward: {gold}"]
     assert shown[f"Gold reward: {gold}"].lines[0].half == [0.25]
     ((_, _, rows, _),) = report._models([run])
@@ -352,7 +351,7 @@ def test_a_frontier_of_another_shape_is_said(folder: Path) -> None:
 def test_long_runs_show_samples_of_some_steps(folder: Path) -> None:
     rows = [{"step": step, "prompt": "p", "response": "r", "score": 0.0} for step in range(1, 2001)]
     write_rows(folder / "samples.jsonl", rows)
-    shown, left_out = report.shown_samples([report.read_run(folder)])
+    shown, left_out = report.shown_samples([run_data.read_run(folder)])
     assert len(shown) == 600 and left_out == 1400
     assert shown[0]["step"] == 1 and shown[-1]["step"] == 2000
 
@@ -365,13 +364,13 @@ def test_of_samples_beyond_the_bound_the_last_are_shown(folder: Path, monkeypatc
     for name, bound in (("_MOST_BYTES", most), ("_MOST_ROWS", 100)):
         with monkeypatch.context() as patch:
             patch.setattr(metrics, name, bound)
-            run = report.read_run(folder)
+            run = run_data.read_run(folder)
         steps = [row["step"] for row in run.samples]
         assert steps == list(range(201 - len(steps), 201)) and 0 < len(steps) <= 100
         assert run.notes == ("samples.jsonl is too large to be read whole; its first rows are left out",)
     monkeypatch.setattr(metrics, "_MOST_BYTES", most - 1)
     with pytest.raises(ConfigError, match=r"metrics\.jsonl cannot be read \(more than"):
-        report.read_run(folder)
+        run_data.read_run(folder)
 
 
 def test_what_is_no_run_ends_in_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,7 +39,7 @@ def test_a_tracker_that_fails_is_said_once_and_ends_nothing(tiny, monkeypatch, c
     assert trainer.fit()["steps"] == 3
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("broken failed") == 1
-    assert "warning: run.trackers: broken failed (RuntimeError: the server is gone); said once" in said
+    assert "warning: run.trackers: broken failed (RuntimeError: the server is gone); printed once" in said
     assert len((trainer.folder / "metrics.jsonl").read_text().splitlines()) == 3
 
 

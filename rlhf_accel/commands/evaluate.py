@@ -31,9 +31,11 @@ from rlhf_accel.models.lora import CRITIC, scaled_adapter
 from rlhf_accel.reward import Reward, RewardError, RewardFunction
 from rlhf_accel.rollout.engine import Seeds
 from rlhf_accel.rollout.scoring import score
-from rlhf_accel.runs.checkpoint import CHECKPOINTS, model_folder, read_summary, reward_scale, write_json
+from rlhf_accel.runs.checkpoint import CHECKPOINTS
 from rlhf_accel.runs.exports import exported_weights
 from rlhf_accel.runs.metrics import Progressline, read_rows
+from rlhf_accel.runs.run_folder import model_folder
+from rlhf_accel.runs.summary import read_summary, reward_scale, write_json
 from rlhf_accel.system.errors import ConfigError, RunFailed, key_in
 from rlhf_accel.system.files import failure
 from rlhf_accel.system.process import reseed

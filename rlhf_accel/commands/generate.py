@@ -28,8 +28,9 @@ from rlhf_accel.models.positions import check_prompts
 from rlhf_accel.reward import Reward, RewardError, load_reward
 from rlhf_accel.rollout import sampling as decoding
 from rlhf_accel.rollout.engine import sampling_settings
-from rlhf_accel.runs.checkpoint import model_folder, reward_scale
 from rlhf_accel.runs.metrics import plain
+from rlhf_accel.runs.run_folder import model_folder
+from rlhf_accel.runs.summary import reward_scale
 from rlhf_accel.system.arithmetic import has_gpu
 from rlhf_accel.system.errors import ConfigError
 from rlhf_accel.system.process import quiet_libraries, tune_process

@@ -21,8 +21,8 @@ from rlhf_accel.models.calls import logits_of
 from rlhf_accel.models.loading import DTYPES, load_export, load_pretrained
 from rlhf_accel.models.lora import CRITIC, scaled_adapter
 from rlhf_accel.models.probes import Finding, export_is_memory
-from rlhf_accel.runs.checkpoint import VALUE_HEAD, model_folder
-from rlhf_accel.runs.exports import ExportError
+from rlhf_accel.runs.exports import VALUE_HEAD, ExportError
+from rlhf_accel.runs.run_folder import model_folder
 from rlhf_accel.system import files
 from rlhf_accel.system.errors import ConfigError
 from rlhf_accel.system.files import failure

@@ -1,5 +1,6 @@
-"""How a language model of any family is called: the inputs of its forward, its logits and its hidden states.
-Knows transformers; knows no tokenizer and no rank.
+"""Calls of language models of any family: arguments of their forward, logits and hidden states of responses.
+
+Knows transformers. Knows no tokenizer and no rank.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from rlhf_accel.models.positions import first_position, position_ids
 
 
 def accepted(model: Any, **extras: Any) -> dict[str, Any]:
-    """Those of the keywords that the model's forward names: models with ALiBi take no position ids, older ones compute
-    all logits."""
+    """The keyword arguments among these that the model's forward has.
+
+    Models with ALiBi have no position_ids, older ones no logits_to_keep.
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     known = inspect.signature(base.forward).parameters
     return {name: value for name, value in extras.items() if name in known}
@@ -28,7 +31,7 @@ def accepted(model: Any, **extras: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def vocabulary_inputs(model: Any) -> Iterator[list[Tensor]]:
-    """What the vocabulary layer reads in each call of the model, (B, L, H), appended to the list."""
+    """A list to which each call of the model appends the input of its vocabulary layer, (B, L, H)."""
     seen: list[Tensor] = []
     handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
@@ -44,18 +47,18 @@ def model_inputs(sequences: Sequences) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def response_logits(
     model: LanguageModel, queries: Tensor, query_mask: Tensor, responses: Tensor, response_mask: Tensor
 ) -> tuple[Float[Tensor, "B R V"], Float[Tensor, "B R H"]]:
-    """The logits that each response token was chosen from, and the hidden state under them.
+    """The logits from which each response token was chosen, and the hidden states that they were computed from.
 
-    Only these positions go through the vocabulary layer. The hidden state is taken at that layer's input, so that a
-    model's own scaling or capping of logits is kept and no other layer's states are held.
+    Only these positions go through the vocabulary layer. Hidden states are taken at its input, which keeps a model's
+    own scaling or capping of logits and does not store the states of other layers.
     """
     with vocabulary_inputs(model) as seen:
         inputs = trunk_inputs(model, queries, query_mask, responses, response_mask)
-        # As indices, not as a number: a slice of the trunk's output would be a strided view, for which the CPU's
-        # matrix product with the vocabulary falls back to one small product for each row.
+        # Indices instead of a number: a slice of the trunk's output would be a strided view, for which the matrix
+        # product with the vocabulary falls back to one small product per row on a CPU.
         positions = torch.arange(queries.shape[1] - 1, inputs["input_ids"].shape[1] - 1, device=queries.device)
         logits = model(**inputs, **accepted(model, logits_to_keep=positions), use_cache=False).logits
-    kept = logits.shape[1] == len(positions)  # False for a model that knows no logits_to_keep
+    kept = logits.shape[1] == len(positions)  # False for a model without logits_to_keep
     return (logits, seen[0]) if kept else (logits[:, positions], seen[0][:, positions])
 
 
@@ -70,8 +73,7 @@ def response_hidden(
 
 
 def logits_of(model: LanguageModel, ids: Int[Tensor, "B L"]) -> Tensor:
-    """A model's logits for rows without padding, without a gradient, as `export_is_memory` compares them: (B, L, V) of
-    a language model, (B, K) of a classifier."""
+    """A model's logits for rows without padding, without gradients: (B, L, V), or (B, K) of a classifier."""
     with torch.no_grad():
         mask = torch.ones_like(ids)
         logits: Tensor = model(input_ids=ids, **accepted(model, attention_mask=mask, use_cache=False)).logits

@@ -1,6 +1,6 @@
-"""The sequence classifier that a reward model is: loaded with a head of the right size, adapted, and written whole.
+"""The classifier behind a reward model: load it with a head of the right size, adapt it, write it as a whole model.
 
-Knows transformers and peft; knows no data and no rank.
+Knows transformers and peft. Knows no data and no rank.
 """
 
 from __future__ import annotations
@@ -31,78 +31,86 @@ Classifier = Any
 _POSITION_TABLES = ("position_embeddings", "embed_positions", "positions_embed", "wpe")  # as families name them
 
 
-def load_tokenizer(path: str, said: str, *, trust_remote_code: bool) -> Any:
+def load_tokenizer(path: str, subject: str, *, trust_remote_code: bool) -> Any:
     """The tokenizer of the classifier at `path`, with a PAD; code that comes with it runs only if `trust_remote_code`.
 
-    Raises `ConfigError`, which begins with `said`, if there is none."""
+    Raises `ConfigError`, whose message starts with `subject`, if there is none."""
     try:
-        tokenizer = pretrained(AutoTokenizer, path, trust_remote_code=trust_remote_code, said=said)
-        # For a folder with a model and no tokenizer, transformers may make one up that knows its special tokens only.
+        tokenizer = pretrained(AutoTokenizer, path, trust_remote_code=trust_remote_code, said=subject)
+        # For a folder with a model and no tokenizer, transformers may return a tokenizer of special tokens only.
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
             raise ValueError("its vocabulary is empty")
     except ConfigError:
         raise
-    except Exception as error:  # the libraries below raise many kinds for a missing or broken tokenizer
+    except Exception as error:  # a missing or broken tokenizer raises errors of many types
         raise ConfigError(
-            f"{said}: no tokenizer could be loaded; save one beside the model ({_reason(error)})", key=key_in(said)
+            f"{subject}: no tokenizer could be loaded; save one beside the model ({_reason(error)})",
+            key=key_in(subject),
         ) from error
     if tokenizer.pad_token_id is None:
         # Decoder classifiers find a text's last token by the model's own pad id.
         if tokenizer.eos_token is None:
             raise ConfigError(
-                f"{said}: its tokenizer has neither a PAD nor an EOS token; give it a PAD and save it again",
-                key=key_in(said),
+                f"{subject}: its tokenizer has neither a PAD nor an EOS token; give it a PAD and save it again",
+                key=key_in(subject),
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def known_labels(config: RewardTrainingConfig) -> tuple[str, ...]:
-    """Names of the labels of model.name_or_path; transformers makes up two where it is no classifier. Raises
-    `ConfigError` if there is no such model."""
+    """Names of the labels of model.name_or_path; transformers invents two if it is not a classifier.
+
+    Raises `ConfigError` if there is no such model.
+    """
     path = wheels.resolve_model(config.model.name_or_path)
     with _named(config):
-        trusted, said = config.model.trust_remote_code, f"model.name_or_path={config.model.name_or_path}"
-        found = pretrained(transformers.AutoConfig, path, trust_remote_code=trusted, said=said).id2label
+        trusted, subject = config.model.trust_remote_code, f"model.name_or_path={config.model.name_or_path}"
+        found = pretrained(transformers.AutoConfig, path, trust_remote_code=trusted, said=subject).id2label
     return tuple(found[i] for i in sorted(found))
 
 
 def settle_padding(model: Classifier, tokenizer: Any) -> None:
-    """Let model and tokenizer pad alike, on the side where a text's padding cannot change its score, whatever their
-    files say: on the right, since absolute positions count from the left."""
+    """Make model and tokenizer use the same padding token and the padding side that does not change a text's score.
+
+    This overrides their files. Absolute positions count from the left, so padding goes to the right.
+    """
     for part in _configs(model.config):
         part.pad_token_id = tokenizer.pad_token_id
-    # XLNet's head reads the last place, padding or not; its positions are relative.
+    # XLNet's head reads the last position, even if it is padding; its positions are relative.
     tokenizer.padding_side = "left" if getattr(model.config, "summary_type", None) == "last" else "right"
 
 
 def most_tokens(model: Classifier, tokenizer: Any) -> int:
-    """How many tokens of a text the model can read, special ones included."""
+    """The longest text that the model can read, in tokens, special tokens included."""
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))
-    if not isinstance(positions, int) or positions <= 0:  # relative positions, without a limit; XLNet has -1
+    if not isinstance(positions, int) or positions <= 0:  # relative positions have no limit; XLNet has -1
         return int(tokenizer.model_max_length)
     return int(min(tokenizer.model_max_length, positions - _first_position(model)))
 
 
 def has_position_table(model: Classifier) -> bool:
-    """Whether positions are looked up in a table, which has an end; rotary and relative ones are computed."""
+    """Whether positions come from a table of fixed size; rotary and relative positions are computed."""
     return any(name.rpartition(".")[2] in _POSITION_TABLES for name, _ in model.named_modules())
 
 
 def _first_position(model: Classifier) -> int:
-    """The position of a text's first token: RoBERTa and its kin (XLM-R, CamemBERT, MPNet, Longformer, ESM, …) count
-    from the padding id on, and a position table that has a padding row shows it."""
+    """The position of a text's first token.
+
+    RoBERTa and models derived from it (XLM-R, CamemBERT, MPNet, Longformer, ESM, …) count from the padding id; their
+    position table has a padding row.
+    """
     tables = (layer for name, layer in model.named_modules() if name.endswith("position_embeddings"))
     padding = next((layer.padding_idx for layer in tables if hasattr(layer, "padding_idx")), None)
     return 0 if padding is None else padding + 1
 
 
 def stored_dtype(path: str) -> torch.dtype | None:
-    """The dtype that the weights at `path` are stored in, as config.json says; None where it says nothing."""
+    """The dtype of the weights stored at `path` according to config.json; None if it names none."""
     try:
         tree = transformers.PreTrainedConfig.get_config_dict(path)[0]
-    except Exception:  # whoever loads the model says what is wrong with it
+    except Exception:  # the error is reported when the model is loaded
         return None
     if not isinstance(tree, dict):
         return None
@@ -116,21 +124,21 @@ def stored_dtype(path: str) -> torch.dtype | None:
 
 
 def _configs(config: Any) -> list[Any]:
-    """The config, and those inside of it that know a padding id: Gemma 3 looks for it in its text_config."""
+    """The config and its sub-configs that have a padding id: Gemma 3 reads it from its text_config."""
     inner = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
     return [config, config.get_text_config(), *(part for part in inner if hasattr(part, "pad_token_id"))]
 
 
 def load(config: RewardTrainingConfig, tokenizer: Any, labels: Sequence[str]) -> Classifier:
-    """The classifier that learns, in fp32, one output for each label, adapters where lora.r is above 0.
+    """The classifier to train, in fp32, with one output per label, and with LoRA adapters if lora.r is above 0.
 
-    A new head is drawn from torch's global random numbers. Raises `ConfigError` if there is no such model, or
-    its layers have other names than lora.target_modules says.
+    A new head is initialized from torch's global random state. Raises `ConfigError` if there is no such model, or if
+    lora.target_modules names layers that it does not have.
     """
     model, new_layers = _load(config, tokenizer, labels)
     if config.lora.r == 0:
         return model
-    # What lies outside the trunk, and what is new in it, learns in full: frozen, it would stay random.
+    # Layers outside the trunk and new layers are trained in full: frozen, they would stay random.
     heads = (name for name, child in model.named_children() if child is not model.base_model)
     outside = [name for name in heads if any(True for _ in model.get_submodule(name).parameters())]
     targets = config.lora.target_modules
@@ -141,7 +149,9 @@ def load(config: RewardTrainingConfig, tokenizer: Any, labels: Sequence[str]) ->
         lora_dropout=config.lora.dropout,
         target_modules=lora.targets(model, targets),
         modules_to_save=[*outside, *(name for name in new_layers if name.partition(".")[0] not in outside)],
-        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in model.modules()),  # GPT-2 keeps its matrices so
+        fan_in_fan_out=any(
+            isinstance(layer, Conv1D) for layer in model.modules()
+        ),  # GPT-2 stores its matrices transposed
     )
     try:
         return get_peft_model(model, settings)
@@ -152,7 +162,7 @@ def load(config: RewardTrainingConfig, tokenizer: Any, labels: Sequence[str]) ->
 
 
 def output_layer(model: Classifier) -> nn.Linear:
-    """The linear layer that gives the scores: the last one outside the trunk, whatever other layers the head has."""
+    """The linear layer that outputs the scores: the last one outside the trunk."""
     if isinstance(model, PeftModel):
         model = model.get_base_model()
     trunk = {id(layer) for layer in model.base_model.modules()}
@@ -163,15 +173,15 @@ def output_layer(model: Classifier) -> nn.Linear:
 def finish(
     folder: Path, config: RewardTrainingConfig, tokenizer: Any, labels: Sequence[str], shift: float, scale: float
 ) -> None:
-    """Make what the Trainer saved in `folder` a whole model whose scores are (score - shift) / scale.
+    """Turn what the Trainer saved in `folder` into a whole model whose scores are (score - shift) / scale.
 
-    Adapters are added into the weights, shift and scale are folded into the output layer; one without a bias is scaled
-    only. For one process.
+    Adapters are merged into the weights, and shift and scale are folded into the output layer; a layer without a bias
+    is only scaled. Called by one process.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-        unset_hf_deepspeed_config()  # ZeRO-3 would cut the model that is loaded here, and later from the folder
+        unset_hf_deepspeed_config()  # else ZeRO-3 would partition the model that is loaded here
     if config.lora.r == 0 and (shift, scale) == (0.0, 1.0):
         return
     if config.lora.r:
@@ -191,7 +201,7 @@ def finish(
 
 
 def _load(config: RewardTrainingConfig, tokenizer: Any, labels: Sequence[str]) -> tuple[Classifier, list[str]]:
-    """The model without adapters, and the names of its layers that no checkpoint gave."""
+    """The model without adapters, and the names of its layers that the checkpoint lacks."""
     path = wheels.resolve_model(config.model.name_or_path)
     with _named(config):
         model, report = pretrained(
@@ -203,12 +213,12 @@ def _load(config: RewardTrainingConfig, tokenizer: Any, labels: Sequence[str]) -
             problem_type="regression" if len(labels) == 1 else "single_label_classification",
             id2label=dict(enumerate(labels)),
             label2id={name: i for i, name in enumerate(labels)},
-            # A classifier with more labels gets a new head.
+            # A classifier with another number of labels gets a new head.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
     settle_padding(model, tokenizer)
-    # One epoch over ratings does not overfit, and attention without dropout takes torch's fast path on a CPU.
+    # One epoch over ratings does not overfit, and attention without dropout uses torch's fast path on a CPU.
     for layer in model.modules():
         if isinstance(layer, nn.Dropout):
             layer.p = 0.0
@@ -225,15 +235,15 @@ def _load(config: RewardTrainingConfig, tokenizer: Any, labels: Sequence[str]) -
 
 @contextmanager
 def _named(config: RewardTrainingConfig) -> Iterator[None]:
-    """Raises `ConfigError` for a model that cannot be loaded here."""
+    """Turn any error of loading the model into a `ConfigError`."""
     try:
         yield
     except ConfigError:
         raise
-    except Exception as error:  # a missing, broken or foreign file raises many kinds
+    except Exception as error:  # a missing, broken or foreign file raises errors of many types
         raise ConfigError(
-            f"model.name_or_path={config.model.name_or_path}: neither a folder with a model and its tokenizer nor one "
-            f"that the hub or its cache gave ({_reason(error)})",
+            f"model.name_or_path={config.model.name_or_path}: neither a folder with a model and its tokenizer nor a "
+            f"model that the hub or its cache has ({_reason(error)})",
             key="model.name_or_path",
         ) from error
 

@@ -1,7 +1,7 @@
-"""Matrix products that a CPU does faster than torch's own choice of kernel; the same result up to rounding.
+"""Matrix products that are faster on a CPU than torch's own choice of kernel, with the same result up to rounding.
 
-Knows torch's linear layers and oneDNN; knows no config and no rank. Whatever does not fit (a GPU, other dtypes,
-autocast, weights that ZeRO-3 has cut, a torch without these operators) goes the plain way.
+Knows torch's linear layers and oneDNN. Knows no config and no rank. Everything else (a GPU, other dtypes, autocast,
+weights partitioned by ZeRO-3, a torch without these operators) uses torch's own kernels.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-_WORTH_PACKING = 2**16  # weights; smaller layers spend their time elsewhere
+_WORTH_PACKING = 2**16  # weights; packing does not pay for smaller layers
 
 
 @functools.cache
 def has_onednn() -> bool:
-    """Whether torch has oneDNN's linear layer, which torch.compile uses on CPUs, and the packing of its weights."""
+    """Whether torch has oneDNN's linear operator, which torch.compile uses on CPUs, and can pack its weights."""
     operators = torch.ops.mkldnn
     return (
         torch.backends.mkldnn.is_available()
@@ -31,10 +31,10 @@ def has_onednn() -> bool:
 
 @contextlib.contextmanager
 def packed(model: nn.Module, rows: int) -> Iterator[None]:
-    """Linear layers with their weights laid out for oneDNN, for many small products without gradients: decoding.
+    """Pack the weights of linear layers for oneDNN, for many small products without gradients: decoding.
 
-    The layout fits batches of `rows`. Packing reads and writes each weight once, and the copies take as much memory as
-    the model while the context lasts. The weights must not change meanwhile.
+    The layout is chosen for batches of `rows`. Packing reads and writes each weight once, and the copies take as much
+    memory as the model inside the context. The weights must not change inside it.
     """
     quickened: list[Any] = []
     try:
@@ -49,36 +49,36 @@ def packed(model: nn.Module, rows: int) -> Iterator[None]:
 
 
 def packed_bytes(model: nn.Module) -> int:
-    """What the copies of `packed` take, in bytes."""
+    """Size of the copies that `packed` makes, in bytes."""
     return sum(weight.numel() * weight.element_size() for _, weight in _worth_packing(model))
 
 
 def _worth_packing(model: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
-    """The layers that `packed` packs, each with its matrix."""
+    """The layers that `packed` packs, each with its weight."""
     if not has_onednn() or torch.is_autocast_enabled("cpu"):
         return
     for layer in model.modules():
         weight = _matrix(layer)
-        # One that has a forward of its own already is packed, or hooked by somebody else.
+        # A layer with a forward of its own is packed already, or hooked by another library.
         if weight is not None and weight.numel() >= _WORTH_PACKING and "forward" not in vars(layer):
             yield layer, weight
 
 
 class VocabularyLinear(nn.Linear):
-    """A linear layer with far more outputs than inputs, in which torch's own product is the slower one.
+    """A linear layer with far more outputs than inputs, for which torch's own product is slower.
 
-    It differs from `nn.Linear` in no weight and no name, so a layer becomes one by its class alone, and its copies too.
+    Weights and names are those of `nn.Linear`, so changing the class of a layer is enough; copies keep it.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if _matrix(self) is None or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
-        product: Tensor = _OneDNNLinear.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]  # torch's
+        product: Tensor = _OneDNNLinear.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
         return product
 
 
 def quicken(layer: nn.Module) -> None:
-    """Make a plain linear layer a `VocabularyLinear`; any other stays what it is."""
+    """Make a plain linear layer a `VocabularyLinear`; other layers stay as they are."""
     if type(layer) is nn.Linear and has_onednn():
         layer.__class__ = VocabularyLinear
 
@@ -107,8 +107,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _matrix(layer: nn.Module) -> Tensor | None:
-    """The layer's matrix, outputs x inputs, if it is a linear layer that oneDNN can do here."""
-    if type(layer) not in (nn.Linear, VocabularyLinear, Conv1D):  # others, such as routers, do more than multiply
+    """The layer's weight, outputs x inputs, if it is a linear layer that oneDNN supports here."""
+    if type(layer) not in (nn.Linear, VocabularyLinear, Conv1D):  # subclasses, such as routers, do more than multiply
         return None
     weight: Any = layer.weight
     if weight.dtype != torch.float32 or weight.device.type != "cpu" or weight.ndim != 2 or weight.numel() == 0:

@@ -1,4 +1,4 @@
-"""Models from folders, by transformers or peft. Knows no tokenizer, no rank and no run."""
+"""Load models from folders, with transformers or peft. Knows no tokenizer, no rank and no run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rlhf_accel.config.schema import ModelConfig
 from rlhf_accel.data.loading import adapter_config, pretrained
 from rlhf_accel.system.errors import ConfigError, key_in
 
-# A model of transformers, or one that peft wrapped: an nn.Module with more methods than types can tell.
+# A model of transformers, or one that peft wrapped; their types do not describe all that is used here.
 LanguageModel = Any
 
 
@@ -32,9 +32,10 @@ def load_export(
     trust_remote_code: bool = False,
     **settings: Any,
 ) -> tuple[LanguageModel, list[str]]:
-    """The model in a folder as plain transformers, or peft for an adapter, load it, and the names of the tensors that
-    the folder lacks, in whose place transformers put new ones. `settings` such as dtype go to `from_pretrained`; what
-    it raises is raised.
+    """Load the model in a folder with plain transformers, or an adapter with peft.
+
+    Also returns the names of the tensors that the folder lacks, which transformers initializes. `settings` such as
+    dtype are passed to `from_pretrained`, and its errors are passed on.
     """
     if torch.device(device).type != "cpu":
         settings = {"device_map": {"": device}, **settings}
@@ -48,33 +49,33 @@ def load_export(
     return model.eval(), sorted(report["missing_keys"])
 
 
-def load_pretrained(kind: Any, path: str, said: str, *, trust_remote_code: bool, **settings: Any) -> Any:
-    """`kind.from_pretrained(path)`, for one of transformers' Auto classes, without its report of unused weights.
+def load_pretrained(kind: Any, path: str, subject: str, *, trust_remote_code: bool, **settings: Any) -> Any:
+    """`kind.from_pretrained(path)` for one of transformers' Auto classes, without its report of unused weights.
 
-    Raises `ConfigError`, which begins with `said`, when nothing can be loaded, or when a head would be random because
-    the folder holds none, of which transformers only warns.
+    Raises `ConfigError`, whose message starts with `subject`, if nothing can be loaded, or if the folder has no weights
+    for the head, which would be random: transformers only warns.
     """
     settings |= {"trust_remote_code": trust_remote_code, "output_loading_info": True}
     try:
         with without_loading_report():
-            model, report = pretrained(kind, path, said=said, **settings)
+            model, report = pretrained(kind, path, said=subject, **settings)
     except ConfigError:
         raise
-    except Exception as error:  # a missing, broken or foreign file raises many kinds
+    except Exception as error:  # a missing, broken or foreign file raises errors of many types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"{said}: no such model could be loaded ({reason})", key=key_in(said)) from error
+        raise ConfigError(f"{subject}: no such model could be loaded ({reason})", key=key_in(subject)) from error
     missing = sorted(report["missing_keys"])
-    if missing and kind is not AutoModel:  # a trunk may lack a pooler, which nobody reads
+    if missing and kind is not AutoModel:  # a trunk may lack a pooler, which is not used
         raise ConfigError(
-            f"{said}: is no {type(model).__name__}; {len(missing)} weights are missing ({missing[0]}, …)",
-            key=key_in(said),
+            f"{subject}: is not a {type(model).__name__}; {len(missing)} weights are missing ({missing[0]}, …)",
+            key=key_in(subject),
         )
     return model
 
 
 @contextlib.contextmanager
 def without_loading_report() -> Iterator[None]:
-    """Without transformers' report of weights that a folder holds and a model lacks, or the other way round."""
+    """Silence transformers' report of weights that are only in the folder or only in the model."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -92,7 +93,7 @@ def load_model(
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
-    """Dropout would make the first ratio of an update differ from 1. The saved config keeps its own figures."""
+    """Switch dropout off: it would make the first ratio of an update differ from 1. The saved config is unchanged."""
     for layer in model.modules():
         if isinstance(layer, nn.Dropout):
             layer.p = 0.0

@@ -1,4 +1,4 @@
-"""The policy of a run: loaded, in its dtype, with its adapters. Knows transformers, no tokenizer and no rank."""
+"""The policy of a run: loaded in its dtype, with its adapters. Knows transformers; knows no tokenizer and no rank."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ from rlhf_accel.system.errors import ConfigError
 
 
 def load_policy(config: Config, path: str, device: torch.device) -> LanguageModel:
-    """The causal language model at `path`, dropout off, with fresh LoRA adapters where lora.r says so.
+    """The causal language model at `path`, without dropout, with LoRA adapters if lora.r is above 0.
 
-    Raises `ConfigError` when there is no such model or lora.target_modules do not fit it.
+    Raises `ConfigError` if there is no such model, or if lora.target_modules do not fit it.
     """
     model = load_model(AutoModelForCausalLM, config.model, path, **_base_settings(config, device))
     for architecture in model.config.architectures or ():
-        if "Classification" in architecture:  # with tied embeddings nothing is missing: it would load and write noise
+        if (
+            "Classification" in architecture
+        ):  # with tied embeddings no weight is missing: it would load, and generate noise
             raise ConfigError(
                 f"model.name_or_path={path}: holds a classifier ({architecture}), not a language model",
                 key="model.name_or_path",
@@ -35,7 +37,7 @@ def load_policy(config: Config, path: str, device: torch.device) -> LanguageMode
 
 
 def fitted(model: LanguageModel, config: Config) -> LanguageModel:
-    """A causal language model made ready for a run: checkpointing, kernels and adapters as the config says."""
+    """Prepare a causal language model for a run: gradient checkpointing, kernels and adapters."""
     model = with_checkpointing(model, config)
     if config.run.fast_kernels:
         kernels.quicken(model.get_output_embeddings())
@@ -50,7 +52,7 @@ def fitted(model: LanguageModel, config: Config) -> LanguageModel:
         with seeded(config.run.seed):
             model.add_adapter(CRITIC, settings)
         model.base_model.set_requires_grad([POLICY, CRITIC], True)
-        # By the time of the backward pass, which computes activations again, another adapter may be at work.
+        # The backward pass recomputes activations, when another adapter may be active.
         with_checkpointing(
             model, config, context_fn=lambda: (contextlib.nullcontext(), adapter(model, model.active_adapter))
         )
@@ -58,8 +60,10 @@ def fitted(model: LanguageModel, config: Config) -> LanguageModel:
 
 
 def left_out(model: LanguageModel, config: ModelConfig, path: str) -> str | None:
-    """What of the checkpoint at `path` the language model does not hold, as of Llama 4 or Qwen 3.5: transformers loads
-    the text part of a model that also sees or hears, and names no weights that it leaves out. None if nothing is."""
+    """A message about the parts of the checkpoint at `path` that were not loaded; None if it was loaded whole.
+
+    Of a multimodal model, such as Llama 4 or Qwen 3.5, transformers loads the text part and does not report the rest.
+    """
     whole = pretrained(AutoConfig, path, trust_remote_code=config.trust_remote_code)
     if whole.model_type == model.config.model_type:
         return None
@@ -72,7 +76,7 @@ def left_out(model: LanguageModel, config: ModelConfig, path: str) -> str | None
 
 
 def loading_settings(config: Config, device: torch.device) -> dict[str, Any]:
-    """What `from_pretrained` takes to load an export of this run as the policy was loaded."""
+    """Arguments of `from_pretrained` that load an export of this run as the policy was loaded."""
     return {**_base_settings(config, device), "trust_remote_code": config.model.trust_remote_code}
 
 
@@ -82,7 +86,7 @@ def _base_settings(config: Config, device: torch.device) -> dict[str, Any]:
 
 
 def resolve_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """The dtype that model.dtype asks for; auto is bf16 for a frozen LoRA base where the device computes in it."""
+    """The dtype of model.dtype; `auto` is bf16 for a frozen LoRA base on a device with bf16 units, else fp32."""
     if config.model.dtype != "auto":
         return DTYPES[config.model.dtype]
     frozen = config.lora.r > 0 and not config.lora.modules_to_save
@@ -90,12 +94,13 @@ def resolve_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 
 def end_of_text_ids(model: LanguageModel) -> list[int]:
-    """Ids that the model's generation config says end a text; chat models often have several."""
+    """Ids of the tokens that end a text, from the model's generation config; chat models often have several."""
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]
 
 
 def with_checkpointing(model: LanguageModel, config: Config, **settings: Any) -> LanguageModel:
+    """The model, with gradient checkpointing if model.gradient_checkpointing asks for it."""
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **settings})
         if config.lora.r:
@@ -104,9 +109,9 @@ def with_checkpointing(model: LanguageModel, config: Config, **settings: Any) ->
 
 
 def _four_bits(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What `from_pretrained` takes for a base in 4 bits on `device` that computes in `dtype`."""
+    """Arguments of `from_pretrained` for a base in 4 bits on `device` that computes in `dtype`."""
     if device.type != "cuda":
-        raise ConfigError("model.load_in_4bit=true needs a CUDA GPU; leave it out here", key="model.load_in_4bit")
+        raise ConfigError("model.load_in_4bit=true needs a CUDA GPU; remove it here", key="model.load_in_4bit")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             "model.load_in_4bit=true needs bitsandbytes; pip install 'rlhf_accel[qlora]'", key="model.load_in_4bit"

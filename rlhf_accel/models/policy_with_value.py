@@ -1,4 +1,4 @@
-"""Policy and value model as one module. Knows no tokenizer and no rank."""
+"""Policy and value model as one module, prepared and optimized as one. Knows no tokenizer and no rank."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from rlhf_accel.system.errors import ConfigError
 
 
 class ValueHead(nn.Module):
-    """A scalar for each hidden state, in fp32 whatever the trunk computes in: it is small and its targets are fine.
+    """A scalar for each hidden state, in fp32 in every precision: it is small, and its targets need the precision.
 
-    Starts at zero (Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO"): values say nothing until they
-    have learnt something, and every world size starts from the same ones.
+    Initialized to zero (Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO"), so that untrained values
+    carry no information, and every world size starts from the same weights.
     """
 
     def __init__(self, width: int) -> None:
@@ -39,11 +39,11 @@ class ValueHead(nn.Module):
 
 
 class PolicyWithValue(nn.Module):
-    """A causal language model with a critic, prepared and optimised as one.
+    """A causal language model and its value model in one module.
 
-    The value head reads `critic`, a transformer without a head; where that is None, the policy's own trunk: with the
-    policy's adapter, or with an adapter of its own if the policy has one by the name `CRITIC`. Without a value head
-    there is no critic.
+    The value head reads `critic`, a transformer without a head. If that is None, it reads the policy's own trunk: with
+    the policy's adapter, or with the adapter `CRITIC` if the policy has one. Without a value head there is no value
+    model.
     """
 
     value_head: ValueHead | None
@@ -57,7 +57,7 @@ class PolicyWithValue(nn.Module):
         *,
         has_critic: bool = True,
     ) -> None:
-        """`width` is that of the states that the head reads, where it is known already."""
+        """`width` is the size of the hidden states that the head reads; None measures it."""
         super().__init__()
         self.policy: LanguageModel = policy
         self.critic: LanguageModel | None = critic
@@ -75,9 +75,9 @@ class PolicyWithValue(nn.Module):
         *,
         with_entropy: bool = False,
     ) -> TokenOutputs:
-        """Log-probability, value and, if asked for, entropy at every response token; shapes as in `Sequences`.
+        """Log-probability, value and, with `with_entropy`, entropy of each response token; shapes as in `Sequences`.
 
-        The value of a token is read where the policy chose it, from the state before it.
+        The value of a token is computed from the hidden state before it, from which the policy chose it.
         """
         inputs = (queries, query_mask, responses, response_mask)
         logits, hidden = calls.response_logits(self.policy, *inputs)
@@ -89,8 +89,11 @@ class PolicyWithValue(nn.Module):
         return TokenOutputs(logprobs=logprobs, values=values, entropy=entropy)
 
     def states_width(self) -> int:
-        """Of the states that the head reads, by a pass where it is not the vocabulary layer's: some trunks project them
-        (OPT-350m), some vocabulary layers read others (RemBERT), and configs of parts have several sizes."""
+        """Size of the hidden states that the head reads.
+
+        For a trunk of its own it is measured by a forward pass: some trunks project their states (OPT-350m), some
+        vocabulary layers read others (RemBERT), and configs with sub-configs have several sizes.
+        """
         if self.critic_reads_policy:
             return int(self.policy.get_output_embeddings().in_features)
         with self.critic_trunk() as trunk, torch.no_grad():
@@ -104,14 +107,14 @@ class PolicyWithValue(nn.Module):
 
     @property
     def critic_reads_policy(self) -> bool:
-        """Whether the value head reads the very states that the policy's vocabulary layer reads."""
+        """Whether the value head reads the same hidden states as the policy's vocabulary layer."""
         return self.critic is None and CRITIC not in getattr(self.policy, "peft_config", ())
 
     def values(
         self, queries: Tensor, query_mask: Tensor, responses: Tensor, response_mask: Tensor
     ) -> Float[Tensor, "B R"]:
-        """The values alone, of a critic that has a pass of its own."""
-        assert self.value_head is not None, "no critic"
+        """The values alone, for a value model that has a forward pass of its own."""
+        assert self.value_head is not None, "no value model"
         with self.critic_trunk() as trunk:
             states = calls.response_hidden(trunk, queries, query_mask, responses, response_mask)
             values: Tensor = self.value_head(states)
@@ -119,20 +122,22 @@ class PolicyWithValue(nn.Module):
 
     @contextlib.contextmanager
     def critic_trunk(self) -> Iterator[LanguageModel]:
-        """The transformer that such a critic reads; with the critic's adapter while the context lasts."""
+        """The transformer of such a value model, with the adapter `CRITIC` active inside the context."""
         if self.critic is not None:
             yield self.critic
             return
         with adapter(self.policy, CRITIC):
             whole = self.policy.get_base_model()
-            # Llama 4 names its trunk by another prefix than the one under which it has it.
+            # base_model_prefix of Llama 4 does not name the attribute that holds its trunk.
             yield whole.base_model if whole.base_model is not whole else whole.model
 
 
 @torch.no_grad()
 def logit_sizes(module: PolicyWithValue, sequences: Sequences) -> Float[Tensor, " n"]:
-    """For each response token that counts, how large the logits are that its log-probability is made of: its own or the
-    row's largest one, whichever is larger without its sign."""
+    """The size of the logits behind each response token's log-probability, for tokens in the mask.
+
+    It is the larger of the absolute values of the token's own logit and of the largest logit at its position.
+    """
     logits, _ = calls.response_logits(module.policy, *calls.model_inputs(sequences))
     own = logits.gather(-1, sequences.responses[..., None])[..., 0]
     return torch.maximum(own.abs(), logits.amax(-1).abs()).float()[sequences.response_mask]
@@ -141,9 +146,10 @@ def logit_sizes(module: PolicyWithValue, sequences: Sequences) -> Float[Tensor, 
 def build(
     config: Config, policy: LanguageModel, policy_path: str, reward_path: str | None, *, critic: bool = True
 ) -> PolicyWithValue:
-    """The policy, with the critic that model.critic asks for unless `critic` is False.
+    """The policy with the value model of model.critic, or without any if `critic` is False.
 
-    Raises `ConfigError` if the critic cannot start from the reward model: other architecture or other vocabulary.
+    Raises `ConfigError` if the value model cannot be initialized from the reward model, because its architecture or
+    vocabulary differs.
     """
     if not critic:
         return PolicyWithValue(policy, None, config.rollout.temperature, has_critic=False)
@@ -170,7 +176,7 @@ def build(
 def with_critic(
     config: Config, policy: LanguageModel, critic: LanguageModel | None, width: int | None = None
 ) -> PolicyWithValue:
-    """The policy with its value head, which reads `critic`, a transformer as loaded, or the policy's own trunk."""
+    """The policy with a value head that reads `critic`, a transformer as loaded, or if None the policy's own trunk."""
     if critic is not None:
         critic = with_checkpointing(critic, config)
         if config.lora.r:

@@ -1,4 +1,4 @@
-"""Positions of tokens: ids from a mask, and how many a model has. Knows no tokenizer and no rank."""
+"""Position ids from a mask, and the number of positions that a model has. Knows no tokenizer and no rank."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from rlhf_accel.system.errors import ConfigError
 
 
 def position_ids(mask: Int[Tensor, "B L"], first: int = 0) -> Int[Tensor, "B L"]:
-    """Positions that count real tokens only, so that padding on the left shifts nothing.
+    """Positions that count real tokens only, so that padding on the left does not shift them.
 
+    >>> import torch
     >>> position_ids(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])).tolist()
     [[0, 0, 0, 1], [0, 1, 2, 2]]
     """
@@ -23,20 +24,20 @@ def position_ids(mask: Int[Tensor, "B L"], first: int = 0) -> Int[Tensor, "B L"]
 
 
 def first_position(model: Any) -> int:
-    """The position of a text's first token: RoBERTa and its kin count on from their padding id, all others from 0."""
+    """The position of a text's first token: RoBERTa and similar models count from their padding id, others from 0."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     table = getattr(getattr(getattr(base, "base_model", None), "embeddings", None), "position_embeddings", None)
     padding = getattr(table, "padding_idx", None)
     return 0 if padding is None else padding + 1
 
 
-# What configs call the number of positions, those of MPT, DBRX and of decoders of speech too; where none is set, or
-# positions are none (ALiBi, state spaces), a text may have any length.
+# Names for the number of positions in configs, including MPT, DBRX and speech decoders. Without such a limit (ALiBi,
+# state space models) a text may have any length.
 _WINDOWS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_target_positions")
 
 
 def window(policy: LanguageModel) -> int | None:
-    """How many tokens of a text the policy has positions for; None if its config sets no limit."""
+    """The number of tokens that the policy has positions for; None if its config sets no limit."""
     text = policy.config.get_text_config(decoder=True)
     sizes = (getattr(text, name, None) for name in _WINDOWS)
     most = next((size for size in sizes if isinstance(size, int) and size > 0), None)
@@ -44,8 +45,7 @@ def window(policy: LanguageModel) -> int | None:
 
 
 def check_window(config: Config, policy: LanguageModel, prefix: int) -> None:
-    """Raises `ConfigError` if the longest sample, after `prefix` tokens such as BOS, has more positions than the policy
-    knows."""
+    """Raises `ConfigError` if the longest sample, with `prefix` tokens such as BOS, exceeds the policy's positions."""
     most, rollout = window(policy), config.rollout
     needed = prefix + rollout.max_prompt_tokens + rollout.max_new_tokens
     if most is not None and needed > most:
@@ -60,8 +60,10 @@ def check_window(config: Config, policy: LanguageModel, prefix: int) -> None:
 def check_prompts(
     policy: LanguageModel, texts: Sequence[str], lengths: Sequence[int], new_tokens: int, key: str
 ) -> None:
-    """Raises `ConfigError` naming the first of these prompts, `lengths` tokens long, that with a response of
-    `new_tokens`, which `key` sets, has more positions than the policy knows."""
+    """Raises `ConfigError` with the first of these prompts that exceeds the policy's positions.
+
+    `lengths` are those of the prompts, in tokens, and `new_tokens` is that of a response, which `key` sets.
+    """
     most = window(policy)
     for number, (text, length) in enumerate(zip(texts, lengths, strict=True), start=1):
         if most is not None and length + new_tokens > most:

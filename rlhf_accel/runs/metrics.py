@@ -1,6 +1,6 @@
-"""What a run reports: every metric's name, unit, meaning and reduction, and where it goes.
+"""Metrics of a run: name, unit, meaning and reduction of each, and the files and the console that they go to.
 
-Values are reduced over ranks before they come here; sinks are opened by the main process only.
+Values are reduced over ranks before they come here. Only the main process opens files. Knows no model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rlhf_accel.system.errors import ConfigError
 from rlhf_accel.system.files import Malformed, parse_json, read_bounded, read_tail, replace_text
 from rlhf_accel.system.terminal import Terminal
 
-# Of metrics.jsonl or samples.jsonl, beyond which no run goes.
+# Limits of metrics.jsonl and samples.jsonl, which no run exceeds.
 _MOST_BYTES, _MOST_ROWS, _LONGEST_ROW = 256 << 20, 500_000, 4 << 20
 
 
@@ -48,17 +48,22 @@ METRICS = (
     Metric(
         "objective/kl_k3",
         "nats/response",
-        "the same, k3: never negative; less noise near the reference, more far from it",
+        "the same, k3: never negative; less noisy near the reference, more noisy far from it",
         "mean over responses",
     ),
-    Metric("objective/entropy", "nats/token", "entropy of the policy where it sampled", "mean over tokens"),
+    Metric("objective/entropy", "nats/token", "entropy of the policy at sampled tokens", "mean over tokens"),
     Metric("kl/coef", "score/nat", "weight of the KL in the reward of this step", "same on all ranks"),
     Metric("loss/policy", "", "clipped policy loss", "mean over tokens and updates"),
     Metric("loss/value", "", "clipped value loss", "mean over tokens and updates"),
     Metric(
         "loss/total", "", "loss/policy + vf_coef x loss/value - entropy_coef x entropy", "mean over tokens and updates"
     ),
-    Metric("policy/approx_kl", "nats/token", "how far the update moved the policy, k3", "mean over tokens and updates"),
+    Metric(
+        "policy/approx_kl",
+        "nats/token",
+        "KL between the policy before and after the update, k3",
+        "mean over tokens and updates",
+    ),
     Metric("policy/clip_fraction", "", "tokens whose ratio was clipped", "mean over tokens and updates"),
     Metric("policy/ratio_max", "", "largest ratio of new to old probability", "max over tokens and updates"),
     Metric("policy/first_ratio_error", "", "|ratio - 1| before the first update: rounding only", "max over tokens"),
@@ -66,37 +71,47 @@ METRICS = (
     Metric(
         "value/explained_variance",
         "",
-        "share of the returns' variance that values foresaw, partial scores included",
+        "share of the returns' variance that values predicted, partial scores included",
         "over tokens",
     ),
     Metric("rollout/response_tokens", "tokens", "length of a response", "mean over responses"),
-    Metric("rollout/eos_fraction", "", "responses that a stop ended", "mean over responses"),
+    Metric("rollout/eos_fraction", "", "responses that end with a stop token or text", "mean over responses"),
     Metric("optim/lr", "", "learning rate of the policy in this step", "same on all ranks"),
     Metric("optim/grad_norm", "", "norm of the gradient before clipping", "mean over updates"),
     Metric(
         "optim/skipped_steps",
         "",
-        "optimizer steps, or whole steps, skipped: something was not finite",
+        "optimizer steps, or whole steps, skipped because a number was not finite",
         "sum over steps",
     ),
     Metric("time/rollout", "s", "sampling, log-probabilities, values, reference", "main process"),
     Metric("time/score", "s", "rewards", "main process"),
     Metric("time/update", "s", "forward and backward passes and optimizer steps", "main process"),
     Metric("time/step", "s", "the whole step", "main process"),
-    Metric("perf/samples_per_second", "responses/s", "responses of all ranks by time/step", "sum over ranks"),
+    Metric("perf/samples_per_second", "responses/s", "responses of all ranks divided by time/step", "sum over ranks"),
     Metric(
-        "perf/response_tokens_per_second", "tokens/s", "response tokens of all ranks by time/step", "sum over ranks"
+        "perf/response_tokens_per_second",
+        "tokens/s",
+        "response tokens of all ranks divided by time/step",
+        "sum over ranks",
     ),
     Metric("perf/peak_memory_mib", "MiB", "peak memory of a process so far: GPU if there is one", "max over ranks"),
-    Metric("eval/score", "score", "score on held-out prompts; only where evaluated", "mean over responses"),
+    Metric("eval/score", "score", "score on held-out prompts; only at steps with an evaluation", "mean over responses"),
     Metric("eval/score_ci", "score", "half-width of its 95 % interval: 1.96 s / sqrt(prompts)", "over prompts"),
-    Metric("eval/kl", "nats/response", "KL to the reference there, k1", "mean over responses"),
+    Metric("eval/kl", "nats/response", "KL to the reference on held-out prompts, k1", "mean over responses"),
     Metric("eval/kl_ci", "nats/response", "half-width of its 95 % interval", "over prompts"),
-    Metric("eval/length", "tokens", "length of a response there", "mean over responses"),
-    Metric("eval/eos_fraction", "", "responses there that a stop ended", "mean over responses"),
-    Metric("eval/distinct_1", "", "distinct tokens by tokens", "over the tokens of all responses"),
-    Metric("eval/distinct_2", "", "the same of pairs of tokens", "over the pairs of all responses"),
-    Metric("eval/self_repetition", "", "share of a response's 4-grams that it already had", "mean over responses"),
+    Metric("eval/length", "tokens", "length of a response to held-out prompts", "mean over responses"),
+    Metric(
+        "eval/eos_fraction",
+        "",
+        "responses to held-out prompts that end with a stop token or text",
+        "mean over responses",
+    ),
+    Metric("eval/distinct_1", "", "distinct tokens divided by tokens", "over the tokens of all responses"),
+    Metric("eval/distinct_2", "", "the same for pairs of tokens", "over the pairs of all responses"),
+    Metric(
+        "eval/self_repetition", "", "share of a response's 4-grams that occurred before in it", "mean over responses"
+    ),
     Metric(
         "eval/reference_perplexity",
         "",
@@ -106,12 +121,15 @@ METRICS = (
     Metric(
         "eval/win_rate",
         "",
-        "responses that score above the base's of the same prompt and random numbers; ties are half",
+        "responses with a score above the base's for the same prompt and random numbers; ties count half",
         "mean over responses",
     ),
     Metric("eval/win_rate_ci", "", "half-width of its 95 % interval", "over prompts"),
     Metric(
-        "eval/gold/NAME", "gold score", "what reward.gold's NAME says there; null if it failed", "mean over responses"
+        "eval/gold/NAME",
+        "gold score",
+        "score by reward.gold's NAME on held-out prompts; null if it failed",
+        "mean over responses",
     ),
     Metric("eval/gold_ci/NAME", "gold score", "half-width of its 95 % interval", "over prompts"),
 )
@@ -135,7 +153,7 @@ class Stopwatch:
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
     entering: Callable[[str], None] = lambda _: None
-    """Told of each phase that begins."""
+    """Called with the name of each phase when it starts."""
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -151,7 +169,7 @@ class Stopwatch:
 
 
 def finite_or_none(value: Any) -> Any:
-    """The value with each figure in it that is not finite as None: JSON has no word for it.
+    """The value with None in place of each number that is not finite, which JSON cannot hold.
 
     >>> finite_or_none({"a": [1.0, float("nan")], "b": "x"})
     {'a': [1.0, None], 'b': 'x'}
@@ -164,14 +182,18 @@ def finite_or_none(value: Any) -> Any:
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The rows that `JsonLines` wrote, and the numbers of the lines that are torn, such as the end of a file that is
-    being written. Both are empty where there is no file. Raises `ConfigError` for a file too large for a run."""
+    """The rows that `JsonLines` wrote, and the numbers of torn lines, such as the last one of a file being written.
+
+    Both are empty if there is no file. Raises `ConfigError` if the file is too large.
+    """
     return _parse_rows(_text_of_rows(path) if path.is_file() else "")
 
 
 def read_last_rows(path: Path) -> tuple[list[dict[str, Any]], list[int], bool]:
-    """As `read_rows`, and whether rows were left out: of a file too large to be read whole, the last ones are read, and
-    numbers of lines count from the first of these."""
+    """As `read_rows`, but of a large file the last rows only. Also returns whether rows were left out.
+
+    Line numbers count from the first line that is read.
+    """
     if not path.is_file():
         return [], [], False
     try:
@@ -180,8 +202,8 @@ def read_last_rows(path: Path) -> tuple[list[dict[str, Any]], list[int], bool]:
     except (OSError, Malformed) as error:
         raise _unreadable(path, error) from None
     if cut:
-        text = text.partition("\n")[2]  # the first one is a part of a row
-    lines = text.rsplit("\n", _MOST_ROWS + 1)  # the last of them is what follows the last line break
+        text = text.partition("\n")[2]  # the first line is a part of a row
+    lines = text.rsplit("\n", _MOST_ROWS + 1)  # the last item follows the last line break
     many = len(lines) > _MOST_ROWS + 1
     rows, torn = _parse_rows("\n".join(lines[1:]) if many else text)
     return rows, torn, cut or many
@@ -220,23 +242,23 @@ def _unreadable(path: Path, error: OSError | Malformed) -> ConfigError:
 
 
 class JsonLines:
-    """Appends one JSON object a line; figures that are not finite as null.
+    """Appends one JSON object per line, with null for numbers that are not finite.
 
-    Rows that the disk did not take are kept, and go first at the next write.
+    Rows that could not be written are kept and written first the next time.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._pending: list[str] = []
-        self._whole: int | None = None  # bytes that end with a whole row, while the disk may hold more
+        self._whole: int | None = None  # length of the file up to its last whole row, after a failed write
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Raises `OSError` if the disk does not take the row; the file then ends with a whole one nevertheless."""
+        """Append a row. Raises `OSError` if it cannot be written; the file then ends with the last whole row."""
         self._pending.append(json.dumps(finite_or_none(row), ensure_ascii=False) + "\n")
         self._append()
 
     def flush(self) -> None:
-        """Have the disk hold all rows; raises `OSError` if it does not take them."""
+        """Write all rows to disk. Raises `OSError` if that fails."""
         if self._pending:
             self._append()
         if self.path.exists():
@@ -261,10 +283,10 @@ class JsonLines:
         self._pending.clear()
 
     def rewind(self, step: int) -> None:
-        """Drop the rows after `step`, which a resumed run writes again, and whatever a crash left torn behind them.
+        """Drop the rows after `step`, which a resumed run writes again, and torn rows after a crash.
 
-        The file is replaced as a whole, so that a crash leaves the old one or the new one. Raises `ValueError` if a row
-        up to `step` is torn, `OSError` if the file cannot be replaced.
+        The file is replaced as a whole: a crash leaves the old or the new one. Raises `ValueError` if a row up to
+        `step` is torn, `OSError` if the file cannot be replaced.
         """
         if not self.path.exists() and not self.path.is_symlink():
             return
@@ -286,12 +308,12 @@ class JsonLines:
 
 
 class Progressline:
-    """The live line of a run: on a terminal a bar that stays in place, elsewhere one plain line a step."""
+    """The progress of a run on the console: a bar on a terminal, elsewhere one line per step."""
 
     def __init__(self, total: int, *, enabled: bool, unit: str = "step") -> None:
         self.enabled = enabled
         self._unit = unit
-        # One that may fail: a run goes on without its console.
+        # A stream that may fail: a run continues without its console.
         self.console = Terminal(soft_wrap=True, quiet=not enabled, emoji=False, file=cast(Any, Stream(standard_output)))
         self._total = total
         self._started = time.perf_counter()
@@ -313,6 +335,7 @@ class Progressline:
             self._bar.stop()
 
     def show(self, metrics: Mapping[str, float]) -> None:
+        """Show the metrics of a step."""
         text = (
             f"score {metrics['objective/score']:+.3f}  kl {metrics['objective/kl']:.2f}  "
             f"entropy {metrics['objective/entropy']:.2f}  {metrics['time/step']:.1f} s/step"
@@ -320,7 +343,7 @@ class Progressline:
         self.advance(int(metrics["step"]), text)
 
     def advance(self, done: int, text: str) -> None:
-        """So many steps of the total, counted from 1, are done."""
+        """Show that `done` steps of the total are done."""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, description=text)
             return
@@ -330,10 +353,11 @@ class Progressline:
         self.console.print(f"{self._unit} {done}/{self._total}  {text}  left {minutes}:{seconds:02}", highlight=False)
 
     def say(self, text: str) -> None:
+        """Print a message above the bar."""
         self.console.print(text, highlight=False, markup=False)
 
     def table(self, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Rows with the same keys, as a table."""
+        """Print rows with the same keys as a table."""
         table = Table(title=title, title_justify="left", show_lines=True)
         for key in rows[0]:
             table.add_column(str(key), justify="right" if isinstance(rows[0][key], float) else "left", overflow="fold")
@@ -343,7 +367,7 @@ class Progressline:
 
 
 class Journal:
-    """What a run writes into its folder and on the console while it goes; the main process's affair."""
+    """Metrics and samples of a run, written to its folder and to the console by the main process."""
 
     def __init__(self, folder: Path, line: Progressline) -> None:
         self.folder = folder
@@ -360,24 +384,24 @@ class Journal:
         self.line.table(f"samples of step {step}", rows)
 
     def flush(self) -> None:
-        """Have the disk hold all rows; raises `OSError` if it does not take them."""
+        """Write all rows to disk. Raises `OSError` if that fails."""
         for file in self._files.values():
             file.flush()
 
     def rewind(self, step: int, *, recorded: bool = True) -> None:
-        """Forget what was written after `step`, which a resumed run writes again; unless that step was recorded, its
-        metrics too."""
+        """Drop the rows after `step`, which a resumed run writes again; unless `recorded`, also its metrics."""
         self._files["metrics"].rewind(step if recorded else step - 1)
         self._files["samples"].rewind(step)
 
     def _write(self, name: str, row: Mapping[str, Any]) -> None:
-        """A disk that is full does not end a run: the rows are kept, and a checkpoint is only written after them."""
+        """Write a row. One that the disk does not take is kept; it goes to disk before the next checkpoint."""
         try:
             self._files[name].write(row)
         except OSError as error:
             self.line.say(f"warning: {self._files[name].path} could not be written ({error.strerror}); rows are kept")
 
     def finish(self, summary: Mapping[str, Any]) -> None:
+        """Print the results of a finished run."""
         if summary.get("samples"):
             self.line.table("held-out prompts, before and after", summary["samples"])
         if "gain" in summary:
@@ -394,6 +418,5 @@ class Journal:
 
 
 def plain(text: str) -> Text:
-    """A policy's text as a cell of a table."""
-    # As Text, square brackets are no markup. Line breaks would tear the row, and a policy may sample control codes.
+    """A policy's text for a cell of a table, without markup, line breaks and control codes."""
     return Text("".join(c if c.isprintable() else "⏎" if c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text))

@@ -1,7 +1,6 @@
-"""What a run keeps on disk while it goes, and how it outlives a disk that fails.
+"""The recorder of a run: what it writes to disk and to the console, also when the disk fails.
 
-Knows files, and what to tell whoever reads the console. Every public method is called by all ranks, of which the main
-one writes. Knows no step of PPO.
+All ranks call each public method, and the main process writes. Knows files and the runtime. Knows no step of PPO.
 """
 
 from __future__ import annotations
@@ -23,25 +22,28 @@ from rlhf_accel.distributed.runtime import Runtime
 from rlhf_accel.distributed.weights import each_once
 from rlhf_accel.models.calls import logits_of
 from rlhf_accel.models.probes import fp32_products
-from rlhf_accel.runs import checkpoint, hub
+from rlhf_accel.runs import checkpoint, exports, hub, run_folder
 from rlhf_accel.runs.cards import base_model, model_card
-from rlhf_accel.runs.checkpoint import Claim, Dump, Progress, SaveError
+from rlhf_accel.runs.checkpoint import Progress, SaveError
+from rlhf_accel.runs.dumps import Dump, write_dump
 from rlhf_accel.runs.exports import ExportError, ExportProbe
 from rlhf_accel.runs.metrics import Journal, Progressline
+from rlhf_accel.runs.run_folder import Claim
+from rlhf_accel.runs.summary import write_environment, write_summary
 from rlhf_accel.system.arithmetic import product_arithmetic
 from rlhf_accel.system.errors import ConfigError, RunFailed
 from rlhf_accel.system.files import failure
 from rlhf_accel.system.lock import NEWER_RUN, Lock
 from rlhf_accel.system.provenance import environment
 
-_RETRY = 60.0  # seconds until what a run is for is written again, in which somebody may make room
+_RETRY = 60.0  # seconds before final/ is written again, in which its user may free disk space
 
 
-class Keeper:
-    """Writes a run's folder: rows, checkpoints, models, dumps, and each process's log."""
+class Recorder:
+    """Writes the folder of a run: metrics, samples, checkpoints, models, dumps, and the log of each process."""
 
     def __init__(self, config: Config, folder: Path, runtime: Runtime, line: Progressline, given: Config) -> None:
-        """`given` is the config as its user wrote it: what leaves this machine names paths like that."""
+        """`given` is the config as its user wrote it; what leaves this machine names paths as it does."""
         self.config = config
         self._given = given
         self.folder = folder
@@ -53,35 +55,37 @@ class Keeper:
         self.products = fp32_products(runtime.device)
         self.heartbeat = Heartbeat()
         self.is_open = False
-        self.left_out: str | None = None  # of the checkpoint that the policy was loaded from
-        self._failed = 0  # saves in a row
-        self._saved: Progress | None = None  # what the last checkpoint in this folder holds
+        self.left_out: str | None = None  # a message about parts of the policy's checkpoint that were not loaded
+        self._failed = 0  # in a row
+        self._saved: Progress | None = None  # by the last checkpoint in this folder
         self._started = time.perf_counter()
 
     def claim(self) -> None:
-        """Look at the folder before anything in it is read; main process only. Raises `ConfigError` if another run
-        holds it."""
-        self._claim = checkpoint.claim_folder(self.folder, self.config, self.line.say)
+        """Claim the folder before anything in it is read; main process only.
+
+        Raises `ConfigError` if another run holds it.
+        """
+        self._claim = run_folder.claim_folder(self.folder, self.config, self.line.say)
 
     def open(self, progress: Progress, place: Path | None) -> None:
-        """Make the folder, or go on in it from the checkpoint at `place`. Raises `ConfigError` if it cannot be."""
+        """Make the folder, or resume in it from the checkpoint at `place`. Raises `ConfigError` if that fails."""
         ours = place is not None and place.parent.parent == self.folder
         self.folder = self.runtime.from_main(lambda: self._open_files(progress, place if ours else None))
         self.is_open = True
         self._saved = progress if ours else None
         self.heartbeat.open(self.folder / "logs" / f"rank-{self.runtime.rank}.log")
         settings = flatten(asdict(self._given))
-        told = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in settings.items()}
-        # Of a step whose evaluation was due at the checkpoint, no figures were logged before it.
+        logged = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in settings.items()}
+        # Metrics of a step whose evaluation was still due at the checkpoint were not logged before it.
         next_step = progress.step + (progress.unrecorded is None)
         first_step = next_step if self.config.run.resume is not None else None
-        self.runtime.trackers.start(self.config.run, told, self.folder, first_step)
+        self.runtime.trackers.start(self.config.run, logged, self.folder, first_step)
 
     def _open_files(self, progress: Progress, place: Path | None) -> Path:
         chosen = self.folder
-        self.folder, self._lock = checkpoint.make_folder(chosen, self.config, self._claim, self.line.say)
+        self.folder, self._lock = run_folder.make_folder(chosen, self.config, self._claim, self.line.say)
         if self.folder != chosen:
-            self.line.say(f"{chosen} was taken by another run meanwhile; the run folder is {self.folder}")
+            self.line.say(f"{chosen} was taken by another run since; the run folder is {self.folder}")
             self.journal = Journal(self.folder, self.line)
         facts = environment(self.runtime.world_size, self.runtime.device)
         error, precision = self.products.difference, self.config.run.matmul_precision
@@ -90,48 +94,51 @@ class Keeper:
             "relative_error": error,
             "matmul_precision": precision,
         }
-        problem = failure(lambda: checkpoint.write_environment(self.folder, facts))
+        problem = failure(lambda: write_environment(self.folder, facts))
         if problem is not None:
             self.line.say(f"warning: {self.folder / 'environment.json'} could not be written ({problem})")
         if self.config.run.resume is None:
             return self.folder
         try:
-            if place is not None:  # before rows go: `latest` must not name a step whose rows are gone
-                checkpoint.go_back_to(place)
+            if place is not None:  # first: `latest` must not name a step whose rows are removed
+                checkpoint.rewind_to(place)
             self.journal.rewind(progress.step, recorded=progress.unrecorded is None)
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"run.output_dir={self.folder} cannot be gone on in: {error}", key="run.output_dir"
+                f"run.output_dir={self.folder} cannot be resumed: {error}", key="run.output_dir"
             ) from error
         return self.folder
 
     def _check_lock(self) -> None:
-        """Raises `RunFailed`, on every rank, if another run holds the folder now: this process was taken for dead."""
+        """Raises `RunFailed` on every rank if another run has taken over the folder, since this process seemed dead."""
         holder = self.runtime.from_main(lambda: self._lock.lost_to() if self._lock is not None else None)
         if holder is not None:
-            still = "this process gave no sign of life for a while (a machine or a disk that stood still)"
+            still = "this process did not renew its lock for a while (a machine or a disk that stood still)"
             why = "" if holder == NEWER_RUN else f", for {still}"
             raise RunFailed(f"{self.folder} was taken over by {holder}{why}; this run ends and writes nothing more")
 
     def record(self, metrics: Mapping[str, float]) -> None:
-        """Metrics to every sink; what cannot be written is said. Raises `RunFailed` if the folder is another run's."""
+        """Write metrics to all sinks; failures are printed. Raises `RunFailed` if another run holds the folder."""
         self._check_lock()
         tracked = {key: value for key, value in metrics.items() if key != "step"}
         self._warn(self.runtime.trackers.log(tracked, int(metrics["step"])))
         if self.runtime.is_main:
             self.journal.record(metrics)
         if self._failed:
-            self.line.say(f"warning: {self._failed} checkpoint(s) in a row could not be written; {self.how_to_go_on()}")
+            self.line.say(
+                f"warning: {self._failed} checkpoint(s) in a row could not be written; {self.how_to_resume()}"
+            )
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write samples to all sinks that take tables."""
         self._warn(self.runtime.trackers.log_table("samples", rows, step))
         if self.runtime.is_main:
             self.journal.samples(step, rows)
 
     def save(self, progress: Progress) -> bool:
-        """Write a checkpoint of where the run stands, and say whether it is there.
+        """Write a checkpoint, and return whether it was written.
 
-        One that fails is said, and the run goes on, until run.max_failed_saves have failed in a row: `RunFailed`.
+        After a failure the run continues with a warning, until run.max_failed_saves have failed in a row: `RunFailed`.
         """
         if self._saved == progress:
             return True
@@ -145,12 +152,13 @@ class Keeper:
         except SaveError as error:
             self._failed += 1
             most = self.config.run.max_failed_saves
-            said = f"the checkpoint of step {progress.step} could not be written: {error}"
+            message = f"the checkpoint of step {progress.step} could not be written: {error}"
             if self._failed >= most:
                 raise RunFailed(
-                    f"{said}; run.max_failed_saves={most} have failed in a row; make room, then: {self.how_to_go_on()}"
+                    f"{message}; run.max_failed_saves={most} have failed in a row; free disk space, then: "
+                    f"{self.how_to_resume()}"
                 ) from error
-            self.line.say(f"warning: {said}; {most - self._failed} more such failures end the run")
+            self.line.say(f"warning: {message}; {most - self._failed} more such failures end the run")
             return False
         self._failed, self._saved = 0, progress
         keep = self.config.run.keep_checkpoints
@@ -160,10 +168,10 @@ class Keeper:
         return True
 
     def export(self, name: str, results: Mapping[str, Any], tokens: Tokens, probe: ExportProbe) -> None:
-        """Write the policy for others to load, as NAME/ in the run's folder.
+        """Write the policy as NAME/ in the run's folder, in a form that other libraries load.
 
-        Raises on every rank: `SaveError` if it cannot be written, `ExportError` if the probe finds that it is not what
-        is in memory. What was there before then stays.
+        Raises on every rank: `SaveError` if it cannot be written, `ExportError` if the probe finds that it differs from
+        the policy in memory. An earlier export then stays.
         """
         self._check_lock()
         self.heartbeat(f"writing {name}/")
@@ -171,7 +179,7 @@ class Keeper:
         module, arithmetic = self.runtime.plain_module, self.products.message.partition(";")[0]
         card = model_card(self.config, results, checkpoint.versions(), arithmetic, self.left_out)
         memory = None
-        if self.runtime.from_main(lambda: probe.loads):  # by all ranks: with ZeRO-3 they share it
+        if self.runtime.from_main(lambda: probe.loads):  # on all ranks: ZeRO-3 computes it together
             memory = logits_of(module.policy, probe.ids.to(self.runtime.device))
         given = self._given.model.name_or_path
         base = given if given != self.config.model.name_or_path else None
@@ -181,7 +189,7 @@ class Keeper:
             return probe.fault(folder, module.policy, memory, weights, f"{name}/")
 
         self._all_or_none(
-            lambda: faults.append(checkpoint.export(self.folder / name, module, weights, tokens, card, fault, base))
+            lambda: faults.append(exports.export(self.folder / name, module, weights, tokens, card, fault, base))
         )
         found = self.runtime.first_failure(faults[0] if faults else None)
         if found is not None:
@@ -190,25 +198,25 @@ class Keeper:
             self.line.say(f"warning: {name}/ was not loaded again to compare its logits: {probe.skipped}")
 
     def finish(self, summary: Mapping[str, Any], tokens: Tokens, probe: ExportProbe) -> None:
-        """Write final/ and, as the last thing of all, the summary; on a full disk it is tried again for some minutes.
+        """Write final/ and, last of all, the summary; if the disk is full, try again for some minutes.
 
-        Raises `RunFailed` if that does not help.
+        Raises `RunFailed` if all tries fail.
         """
         self._insist(lambda: self.export("final", summary, tokens, probe), "final/")
 
         def write() -> None:
             self.journal.flush()
-            checkpoint.write_summary(self.folder, summary)
+            write_summary(self.folder, summary)
 
         self._insist(lambda: self._all_or_none(write), "summary.json")
         self._warn(self.runtime.trackers.end())
-        self.runtime.close()  # after which processes do not meet any more
+        self.runtime.close()  # no collective call after this
         if self.runtime.is_main:
             self.journal.finish(summary)
             self._push()
 
     def _push(self) -> None:
-        """final/ to the hub, if the config says so; what fails loses nothing and is said with how to do it later."""
+        """Upload final/ to the hub if the config asks for it; a failure is printed with the command to try again."""
         run = self.config.run
         if run.push_to_hub is None:
             return
@@ -218,12 +226,12 @@ class Keeper:
             address = hub.push(self.folder / "final", run.push_to_hub, private=run.hub_private, base=base)
         except hub.PushError as error:
             again = f"python -m rlhf_accel push {self.folder} {run.push_to_hub}{' --private' * run.hub_private}"
-            self.line.say(f"warning: {error}; final/ is whole and stays; try again with {again}")
+            self.line.say(f"warning: {error}; final/ is complete; try again with {again}")
         else:
             self.line.say(f"the model is on the hub: {address}")
 
     def dump(self, facts: Mapping[str, Any], experience: Experience | None) -> Path:
-        """Leave what is at fault in dumps/; with an experience, the weights too. A disk that refuses is only said."""
+        """Write a dump of a failure to dumps/, with the weights if there is an experience; a write error is printed."""
         place = self.folder / "dumps" / f"step-{facts['step']:06d}"
         batches = () if experience is None else (experience, experience.sequences)
         tensors = {field.name: getattr(batch, field.name) for batch in batches for field in fields(batch)}
@@ -233,53 +241,54 @@ class Keeper:
             experience={name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)},
             weights={} if experience is None else each_once(self.runtime.trainable_weights()),
         )
-        problem = failure(lambda: checkpoint.write_dump(place, dump)) if self.runtime.is_main else None
+        problem = failure(lambda: write_dump(place, dump)) if self.runtime.is_main else None
         if problem is not None:
             self.line.say(f"warning: {place} could not be written ({problem})")
         return place
 
     def close(self) -> None:
-        """End the log and the trackers, also of a run that failed; each process for itself."""
+        """Close the log, the trackers and the lock, also after a failure; each process for itself."""
         self.heartbeat.close()
         self._warn(self.runtime.trackers.end())
         for lock in (self._lock, self._claim.lock):
             if lock is not None:
                 lock.release()
 
-    def how_to_go_on(self) -> str:
-        """For whoever reads that the run has stopped."""
+    def how_to_resume(self) -> str:
+        """How to resume, for the message of a run that stops."""
         place = checkpoint.newest(self.folder)
         if place is not None:
-            return f"the last checkpoint is {place}, go on with --run.output_dir {self.folder} --run.resume latest"
+            return f"the last checkpoint is {place}, resume with --run.output_dir {self.folder} --run.resume latest"
         if self.is_open and self.config.run.resume not in (None, "latest", "auto"):
-            return f"no checkpoint was written, go on with --run.resume {self.config.run.resume} and another folder"
+            return f"no checkpoint was written, resume with --run.resume {self.config.run.resume} and another folder"
         if self.is_open:
-            return f"no checkpoint was written, --run.output_dir {self.folder} --run.resume auto starts anew"
+            return f"no checkpoint was written, --run.output_dir {self.folder} --run.resume auto starts again"
         return "nothing was written"
 
     def seconds(self, progress: Progress) -> float:
-        """Of training so far, in all the processes that the run went on in."""
+        """Seconds of training so far, over all starts of the run."""
         return progress.seconds + time.perf_counter() - self._started
 
     def _warn(self, problems: Sequence[str]) -> None:
-        """Of trackers, which are not what a run is for."""
+        """Print problems of trackers, which do not stop a run."""
         for problem in problems:
-            self.line.say(f"warning: run.trackers: {problem}; said once, all figures are in {self.folder}/*.jsonl")
+            self.line.say(f"warning: run.trackers: {problem}; printed once; all metrics are in {self.folder}/*.jsonl")
 
     def _all_or_none(self, write: Callable[[], None]) -> None:
-        """The main process writes; raises `SaveError` on every rank if it could not."""
+        """Write on the main process; raises `SaveError` on every rank if that fails."""
         problem = self.runtime.from_main(lambda: failure(write))
         if problem is not None:
             raise SaveError(problem)
 
     def _insist(self, write: Callable[[], None], what: str) -> None:
+        """Try to write up to run.max_failed_saves times. Raises `RunFailed` if all tries fail."""
         most = self.config.run.max_failed_saves
         for attempt in range(1, most + 1):
             try:
                 return write()
             except SaveError as error:
-                said = f"{what} could not be written: {error}"
+                message = f"{what} could not be written: {error}"
             if attempt < most:
-                self.line.say(f"warning: {said}; trying again in {_RETRY:.0f} s ({attempt} of {most})")
+                self.line.say(f"warning: {message}; trying again in {_RETRY:.0f} s ({attempt} of {most})")
                 time.sleep(_RETRY)
-        raise RunFailed(f"{said}; {self.how_to_go_on()}")
+        raise RunFailed(f"{message}; {self.how_to_resume()}")

@@ -1,7 +1,7 @@
-"""What the files in a run's folder look like, for commands that read a folder from elsewhere.
+"""The form of the JSON files in a run's folder, for commands that read a folder from another machine.
 
-Each is read within bounds, and its types are checked, so that whoever uses it need not. Knows names and types; knows no
-figure's meaning."""
+Files are read within size limits and their types are checked. Knows names and types; knows no meaning of a number.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlhf_accel.system.files import Malformed, read_json
 T = TypeVar("T")
 
 _MORE = ConfigDict(extra="allow", regex_engine="python-re")
-Figure = int | float | None  # null is one that was not finite
+Figure = int | float | None  # null if it was not finite
 Count = Annotated[int, Field(ge=0)]
 Figures = dict[str, Figure]
 Row = dict[str, str | int | float | None]
@@ -53,7 +53,7 @@ class Evaluations(TypedDict, total=False):
 
 
 class Dumped(TypedDict):
-    """dump.json: what stopped a run."""
+    """dump.json."""
 
     __pydantic_config__ = _MORE  # type: ignore[misc]
     phase: str
@@ -66,7 +66,7 @@ class Dumped(TypedDict):
 
 
 class Adapter(TypedDict):
-    """Of adapter_config.json what this package reads; peft checks the rest."""
+    """The part of adapter_config.json that this package reads; peft checks the rest."""
 
     __pydantic_config__ = _MORE  # type: ignore[misc]
     base_model_name_or_path: str | None
@@ -80,14 +80,13 @@ class Listed(TypedDict):
 
 
 def read(path: Path, kind: type[T]) -> T:
-    """The file as such a record; raises `Malformed` as `files.read_json`, or naming what has another type, and
-    `OSError` if it cannot be read."""
+    """The file as a record of this type. Raises `Malformed` if its form is wrong, `OSError` if it cannot be read."""
     record: T = check(read_json(path), kind)
     return record
 
 
 def check(tree: Any, kind: Any) -> Any:
-    """The tree as a record or a dataclass. Raises `Malformed` naming the first thing that is not as it should be."""
+    """The tree as a record or a dataclass. Raises `Malformed` naming the first wrong entry."""
     try:
         return TypeAdapter(kind).validate_python(tree)
     except ValidationError as error:
@@ -97,5 +96,5 @@ def check(tree: Any, kind: Any) -> Any:
 
 
 def why(error: Exception) -> str:
-    """In one line."""
+    """The reason of an error in one line."""
     return str(getattr(error, "strerror", None) or error)

@@ -1,4 +1,4 @@
-"""What lies beside a trained reward model: its figures, its config, a card for people and a plot of its reliability."""
+"""The files beside a trained reward model: its metrics, its config, a model card and a plot of its reliability."""
 
 from __future__ import annotations
 
@@ -41,13 +41,12 @@ def describe(
 ) -> list[str]:
     """Write `reward_metrics.json` (null for nan), `reward_config.yaml`, the card and, with matplotlib, the plot.
 
-    `sources` say in words what the model learned from, what tuned it and what the figures are of. Returns lines to tell
-    the user.
+    `sources` describe the data for training, for tuning and for the metrics. Returns messages for the user.
     """
     numbers = {name: None if math.isnan(value) else value for name, value in metrics.items()}
     (folder / "reward_metrics.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
     (folder / "reward_config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing reads it
+    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
     notes = []
     has_plot = importlib.util.find_spec("matplotlib") is not None and len(curves["before"].count) > 0
     if has_plot:
@@ -59,7 +58,7 @@ def describe(
 
 
 def plot_reliability(path: Path, curves: Mapping[str, Reliability]) -> None:
-    """A PNG: the share of right answers by their probability, before and after the temperature, and the diagonal."""
+    """Plot the share of correct answers by their probability, before and after the temperature, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -74,7 +73,7 @@ def plot_reliability(path: Path, curves: Mapping[str, Reliability]) -> None:
         float(array.min()) for curve in curves.values() for array in (curve.confidence, curve.accuracy) if len(array)
     )
     axes.set(xlim=(lowest - 0.03, 1.03), ylim=(lowest - 0.03, 1.03), aspect="equal")
-    axes.set(xlabel="probability of the answer", ylabel="share of right answers")
+    axes.set(xlabel="probability of the answer", ylabel="share of correct answers")
     axes.legend(title="temperature")
     figure.savefig(path, dpi=150)
 
@@ -86,7 +85,7 @@ def _card(
     metrics: Mapping[str, float],
     has_plot: bool,
 ) -> str:
-    data, (learned_from, tuned_on, reported_on) = config.data, sources
+    data, (trained_on, tuned_on, reported_on) = config.data, sources
     meaning = _MEANING[data.objective].format(target=data.target_field, labels=" or ".join(f"`{x}`" for x in labels))
     rows = "".join(
         f"| `{name}` | {'-' if math.isnan(value) else format(value, '.4g')} |\n" for name, value in metrics.items()
@@ -94,19 +93,19 @@ def _card(
     card = f"""# Reward model
 
 Gives a text {meaning}. Trained with `python -m rlhf_accel train-reward` from `{config.model.name_or_path}` on
-{learned_from} by {_LOSS[data.objective]} (`reward_config.yaml`).
+{trained_on} by {_LOSS[data.objective]} (`reward_config.yaml`).
 
 | figure on {reported_on} | value |
 | --- | --- |
 {rows}
 `reward/ece` is the expected calibration error, in {BINS} bins of equal mass, of the probability
 {_PROBABILITY[data.objective]}.
-`reward/ece_calibrated` is the same with the scores divided by `reward/temperature`, which is the likeliest one on
-{tuned_on}; the written scores are not divided by it. A dash is a figure that these data cannot tell.
-`reward_texts.json` records how the texts were formed, with four of the training texts and their scores.
+`reward/ece_calibrated` is the same with the scores divided by `reward/temperature`, fitted by likelihood on
+{tuned_on}; the scores of the model are not divided by it. A dash stands for a metric that these data do not give.
+`reward_texts.json` records the form of the texts, with four of the training texts and their scores.
 """
     if has_plot:
-        card += f"\n![Share of right answers by their probability]({PLOT})\n"
+        card += f"\n![Share of correct answers by their probability]({PLOT})\n"
     if data.source == "embedded:movie_reviews":
         card += """
 The human ratings are from C.J. Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of

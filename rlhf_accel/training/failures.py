@@ -26,7 +26,7 @@ def stopped(run: Run, received: str | None) -> SystemExit:
     saved = run.recorder.save(progress)
     run.line.say(
         f"stopped by {received or 'a signal to another process'} after step {progress.step} of "
-        f"{run.config.run.total_steps}; {run.recorder.how_to_go_on()}"
+        f"{run.config.run.total_steps}; {run.recorder.how_to_resume()}"
     )
     return SystemExit(STOPPED if saved else 1)
 
@@ -36,7 +36,7 @@ def interrupted(run: Run) -> BaseException:
     if not run.runtime.is_main:
         return SystemExit(130)
     where = f"{run.recorder.heartbeat.now} (of {run.config.run.total_steps})"
-    return KeyboardInterrupt(f"stopped by Ctrl-C in {where}; {run.recorder.how_to_go_on()}")
+    return KeyboardInterrupt(f"stopped by Ctrl-C in {where}; {run.recorder.how_to_resume()}")
 
 
 def gave_up_scoring(run: Run, error: FailedScoring) -> RunFailed:
@@ -67,7 +67,7 @@ def saved_and_failed(run: Run, message: str) -> RunFailed:
         run.recorder.save(run.trainer.progress)
     except RunFailed as unsaved:
         return RunFailed(f"{message}; {unsaved}")
-    return RunFailed(f"{message}; {run.recorder.how_to_go_on()}")
+    return RunFailed(f"{message}; {run.recorder.how_to_resume()}")
 
 
 def skip(run: Run, fault: Fault, experience: Experience) -> None:
@@ -89,5 +89,5 @@ def skip(run: Run, fault: Fault, experience: Experience) -> None:
     place = run.recorder.dump(facts, experience)
     message += f"; look with python -m rlhf_accel replay {place}"
     if fault.phase == "update":  # a step that is half taken cannot be resumed
-        raise RunFailed(f"{message}; {run.recorder.how_to_go_on()}")
+        raise RunFailed(f"{message}; {run.recorder.how_to_resume()}")
     raise saved_and_failed(run, message)

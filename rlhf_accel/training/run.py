@@ -20,11 +20,11 @@ from rlhf_accel.distributed.liveness import is_lost_contact, missing, who_is_mis
 from rlhf_accel.distributed.runtime import Runtime
 from rlhf_accel.reward import Classifier
 from rlhf_accel.rollout.scoring import FailedScoring
-from rlhf_accel.runs import checkpoint, hub
+from rlhf_accel.runs import checkpoint, hub, resume, run_folder
 from rlhf_accel.runs.checkpoint import Progress, SaveError
 from rlhf_accel.runs.exports import ExportError, ExportProbe
 from rlhf_accel.runs.metrics import Progressline
-from rlhf_accel.runs.recorder import Keeper as Recorder
+from rlhf_accel.runs.recorder import Recorder
 from rlhf_accel.runs.report import page
 from rlhf_accel.system.arithmetic import computes_in_bf16
 from rlhf_accel.system.errors import RunFailed
@@ -49,7 +49,7 @@ class Stopped(Exception):
 
 def check_folder(config: Config, runtime: Runtime) -> None:
     """What a run checks of its folder and of the hub before it is set up. Raises `ConfigError` on every rank."""
-    folder = runtime.from_main(lambda: checkpoint.choose_folder(config))
+    folder = runtime.from_main(lambda: run_folder.choose_folder(config))
     _resume_from(config, runtime, folder, lambda _: None)
 
 
@@ -57,7 +57,7 @@ def _resume_from(config: Config, runtime: Runtime, folder: Path, log: Callable[[
     if config.run.push_to_hub is not None:
         runtime.from_main(lambda: hub.check(config))
     stage, size = runtime.zero_stage, runtime.world_size
-    return runtime.from_main(lambda: checkpoint.resume_folder(config, folder, log, zero_stage=stage, world_size=size))
+    return runtime.from_main(lambda: resume.resume_folder(config, folder, log, zero_stage=stage, world_size=size))
 
 
 class Run:
@@ -67,7 +67,7 @@ class Run:
         """`given` is the config as its user wrote it. Raises `ConfigError` if the folder cannot be used."""
         self.trainer, self.config, self.runtime = trainer, trainer.config, trainer.runtime
         config, runtime = self.config, self.runtime
-        folder = runtime.from_main(lambda: checkpoint.choose_folder(config))
+        folder = runtime.from_main(lambda: run_folder.choose_folder(config))
         self.line = Progressline(config.run.total_steps, enabled=runtime.is_main)
         self.recorder = Recorder(config, folder, runtime, self.line, given)
         runtime.from_main(self.recorder.claim)
@@ -105,7 +105,7 @@ class Run:
                 if self.runtime.world_size > 1 and is_lost_contact(error):
                     found = who_is_missing(self.runtime.rank, self.recorder.heartbeat, missing())
                     reason = str(error).partition("\n")[0]
-                    raise RunFailed(f"{found} ({reason}); {self.recorder.how_to_go_on()}") from error
+                    raise RunFailed(f"{found} ({reason}); {self.recorder.how_to_resume()}") from error
                 raise
             finally:
                 self.recorder.close()

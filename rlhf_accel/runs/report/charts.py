@@ -1,6 +1,6 @@
-"""Charts of a run: what to draw, as data, and how it is drawn, by matplotlib.
+"""Charts as data, and how matplotlib draws them.
 
-Knows axes, colours and labels, and needs the `report` extra. Knows no file of a run and no page.
+Knows axes, colours and labels; needs the `report` extra. Knows no file of a run and no page.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-# Okabe and Ito's palette, which the colour-blind can tell apart, less its yellow, which is too faint on paper.
+# Okabe and Ito's palette for colour-blind readers, without its yellow, which is too faint on paper.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 _QUIET = "#888888"  # axes and marks: readable on white and on black
-_TEXT = "#222222"  # the page replaces it by its own text colour
+_TEXT = "#222222"  # replaced by the text colour of the page
 _STYLES = ("-", "--", ":")
-_SIZE, _WIDE = (4.5, 2.9), (5.4, 4.0)  # inches; in the page a point is about a CSS pixel on a phone
-_FEW = 40  # steps up to which each is marked by a dot
+_SIZE, _WIDE = (4.5, 2.9), (5.4, 4.0)  # inches; a point is about a CSS pixel on a phone
+_FEW = 40  # up to this number of steps, each has a dot
 _SETTINGS: dict[Any, Any] = {  # matplotlib types the keys by their names
-    "svg.fonttype": "none",  # text stays text: it can be read aloud, searched and scaled
-    # Verdana has the widths of DejaVu Sans, by which the texts are placed.
+    "svg.fonttype": "none",  # text stays text, for search, scaling and screen readers
+    # Verdana has the character widths of DejaVu Sans, with which text is placed.
     "font.family": ["sans-serif"],
     "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"],
     "font.size": 9.5,
-    "text.parse_math": False,  # a run may be called what TeX would trip over
+    "text.parse_math": False,  # the name of a run may not be valid TeX
     "text.color": _TEXT,
     "axes.labelcolor": _TEXT,
     "axes.edgecolor": _QUIET,
@@ -61,7 +61,7 @@ _SETTINGS: dict[Any, Any] = {  # matplotlib types the keys by their names
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One quantity over steps (or KL); values that are not known are nan, `half` is half of a 95 % interval."""
+    """One quantity over steps (or KL); unknown values are nan, `half` is the half-width of a 95 % interval."""
 
     x: Sequence[float]
     y: Sequence[float]
@@ -70,12 +70,12 @@ class Line:
     style: int = 0
     half: Sequence[float] | None = None
     points: bool = False
-    """Measured now and then: dots with their intervals, and a thin line between them."""
+    """Measured at some steps only: dots with their intervals, and a thin line between them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """`name` is that of its file; `y` names the axis with its unit; `marks` are steps to be marked."""
+    """`name` is that of the file; `y` is the unit of the axis; `marks` are steps with a vertical line."""
 
     name: str
     title: str
@@ -100,9 +100,9 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Course:
-    """A run's evaluations in the plane of KL and gain, in the order of its steps; ends are the models that it left.
+    """A run's evaluations in the plane of KL and gain, in order of steps; the last one is labelled.
 
-    Dashed is the way of one of them back towards the base.
+    A dashed course leads from a model back to the base.
     """
 
     label: str
@@ -116,7 +116,7 @@ class Course:
 
 @dataclass(frozen=True, kw_only=True)
 class FrontierChart:
-    """Runs beside what can be reached: `bound` goes on from `reliable_kl`, where the optimum is not known any more."""
+    """Runs beside the frontier. Beyond `reliable_kl` the optimum is unknown, and `bound` is an upper bound."""
 
     name: str
     title: str
@@ -130,6 +130,7 @@ class FrontierChart:
 
 
 def draw(chart: Chart | FrontierChart) -> Figure:
+    """The chart as a figure."""
     with mpl.rc_context(_SETTINGS):
         wide = isinstance(chart, FrontierChart)
         figure = Figure(figsize=_WIDE if wide else _SIZE, layout="constrained")
@@ -147,14 +148,14 @@ def draw(chart: Chart | FrontierChart) -> Figure:
 
 
 def svg(figure: Figure, name: str, title: str) -> str:
-    """The figure as an SVG element to stand in a page; ids do not clash with those of figures of other names."""
+    """The figure as an SVG element for a page; its ids do not clash with those of figures with other names."""
     text = io.StringIO()
     with mpl.rc_context({**_SETTINGS, "svg.hashsalt": name}):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     drawn = text.getvalue()
     drawn = drawn[drawn.index("<svg") :]
     drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn, flags=re.DOTALL)
-    drawn = re.sub(r'<g id="[^"]*">', "<g>", drawn)  # numbered alike in each figure
+    drawn = re.sub(r'<g id="[^"]*">', "<g>", drawn)  # the same in each figure
     box = re.search(r'viewBox="[^"]*"', drawn)
     assert box is not None
     head = f'<svg {box[0]} role="img" aria-label="{escape(title)}" xmlns:xlink="http://www.w3.org/1999/xlink">'
@@ -163,6 +164,7 @@ def svg(figure: Figure, name: str, title: str) -> str:
 
 
 def png(figure: Figure, path: Path) -> None:
+    """Write the figure as a PNG."""
     with mpl.rc_context(_SETTINGS):
         figure.savefig(path, dpi=160, facecolor="white", metadata={"Software": None})
 
@@ -199,7 +201,7 @@ def _draw_lines(axes: Axes, chart: Chart) -> None:
 
 
 def _legend_above(axes: Axes, columns: int) -> None:
-    """Between title and axes, where no curve is."""
+    """Place the legend between title and axes, where it hides no curve."""
     axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=columns, columnspacing=1.2, handlelength=1.6)
 
 
@@ -262,11 +264,11 @@ def _draw_path(axes: Axes, path: Course) -> None:
 
 
 def _spread(values: Sequence[float], low: Sequence[float], high: Sequence[float]) -> list[list[float]]:
-    """How far the ends of each interval lie below and above its value; by rounding an end may lie on the wrong side."""
+    """Distances of the ends of each interval below and above its value; at least 0, also after rounding."""
     below = [max(value - end, 0.0) for value, end in zip(values, low, strict=True)]
     return [below, [max(end - value, 0.0) for value, end in zip(values, high, strict=True)]]
 
 
 def _name(label: str) -> str | None:
-    """A label as a legend takes it: matplotlib leaves out those that begin with an underscore, as a run's may."""
+    """A label for a legend: matplotlib leaves out labels that start with an underscore, and a run's name may."""
     return f" {label}" if label.startswith("_") else label or None
