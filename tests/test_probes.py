@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from rlhf_accel.algorithm.batches import Sequences
-from rlhf_accel.algorithm.kl import _k3
+from rlhf_accel.algorithm.kl import k3
 from rlhf_accel.algorithm.masked import masked_row_sum
 from rlhf_accel.data.tokenizer import Tokens
 from rlhf_accel.models import calls, loading, policy_with_value
@@ -174,7 +174,7 @@ def of_another_pass(sampled: tuple) -> tuple[Finding, torch.Tensor]:
 def test_what_rounds_differently_passes(sampled: tuple) -> None:
     found, log_ratios = of_another_pass(sampled)
     assert found.passed, found.message
-    kl = float(masked_row_sum(_k3(-log_ratios.view(32, -1)), torch.ones(32, 10, dtype=torch.bool)).mean())
+    kl = float(masked_row_sum(k3(-log_ratios.view(32, -1)), torch.ones(32, 10, dtype=torch.bool)).mean())
     assert reference_is_policy(kl, 10.0, sampled[-1]).passed
 
 
