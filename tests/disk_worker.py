@@ -33,22 +33,22 @@ def tensors(place: Path) -> dict[str, torch.Tensor]:
 
 def every_call(config: Config) -> dict[str, int]:
     """Let every call of a save fail in turn; after each, the newest checkpoint has to be a whole one and to load."""
-    run = PPOTrainer(config)
-    run.fit()
+    trainer = PPOTrainer(config)
+    trainer.fit()
     resumed = replace(config, run=replace(config.run, resume="latest", total_steps=99))
-    old = run.folder / "checkpoints" / "step-000002"
+    old = trainer.folder / "checkpoints" / "step-000002"
     expected, counts = {old.name: tensors(old)}, {}
-    run.step(run.prompts.batch(3, run.sizes.rollout))
+    trainer.step(trainer.setup.prompts.batch(3, trainer.setup.sizes.rollout))
     # First beside step 2; then over what there is of step 3.
     for newest, error in (("step-000002", errno.ENOSPC), ("step-000003", errno.EIO)):
         nth = 0
         while True:
             nth += 1
             disk.disk_arm(nth, error, 0)
-            saved = run.run.recorder.save(run.progress)
+            saved = trainer.run.recorder.save(trainer.progress)
             reached = disk.disk_calls()
             disk.disk_arm(0, 0, 0)
-            place = resume_folder(resumed, run.folder, lambda said: None)
+            place = resume_folder(resumed, trainer.folder, lambda said: None)
             assert place is not None
             if saved:
                 assert reached < nth, f"call {nth} failed and nobody noticed"
@@ -61,14 +61,14 @@ def every_call(config: Config) -> dict[str, int]:
             assert found.keys() == expected[place.name].keys()
             assert all(torch.equal(found[name], tensor) for name, tensor in expected[place.name].items()), nth
         counts[errno.errorcode[error]] = nth - 1
-        run.run.recorder._saved = None
+        trainer.run.recorder._saved = None
     return counts
 
 
 def full_disk(config: Config) -> dict[str, int]:
     """From within step 2 to the end of step 4 nothing can be written."""
-    run = PPOTrainer(config)
-    step = run.step
+    trainer = PPOTrainer(config)
+    step = trainer.step
 
     def fill_and_free(prompts: object) -> dict[str, float]:
         metrics = step(prompts)
@@ -80,9 +80,9 @@ def full_disk(config: Config) -> dict[str, int]:
         return metrics
 
     failed: dict[str, int] = {}
-    run.step = fill_and_free
+    trainer.step = fill_and_free
     recorder._RETRY = 0.0
-    run.fit()
+    trainer.fit()
     return failed
 
 

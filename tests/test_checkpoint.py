@@ -535,7 +535,7 @@ def test_going_back_to_an_older_checkpoint_leaves_no_gap(tiny, tmp_path):
     (tmp_path / "a" / "summary.json").unlink()
     back = {**run, "resume": str(tmp_path / "a" / "checkpoints" / "step-000002")}
     killed = PPOTrainer(tiny(run=back))
-    killed._prepare()
+    killed.prepare()
     killed.run.recorder.open(killed.progress, killed.run.resume_from)
     assert len(rows_of(tmp_path / "a")) == 2
     PPOTrainer(tiny(run={**run, "resume": "latest"})).fit()

@@ -239,7 +239,7 @@ def test_a_step_whose_evaluation_waited_is_recorded_once(tiny, tmp_path: Path, w
     with pytest.raises(SystemExit):
         PPOTrainer(tiny(run=run)).fit()
     killed = PPOTrainer(tiny(run={**run, "resume": "latest"}))
-    killed._prepare()
+    killed.prepare()
     killed.run.recorder.open(killed.progress, killed.run.resume_from)
     killed._conclude()
     assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 2

@@ -18,9 +18,10 @@ from rlhf_accel.config.loading import parse
 from rlhf_accel.config.schema import Config
 from rlhf_accel.models import policy_with_value
 from rlhf_accel.reward import Reward
+from rlhf_accel.rollout.engine import Seeds
 from rlhf_accel.runs.dumps import Dump, read_dump
 from rlhf_accel.system.errors import RunFailed
-from rlhf_accel.training import ppo_trainer
+from rlhf_accel.training import setup
 from rlhf_accel.training.nonfinite import Fault, explain, rollout_fault
 from rlhf_accel.training.ppo_trainer import PPOTrainer
 from tests.test_batches import make_rollout
@@ -129,7 +130,7 @@ def test_a_gradient_that_is_not_finite_is_dumped_and_found_again(lora, tiny, tmp
     run = {"output_dir": str(tmp_path / "run"), "total_steps": 2, "eval_samples": 0, "max_skipped_steps": 1}
     trainer = PPOTrainer(tiny(run=run, ppo={"num_minibatches": 1}, **lora))
     prompts = trainer.setup.prompts.batch(1, 8)
-    rollout = trainer.collector.sample(prompts, seed=trainer.config.run.seed, step=1)
+    rollout = trainer.collector.sample(prompts, Seeds(trainer.config.run.seed, 1))
     bad = rollout.sequences.responses[5, :2]
     monkeypatch.setattr(policy_with_value.PolicyWithValue, "forward", spiked)
     with pytest.raises(
@@ -293,7 +294,7 @@ def test_a_dump_is_run_again_on_the_device_and_in_the_dtypes_of_the_run(tiny, tm
     settled, where = replay.as_the_run_did(automatic)
     assert settled.config.run.precision == "bf16"
     assert where == "on cpu in precision bf16, model_dtype fp32"
-    monkeypatch.setattr(ppo_trainer, "freeze_unreached", lambda module: [])  # whose pass only finds what text reaches
+    monkeypatch.setattr(setup, "freeze_unreached", lambda module: [])  # whose pass only finds what text reaches
     hook = torch.nn.modules.module.register_module_forward_pre_hook(
         lambda module, given: noted(module, given) if isinstance(module, policy_with_value.PolicyWithValue) else None
     )
