@@ -53,7 +53,7 @@ def texts_of(feedback: Feedback) -> set[str]:
 def test_a_file_keeps_a_tenth_back_however_its_name_is_spelt(read, tmp_path, name):
     rows = [{"text": f"film {i}", "rating": i / 100} for i in range(400)]
     sets = read(source=write(tmp_path / name, rows))
-    parts = [sets.learned, sets.tuning, sets.held]
+    parts = [sets.train, sets.tuning, sets.held]
     assert sum(len(part) for part in parts) == 400
     assert len(sets.tuning) > 10 and len(sets.tuning) <= len(sets.held) <= len(sets.tuning) + 1
     assert len({text for part in parts for text in part.texts}) == 400
@@ -61,7 +61,7 @@ def test_a_file_keeps_a_tenth_back_however_its_name_is_spelt(read, tmp_path, nam
     for part in parts:
         assert part.targets.tolist() == [ratings[text] for text in part.texts]
     # Pairs to report on are of texts of the same part, the better one first.
-    assert len(sets.held.pairs) > 20 and not len(sets.learned.pairs)
+    assert len(sets.held.pairs) > 20 and not len(sets.train.pairs)
     assert all(ratings[better] > ratings[worse] + 0.5 for better, worse in told(sets.held))
 
 
@@ -77,9 +77,9 @@ def test_no_text_of_a_pair_is_on_both_sides(read):
     # Chains of three texts: a row apart, they share one.
     rows = [{"chosen": f"a{i // 2}" if i % 2 else f"b{i // 2}", "rejected": f"c{i // 2}"} for i in range(400)]
     sets = read(rows, objective="pairs")
-    learned, tuning, held = map(texts_of, (sets.learned, sets.tuning, sets.held))
+    learned, tuning, held = map(texts_of, (sets.train, sets.tuning, sets.held))
     assert not learned & tuning and not learned & held and not tuning & held
-    assert len(sets.learned) + len(sets.tuning) + len(sets.held) == 400
+    assert len(sets.train) + len(sets.tuning) + len(sets.held) == 400
     assert len(sets.held) > 10
 
 
@@ -98,7 +98,7 @@ def test_selected_pairs_bring_their_texts_and_margins():
 def test_pairs_that_share_a_text_with_those_of_the_report_are_left_out_and_counted(read, tmp_path):
     held = write(tmp_path / "held.jsonl", [{"chosen": f"good {i}", "rejected": f"poor {i}"} for i in range(10)])
     sets = read(pair_rows(100), objective="pairs", eval_split=held)
-    assert len(sets.learned) == 90 and len(sets.tuning) == len(sets.held) == 5
+    assert len(sets.train) == 90 and len(sets.tuning) == len(sets.held) == 5
     assert sets.notes == ("10 pairs are left out, since a text of theirs is in the held-out pairs",)
 
 
@@ -109,7 +109,7 @@ def test_two_texts_and_a_choice(read):
     expected = {(f"first {i}", f"second {i}")[:: -1 if i % 2 else 1] for i in range(100)}
 
     def all_pairs(sets: Sets) -> set[tuple[str, str]]:
-        return {pair for part in (sets.learned, sets.tuning, sets.held) for pair in told(part)}
+        return {pair for part in (sets.train, sets.tuning, sets.held) for pair in told(part)}
 
     assert all_pairs(read(rows, **settings)) == expected
     named = [{**row, "pick": "b" if row["pick"] else "a"} for row in rows]
@@ -119,7 +119,7 @@ def test_two_texts_and_a_choice(read):
 def test_margins_stay_with_their_pairs(read):
     rows = [{**row, "by": i / 10} for i, row in enumerate(pair_rows(100))]
     sets = read(rows, objective="pairs", margin_field="by")
-    for part in (sets.learned, sets.tuning, sets.held):
+    for part in (sets.train, sets.tuning, sets.held):
         for (better, _), margin in zip(told(part), part.margins, strict=True):
             assert margin == int(better.split()[1]) / 10
 
@@ -131,13 +131,13 @@ def test_conversations_are_laid_out_by_the_chat_template_with_one_bos(read):
     rows = [{"chosen": talk(f"good {i}"), "rejected": talk(f"bad {i}")} for i in range(60)]
     tokenizer = make_tokenizer(bos_token="<s>")
     tokenizer.chat_template = TEMPLATE
-    better, worse = told(read(rows, tokenizer, objective="pairs").learned)[0]
+    better, worse = told(read(rows, tokenizer, objective="pairs").train)[0]
     assert better.startswith("<s>user: And?\nassistant: good ")
     assert worse.startswith("<s>user: And?\nassistant: bad ")
     # A tokenizer that puts BOS before every text gets the text without it.
     bos = ("<s>", tokenizer.bos_token_id)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[bos])
-    better, _ = told(read(rows, tokenizer, objective="pairs").learned)[0]
+    better, _ = told(read(rows, tokenizer, objective="pairs").train)[0]
     assert better.startswith("user: And?\n")
 
 
@@ -145,8 +145,8 @@ def test_labels_are_named_sorted_and_numbered(read):
     rows = [{"text": f"film {i}", "rating": (10, 2, 1)[i % 3]} for i in range(100)]
     sets = read(rows, objective="labels")
     assert sets.labels == ("1", "2", "10")
-    assert {sets.labels[c] for c in sets.learned.targets} == {"1", "2", "10"}
-    for text, place in zip(sets.learned.texts, sets.learned.targets, strict=True):
+    assert {sets.labels[c] for c in sets.train.targets} == {"1", "2", "10"}
+    for text, place in zip(sets.train.texts, sets.train.targets, strict=True):
         assert sets.labels[place] == str((10, 2, 1)[int(text.split()[1]) % 3])
 
 
@@ -165,7 +165,7 @@ def test_class_names_come_with_the_data_set(read, monkeypatch):
     monkeypatch.setattr(preferences.data, "load_rows", lambda *_, **__: rows)
     hub = {"source": "some/set", "objective": "labels", "target_field": "label", "tuning_split": "tune"}
     sets = read(**hub)
-    assert sets.labels == ("neg", "pos") and sets.learned.targets.tolist() == [1, 0, 1]
+    assert sets.labels == ("neg", "pos") and sets.train.targets.tolist() == [1, 0, 1]
     rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, -1]}, features=names)
     with pytest.raises(ConfigError, match=r"row 2 of some/set .*expected a label"):
         read(**hub)
@@ -194,18 +194,18 @@ def test_where_the_sets_come_from_is_told_in_words(read, tmp_path):
 @pytest.mark.parametrize("objective", ["ratings", "labels", "pairs"])
 def test_the_embedded_ratings_serve_every_objective(read, objective):
     sets = read(objective=objective, tuning_split="validation", max_samples=200)
-    assert all(len(part) > 100 for part in (sets.learned, sets.tuning, sets.held))
+    assert all(len(part) > 100 for part in (sets.train, sets.tuning, sets.held))
     if objective == "labels":
         assert sets.labels == ("negative", "positive")
-        assert set(sets.learned.targets) == {0, 1}
+        assert set(sets.train.targets) == {0, 1}
         mirrored = read(objective=objective, tuning_split="validation", max_samples=200, known=("positive", "negative"))
-        np.testing.assert_array_equal(mirrored.learned.targets, 1 - sets.learned.targets)
+        np.testing.assert_array_equal(mirrored.train.targets, 1 - sets.train.targets)
     if objective == "pairs":
         rated = read(objective="ratings", tuning_split="validation", max_samples=200)
         assert told(rated.held) == told(sets.held), "both objectives are reported on the same pairs"
-        ratings = dict(zip(rated.learned.texts, rated.learned.targets, strict=True))
-        assert all(ratings[better] - ratings[worse] > 0.5 for better, worse in told(sets.learned))
-        assert not texts_of(sets.learned) & texts_of(sets.held)
+        ratings = dict(zip(rated.train.texts, rated.train.targets, strict=True))
+        assert all(ratings[better] - ratings[worse] > 0.5 for better, worse in told(sets.train))
+        assert not texts_of(sets.train) & texts_of(sets.held)
 
 
 def test_drawn_pairs_are_the_same_each_time_and_use_each_text_evenly():

@@ -22,7 +22,7 @@ from rlhf_accel.models import probes
 from rlhf_accel.reward import Classifier, cautions, classifier, classifier_checks, load_reward
 from rlhf_accel.system import arithmetic
 from rlhf_accel.system.errors import ConfigError, RunFailed
-from rlhf_accel.training import reward_trainer
+from rlhf_accel.training import feedback_trainer, reward_trainer
 from rlhf_accel.training.ppo_trainer import PPOTrainer
 from tests.conftest import TEXTS, make_tokenizer
 
@@ -284,7 +284,7 @@ def test_a_tokenizer_that_reads_other_ids_than_in_training_is_not_written(chat_b
 def test_fp32_training_is_judged_at_the_limit_of_fp32(chat_base, tmp_path, monkeypatch) -> None:
     """With the setting that every command makes; the fault is below the limit of bf16."""
     monkeypatch.setattr(probes, "multiplies_exactly", lambda device: True)
-    monkeypatch.setattr(reward_trainer, "multiplies_exactly", lambda device: True)
+    monkeypatch.setattr(feedback_trainer, "multiplies_exactly", lambda device: True)
     finish, before = classifiers.finish, torch.get_float32_matmul_precision()
     monkeypatch.setattr(classifiers, "finish", lambda *given: finish(*given[:-1], 1.02 * given[-1]))
     torch.set_float32_matmul_precision("medium")
@@ -523,12 +523,12 @@ def test_reward_training_follows_the_launch_to_the_cpu(chat_base, tmp_path, monk
         return type("Arguments", (), {"deepspeed_plugin": None})()
 
     noted.__dataclass_fields__ = {"train_sampling_strategy": None}  # type: ignore[attr-defined]
-    monkeypatch.setattr(reward_trainer, "TrainingArguments", noted)
+    monkeypatch.setattr(feedback_trainer, "TrainingArguments", noted)
     config = training(tmp_path, chat_base, pairs())
     for said, expected in (("true", (True, 8)), ("True", (True, 8)), ("false", (False, 2))):
         monkeypatch.setenv("ACCELERATE_USE_CPU", said)
         assert arithmetic.has_gpu() is not expected[0]
-        reward_trainer._arguments(config, str(tmp_path))
+        feedback_trainer.training_arguments(config, str(tmp_path))
         assert (seen["use_cpu"], seen["per_device_train_batch_size"]) == expected
 
 

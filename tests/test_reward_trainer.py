@@ -29,7 +29,7 @@ from rlhf_accel.data import feedback as preferences
 from rlhf_accel.reward import Classifier
 from rlhf_accel.system import lock
 from rlhf_accel.system.errors import ConfigError, RunFailed
-from rlhf_accel.training import reward_trainer
+from rlhf_accel.training import feedback_trainer, reward_evaluation, reward_output, reward_trainer
 from rlhf_accel.training.ppo_trainer import PPOTrainer
 from rlhf_accel.training.reward_trainer import train_reward
 from tests.test_lock import elsewhere
@@ -359,14 +359,14 @@ def test_what_fails_in_the_main_process_ends_the_others(monkeypatch):
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda given: told.append(given[0]))
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     with pytest.raises(ZeroDivisionError):
-        reward_trainer._on_main(lambda: 1 / 0)
+        reward_output.on_main(lambda: 1 / 0)
     assert told == ["division by zero"]
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     monkeypatch.setattr(
         torch.distributed, "broadcast_object_list", lambda given: given.__setitem__(0, "division by zero")
     )
     with pytest.raises(RunFailed, match="could not write the model: division by zero"):
-        reward_trainer._on_main(lambda: None)
+        reward_output.on_main(lambda: None)
 
 
 def test_a_disk_that_is_full_is_said_in_a_line(config, tmp_path):
@@ -394,8 +394,8 @@ def test_a_decoder_without_pad_can_be_a_reward_model(config, gpt2_folder, tmp_pa
 
 def test_precision(config, monkeypatch, tmp_path):
     def bf16(precision: str, native: bool) -> bool:
-        monkeypatch.setattr(reward_trainer, "computes_in_bf16", lambda device: native)
-        return reward_trainer._arguments(config(run={"precision": precision}), str(tmp_path)).bf16
+        monkeypatch.setattr(feedback_trainer, "computes_in_bf16", lambda device: native)
+        return feedback_trainer.training_arguments(config(run={"precision": precision}), str(tmp_path)).bf16
 
     assert [bf16("auto", True), bf16("auto", False), bf16("bf16", False), bf16("fp32", True)] == [
         True,
@@ -540,14 +540,14 @@ def test_the_best_checkpoint_is_written(config, monkeypatch, tmp_path, r):
         seen.append({name: weight.clone() for name, weight in trainers[0].model.named_parameters()})
         return next(losses)
 
-    class Noted(reward_trainer.FeedbackTrainer):
+    class Noted(feedback_trainer.FeedbackTrainer):
         def __init__(self, *given: object) -> None:
             super().__init__(*given)
             trainers.append(self)
 
-    trainers: list[reward_trainer.FeedbackTrainer] = []
+    trainers: list[feedback_trainer.FeedbackTrainer] = []
     monkeypatch.setattr(reward_trainer, "FeedbackTrainer", Noted)
-    monkeypatch.setattr(reward_trainer, "tuning_loss", loss)
+    monkeypatch.setattr(feedback_trainer, "tuning_loss", loss)
     lora = {"r": r, "target_modules": "all-linear"}
     metrics = train_reward(config(ratings(200), run={"eval_every": 3}, optim={"epochs": 1}, lora=lora))
     assert metrics["reward/best_step"] == 6
@@ -558,7 +558,7 @@ def test_the_best_checkpoint_is_written(config, monkeypatch, tmp_path, r):
 
 
 def test_without_evaluation_the_last_weights_are_written(config, monkeypatch):
-    monkeypatch.setattr(reward_trainer, "tuning_loss", lambda *_: 1 / 0)
+    monkeypatch.setattr(feedback_trainer, "tuning_loss", lambda *_: 1 / 0)
     metrics = train_reward(config(ratings(100), run={"eval_every": 0}, optim={"epochs": 0.5}))
     assert "reward/best_step" not in metrics
 
@@ -619,19 +619,19 @@ def test_tuning_loss_and_figures_by_hand():
     # Ratings: ((2 - 1)^2 + (0 - 0)^2) / 2.
     rated = preferences.of_targets(["a", "b"], np.array([1.0, 0.0]))
     scores = np.array([[2.0], [0.0]])
-    assert reward_trainer.tuning_loss("ratings", rated, scores) == pytest.approx(0.5)
+    assert reward_evaluation.tuning_loss("ratings", rated, scores) == pytest.approx(0.5)
     # Pairs: the scores differ by log 3, so the preferred text wins with probability 3/4.
     pair = replace(rated, targets=None, pairs=np.array([[0, 1]]), margins=np.zeros(1))
     apart = np.array([[np.log(3)], [0.0]])
-    assert reward_trainer.tuning_loss("pairs", pair, apart) == pytest.approx(-np.log(0.75))
-    found, _ = reward_trainer.figures("pairs", pair, apart, pair, apart)
+    assert reward_evaluation.tuning_loss("pairs", pair, apart) == pytest.approx(-np.log(0.75))
+    found, _ = reward_evaluation.figures("pairs", pair, apart, pair, apart)
     assert found["reward/pair_accuracy"] == 1
     assert found["reward/ece"] == pytest.approx(0.25)
     assert np.isnan(found["reward/temperature"]) and np.isnan(found["reward/ece_calibrated"])
     # Labels: class probabilities 3/4 (right) and 1/2 + 1/2 (a tie is wrong).
     labelled = preferences.of_targets(["a", "b"], np.array([0, 0]))
     logits = np.array([[np.log(3), 0.0], [0.0, 0.0]])
-    found, _ = reward_trainer.figures("labels", labelled, logits, labelled, logits)
+    found, _ = reward_evaluation.figures("labels", labelled, logits, labelled, logits)
     assert found["reward/accuracy"] == 0.5
     assert found["reward/nll"] == pytest.approx(-(np.log(0.75) + np.log(0.5)) / 2)
 

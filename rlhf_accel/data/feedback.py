@@ -72,7 +72,7 @@ class Sets:
     """What to learn from, what chooses checkpoint and temperature, and what the figures come from: no text of a pair is
     in two of them."""
 
-    learned: Feedback
+    train: Feedback
     tuning: Feedback
     held: Feedback
     labels: tuple[str, ...]
@@ -192,7 +192,7 @@ class _Reader:
             raise ConfigError(f"{named}: no rows are left to learn from and to report on; add rows", key=key_in(named))
         sources = (learned_from, tuned_on, held_from)
         return Sets(
-            learned=learned,
+            train=learned,
             tuning=tuning,
             held=held,
             labels=labels,
