@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,6 +24,7 @@ from transformers import (
 )
 
 from rlhf_accel.commands import doctor
+from rlhf_accel.data.tokenizer import Tokens
 from rlhf_accel.distributed import deepspeed, portable, weights
 from rlhf_accel.distributed.runtime import Runtime
 from rlhf_accel.models import calls
@@ -181,7 +185,7 @@ def test_an_adapter_is_loaded_once_and_its_tensors_are_compared_each_time(
                 patch.setattr(exports, "save_file", planted(change))
             trainer.run.recorder.export(name, {}, trainer.setup.tokens, trainer.run.export_probe)
 
-    with pytest.raises(ExportError, match="though no tensor does: its config"):
+    with pytest.raises(ExportError, match="but no tensor does: its config"):
         export("best", rewrite("adapter_config.json", use_rslora=False))
     with pytest.raises(ExportError, match=r"lm_head\.lora_A\.default\.weight differs by .*; logits differ by"):
         export("best", turn_around)
@@ -262,3 +266,121 @@ def test_a_checkpoint_of_which_only_the_text_part_is_loaded_is_told(
             examination.examine(trainer)
     assert [found.level for found in examination.findings if told in found.said] == ["warning"]
     assert PPOTrainer(tiny(run={"output_dir": str(tmp_path / "text")})).setup.left_out is None
+
+
+LOAD_WITHOUT_US = """
+import json, sys
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+written = {}
+for kind, folder in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+    auto = AutoPeftModelForCausalLM if kind == "adapter" else AutoModelForCausalLM
+    model, tokenizer = auto.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer("The film", return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    written[folder] = ids[0].tolist()
+assert not any(name.split(".")[0] == "rlhf_accel" for name in sys.modules)
+print(json.dumps(written))
+"""
+
+
+@pytest.fixture
+def trained(tiny, exact_fp32):
+    """A function that trains a tiny run for a step and returns its trainer."""
+
+    def train(**sections):
+        run = {"total_steps": 1, "eval_samples": 0, **sections.pop("run", {})}
+        trainer = PPOTrainer(tiny(run=run, **sections))
+        trainer.fit()
+        return trainer
+
+    return train
+
+
+def test_final_loads_and_writes_without_this_package(trained, llama_folder, tmp_path):
+    kinds = {
+        "full": trained(run={"output_dir": str(tmp_path / "full")}),
+        "tied": trained(run={"output_dir": str(tmp_path / "tied")}, model={"name_or_path": str(llama_folder)}),
+        "adapter": trained(run={"output_dir": str(tmp_path / "adapter")}, lora={"r": 4}, optim={"lr": 0.05}),
+    }
+    arguments = [text for kind, trainer in kinds.items() for text in (kind, str(trainer.folder / "final"))]
+    # In another folder, so that the package could not even be found by chance.
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD_WITHOUT_US, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    written = json.loads(done.stdout.splitlines()[-1])
+    for trainer in kinds.values():
+        ids = torch.tensor(written[str(trainer.folder / "final")])[None]
+        prompt = torch.tensor(trainer.setup.tokens.encode(["The film"]))
+        assert torch.equal(ids[:, : prompt.shape[1]], prompt)
+        policy = trainer.runtime.plain_module.policy
+        expected = policy.generate(input_ids=prompt, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+        assert torch.equal(ids, expected)
+
+
+def test_exported_weights_are_those_of_the_run(trained, gpt2_folder):
+    trainer = trained()
+    final = AutoModelForCausalLM.from_pretrained(trainer.folder / "final").state_dict()
+    start = AutoModelForCausalLM.from_pretrained(gpt2_folder).state_dict()
+    policy = trainer.runtime.plain_module.policy.state_dict()
+    assert final.keys() == policy.keys()
+    assert all(torch.equal(final[name], policy[name]) for name in policy)
+    assert not all(torch.equal(final[name], start[name]) for name in policy)
+    head = exports.load_value_head(trainer.folder / "final")
+    assert head.keys() == {"value_head.weight", "value_head.bias"}
+    assert torch.equal(head["value_head.weight"], trainer.runtime.plain_module.value_head.weight)
+    assert head["value_head.weight"].abs().max() > 0
+
+
+def test_an_exported_adapter_is_that_of_the_run(trained, gpt2_folder):
+    trainer = trained(lora={"r": 4}, optim={"lr": 0.05})
+    loaded = AutoPeftModelForCausalLM.from_pretrained(trainer.folder / "final").eval()
+    ids = torch.tensor(trainer.setup.tokens.encode(["The film is good"]))
+    with torch.no_grad():
+        policy = trainer.runtime.plain_module.policy
+        assert_close(loaded(ids).logits, policy(ids).logits, atol=1e-5, rtol=1e-5)
+        base = AutoModelForCausalLM.from_pretrained(gpt2_folder).eval()(ids).logits
+    assert (loaded(ids).logits - base).abs().max() > 1e-3
+    names = {path.name for path in (trainer.folder / "final").iterdir()}
+    assert "adapter_model.safetensors" in names
+    assert "model.safetensors" not in names
+
+
+def test_a_separate_critic_is_exported_whole(trained):
+    trainer = trained(model={"critic": "separate"})
+    critic = exports.load_value_head(trainer.folder / "final")
+    module = trainer.runtime.plain_module
+    expected = {name: value for name, value in module.state_dict().items() if not name.startswith("policy.")}
+    assert critic.keys() == expected.keys()
+    assert "critic.h.0.mlp.c_fc.weight" in critic
+    assert all(torch.equal(critic[name], expected[name]) for name in expected)
+    # What transformers loads is the policy alone.
+    names = load_file(trainer.folder / "final" / "model.safetensors")
+    assert not any("critic" in name or "value_head" in name for name in names)
+
+
+def test_tied_weights_stay_tied(trained, llama_folder):
+    trainer = trained(model={"name_or_path": str(llama_folder)})
+    assert "lm_head.weight" not in load_file(trainer.folder / "final" / "model.safetensors")
+    loaded = AutoModelForCausalLM.from_pretrained(trainer.folder / "final").eval()
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    ids = torch.tensor(trainer.setup.tokens.encode(["The film"]))
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, trainer.runtime.plain_module.policy(ids).logits)
+
+
+def test_an_export_replaces_the_one_before(trained, tmp_path):
+    trainer = trained()
+    module, folder = trainer.runtime.plain_module, tmp_path / "out"
+    tokens = Tokens.load(trainer.config.model.name_or_path)
+    exports.export(folder, module, module.state_dict(), tokens, "first")
+    (folder / "stale.txt").write_text("from before")
+    with torch.no_grad():
+        module.value_head.bias.fill_(3.0)
+    exports.export(folder, module, module.state_dict(), tokens, "second")
+    assert (folder / "README.md").read_text() == "second"
+    assert not (folder / "stale.txt").exists()
+    assert exports.load_value_head(folder)["value_head.bias"].item() == 3.0
+    assert [path.name for path in tmp_path.glob(".*")] == []
