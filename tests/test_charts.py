@@ -1,4 +1,4 @@
-"""Charts at their edges: names that matplotlib would read as its own, intervals that rounding turns, one step only."""
+"""Edge cases of charts: names with a meaning for matplotlib, intervals reversed by rounding, a single step."""
 
 from __future__ import annotations
 

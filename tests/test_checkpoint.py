@@ -22,7 +22,7 @@ def run_config(**run):
 
 
 class OnDisk:
-    """What `save_checkpoint` asks of a runtime, of one process that writes this text as its weights."""
+    """A runtime for `save_checkpoint`, of one process that writes this text as its weights."""
 
     is_main, zero_stage, world_size, writes_shards = True, 0, 1, False
 
@@ -36,8 +36,8 @@ class OnDisk:
     def from_main(self, make):
         return make()
 
-    def first_failure(self, said):
-        return said
+    def first_failure(self, messages):
+        return messages
 
 
 def save(folder, step, text="whole", **run):
@@ -47,9 +47,9 @@ def save(folder, step, text="whole", **run):
     checkpoint.prune(folder, step, config.run.keep_checkpoints)
 
 
-def found(folder, resume="latest", said=None, **run):
-    said = [] if said is None else said
-    return resume_folder(run_config(output_dir=str(folder), resume=resume, **run), folder, said.append)
+def found(folder, resume="latest", messages=None, **run):
+    messages = [] if messages is None else messages
+    return resume_folder(run_config(output_dir=str(folder), resume=resume, **run), folder, messages.append)
 
 
 def test_resuming_without_a_checkpoint_is_refused(tmp_path):
@@ -61,10 +61,10 @@ def test_resuming_without_a_checkpoint_is_refused(tmp_path):
         found(tmp_path)
 
 
-def test_auto_starts_where_there_is_nothing_to_go_on_from(tmp_path):
-    said = []
-    assert found(tmp_path, "auto", said) is None
-    assert said == [f"run.resume=auto: {tmp_path} holds no checkpoint, so the run starts"]
+def test_auto_starts_where_there_is_nothing_to_resume_from(tmp_path):
+    messages = []
+    assert found(tmp_path, "auto", messages) is None
+    assert messages == [f"run.resume=auto: {tmp_path} holds no checkpoint, so the run starts"]
     save(tmp_path, 3)
     assert found(tmp_path, "auto").name == "step-000003"
 
@@ -94,15 +94,15 @@ def test_older_checkpoints_go_when_the_new_one_is_whole(tmp_path, keep, left):
 
 
 def test_a_step_that_is_saved_again_is_never_absent(tmp_path, monkeypatch):
-    """Killed between any two calls there is a whole one of this step, under one name or the other."""
+    """Between any two calls there is a whole checkpoint of this step, under one of two names."""
     save(tmp_path, 1)
     seen, rename, rmtree = [], Path.rename, shutil.rmtree
 
     def looked(call):
         def wrapped(path, *rest, **settings):
-            seen.append(found(tmp_path, said=[]).name)
+            seen.append(found(tmp_path, messages=[]).name)
             call(path, *rest, **settings)
-            seen.append(found(tmp_path, said=[]).name)
+            seen.append(found(tmp_path, messages=[]).name)
 
         return wrapped
 
@@ -125,7 +125,7 @@ def test_a_step_that_is_saved_again_is_never_absent(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_newer_than_the_one_named_latest_is_not_ours_to_remove_or_take(tmp_path):
-    """Somebody went back to an older one, by its name or by writing `latest`."""
+    """The run was resumed from an older one, by its name or by writing `latest`."""
     for step in (1, 2, 3):
         save(tmp_path, step)
     (tmp_path / "checkpoints" / "latest").write_text("step-000002")
@@ -145,8 +145,8 @@ def damages(path):
     yield "missing", path.unlink
 
 
-def test_every_damage_to_every_file_is_recognised_named_and_passed_over(tiny, tmp_path):
-    """Of a checkpoint as a run writes it: bits flipped, files cut short, longer or gone."""
+def test_every_damage_to_every_file_is_found_named_and_skipped(tiny, tmp_path):
+    """Flipped bits, and files that are cut short, longer or missing, in a checkpoint as a run writes it."""
     run = {"total_steps": 2, "save_every": 1, "eval_samples": 0, "output_dir": str(tmp_path / "run")}
     config = tiny(run=run, lora={"r": 2})
     PPOTrainer(config).fit()
@@ -162,13 +162,16 @@ def test_every_damage_to_every_file_is_recognised_named_and_passed_over(tiny, tm
         content = path.read_bytes()
         for what, damage in damages(path):
             damage()
-            said = []
-            place = resume_folder(resumed, folder, said.append)
+            messages = []
+            place = resume_folder(resumed, folder, messages.append)
             assert place.name == "step-000001", (path.name, what)
-            assert len(said) == 1 and f"passing over {newest}, which is damaged: {path.name}" in said[0], (what, said)
+            assert len(messages) == 1 and f"passing over {newest}, which is damaged: {path.name}" in messages[0], (
+                what,
+                messages,
+            )
             with pytest.raises(ConfigError, match=rf"is not a whole checkpoint: {path.name}"):
                 named = replace(config, run=replace(config.run, resume=str(newest)))
-                resume_folder(named, folder, said.append)
+                resume_folder(named, folder, messages.append)
             path.write_bytes(content)
             count += 1
     assert count == 5 * 8
@@ -178,7 +181,7 @@ def test_every_damage_to_every_file_is_recognised_named_and_passed_over(tiny, tm
 def test_when_all_are_damaged_there_is_none(tmp_path):
     save(tmp_path, 1)
     (tmp_path / "checkpoints" / "step-000001" / "learned.safetensors").write_text("other")
-    for resume in ("latest", "auto"):  # which would start anew, over the rows of the run
+    for resume in ("latest", "auto"):  # which would start again and overwrite the rows of the run
         with pytest.raises(ConfigError, match=rf"^run\.resume={resume}: no checkpoint in .* is whole or can be read"):
             found(tmp_path, resume)
 
@@ -198,9 +201,9 @@ def test_a_changed_config_is_refused_with_the_keys_that_differ(tmp_path):
     assert resume(changes=["ppo.gamma", "optim.lr"]).name == "step-000001"
 
 
-def test_another_version_is_said(tmp_path, monkeypatch):
+def test_another_version_is_reported(tmp_path, monkeypatch):
     save(tmp_path, 1)
     monkeypatch.setattr("rlhf_accel.runs.resume.versions", lambda: {"torch": "1.0"})
-    said = []
-    found(tmp_path, said=said)
-    assert len(said) == 1 and f"torch {torch.__version__}" in said[0]
+    messages = []
+    found(tmp_path, messages=messages)
+    assert len(messages) == 1 and f"torch {torch.__version__}" in messages[0]

@@ -1,4 +1,4 @@
-"""The CPU's faster matrix products: the same as the plain ones, in every situation in which a layer may be met."""
+"""The faster matrix products of a CPU give the results of plain ones, for every kind and state of a layer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = [
 
 
 class Layers(nn.Module):
-    """A plain layer, one with a bias, GPT-2's kind, and one that is too small to be worth it."""
+    """A plain layer, one with a bias, GPT-2's kind, and one that is too small for packing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ def quickened(layer: nn.Linear) -> nn.Linear:
 
 
 @pytest.mark.parametrize("shape", [(256,), (1, 256), (3, 1, 256), (2, 5, 256), (0, 256)])
-def test_packed_layers_say_what_plain_ones_say(shape) -> None:
+def test_packed_layers_give_the_outputs_of_plain_ones(shape) -> None:
     torch.manual_seed(0)
     model, x = Layers(), torch.randn(*shape)
     with torch.no_grad():
@@ -89,7 +89,7 @@ def test_an_exception_leaves_plain_layers_behind() -> None:
 
 
 def test_layers_with_a_forward_of_their_own_keep_it() -> None:
-    """A second context inside the first, a hook of somebody else's, and a layer that does more than multiply."""
+    """A second context inside the first, a hook of another library, and a layer that does more than multiply."""
 
     class Router(nn.Linear):
         def forward(self, x):
@@ -108,7 +108,7 @@ def test_layers_with_a_forward_of_their_own_keep_it() -> None:
     assert model.biased.forward is hooked and "forward" not in vars(model.plain)
 
 
-def test_other_dtypes_and_autocast_go_the_plain_way() -> None:
+def test_other_dtypes_and_autocast_use_plain_layers() -> None:
     half = Layers().bfloat16()
     with kernels.packed(half, 1):
         assert not any("forward" in vars(layer) for layer in half.modules())
@@ -124,16 +124,16 @@ def test_other_dtypes_and_autocast_go_the_plain_way() -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("learns", ["both", "input", "weight"])
-def test_the_vocabulary_layer_has_the_gradients_of_the_plain_one(bias: bool, learns: str) -> None:
+@pytest.mark.parametrize("trained", ["both", "input", "weight"])
+def test_the_vocabulary_layer_has_the_gradients_of_the_plain_one(bias: bool, trained: str) -> None:
     torch.manual_seed(0)
     plain = nn.Linear(24, 700, bias=bias)
     ours = quickened(plain)
     grad = torch.randn(2, 3, 700)
     found = []
     for layer in (plain, ours):
-        x = torch.randn(2, 3, 24, generator=torch.Generator().manual_seed(1), requires_grad=learns != "weight")
-        layer.requires_grad_(learns != "input")
+        x = torch.randn(2, 3, 24, generator=torch.Generator().manual_seed(1), requires_grad=trained != "weight")
+        layer.requires_grad_(trained != "input")
         output = layer(x)
         output.backward(grad)
         found.append([output.detach(), x.grad, *(p.grad for p in layer.parameters())])
@@ -183,6 +183,6 @@ def test_greedy_decoding_writes_the_same_tokens(kind, lora, request, monkeypatch
         packed = [layer for layer in model.modules() if "forward" in vars(layer)]
         quick = written()
     assert len(packed) > 4
-    assert len(set(plain.responses.flatten().tolist())) > 4, "a model that repeats itself would show little"
+    assert len(set(plain.responses.flatten().tolist())) > 4, "a model that repeats itself is a weak test"
     assert quick.responses.equal(plain.responses)
     torch.testing.assert_close(quick.logprobs, plain.logprobs, rtol=0, atol=1e-4)

@@ -1,4 +1,4 @@
-"""What a run writes is what it has in memory, and what is not so takes nobody's place."""
+"""Exports equal the policy in memory, load without this package, and replace nothing if they are wrong."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def raise_(error: Exception) -> None:
 
 
 def unreachable() -> OSError:
-    """As transformers raises it where the hub does not answer."""
+    """The error of transformers if the hub does not answer."""
     error = OSError("We couldn't connect to the hub to load the files")
     error.__cause__ = LocalEntryNotFoundError("no such file in the cache")
     return error
@@ -50,7 +50,7 @@ SCALAR = "model.layers.1.layer_scalar"  # a persistent buffer
 
 @pytest.fixture(scope="module")
 def gemma4_folder(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Gemma 4 whose layers have other scales than a new one's."""
+    """A random Gemma 4 whose layer scales differ from initial ones."""
     folder = tmp_path_factory.mktemp("gemma4")
     tokenizer = AutoTokenizer.from_pretrained(llama_folder)
     config = Gemma4TextConfig(
@@ -84,14 +84,14 @@ def scalar(policy) -> float:
 
 
 def test_buffers_are_in_models_checkpoints_and_whole_weights(tiny, gemma4_folder: Path, tmp_path: Path) -> None:
-    """One that training changed, as a layer that counts or averages would."""
+    """Also a buffer that training changed, as a layer that counts or averages would."""
     run = {"total_steps": 1, "save_every": 1, "eval_samples": 0}
     config = tiny(run=run, model={"name_or_path": str(gemma4_folder)}, ppo={"ppo_epochs": 1})
     trainer = PPOTrainer(config)
     policy = trainer.runtime.plain_module.policy
     policy.get_buffer(SCALAR).fill_(2.0)
     trainer.fit()
-    policy.model.norm.weight.requires_grad_(False).fill_(0.5)  # what is frozen is exported all the same
+    policy.model.norm.weight.requires_grad_(False).fill_(0.5)  # frozen parameters are exported too
     trainer.run.recorder.export("final", {}, trainer.setup.tokens, trainer.run.export_probe)
     run_folder = tmp_path / "run"
     final = AutoModelForCausalLM.from_pretrained(run_folder / "final", dtype=torch.float32).eval()
@@ -103,7 +103,7 @@ def test_buffers_are_in_models_checkpoints_and_whole_weights(tiny, gemma4_folder
     resumed = PPOTrainer(tiny(run={**run, **raised}, model={"name_or_path": str(gemma4_folder)}, ppo={"ppo_epochs": 1}))
     whole = resumed.runtime.plain_module
     assert scalar(whole.policy) == 2
-    # What evaluations read, and what the policy of a ZeRO-3 rollout is made of.
+    # The weights for evaluations, and for the policy of a ZeRO-3 rollout.
     resumed.runtime.set_weights({f"policy.{SCALAR}": torch.tensor([3.0])})
     assert scalar(whole.policy) == 3
     stated = exports.exported_weights(whole.policy, config, str(run_folder / "final"))
@@ -122,7 +122,7 @@ def test_buffers_are_in_models_checkpoints_and_whole_weights(tiny, gemma4_folder
     assert scalar(whole.policy) == 4
 
 
-def test_an_export_without_a_buffer_ends_the_run_and_takes_no_place(
+def test_an_export_without_a_buffer_ends_the_run_and_replaces_nothing(
     tiny, gemma4_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = {"total_steps": 1, "eval_every": 1, "eval_samples": 2}
@@ -137,9 +137,9 @@ def test_an_export_without_a_buffer_ends_the_run_and_takes_no_place(
     before.mkdir(parents=True)
     with pytest.raises(RunFailed) as raised:
         trainer.fit()
-    said = str(raised.value)
-    assert f"best/ as loaded is not the model in memory: {SCALAR} is not in the folder; logits differ by " in said
-    assert "best is as it was before; the last checkpoint is " in said and "step-000001, resume with" in said
+    message = str(raised.value)
+    assert f"best/ as loaded is not the model in memory: {SCALAR} is not in the folder; logits differ by " in message
+    assert "best is as it was before; the last checkpoint is " in message and "step-000001, resume with" in message
     assert before.is_dir()
     assert not [path for path in (tmp_path / "run").iterdir() if ".work-" in path.name or path.name == "final"]
 
@@ -196,7 +196,7 @@ def test_an_adapter_is_loaded_once_and_its_tensors_are_compared_each_time(
     with pytest.raises(ExportError, match=r"lm_head\.lora_A\.default\.weight differs by [0-9.]+;"):
         export("best", turn_around)
     export("best")
-    assert len(loads) == 4, "an adapter of the same run on the same base: its tensors tell"
+    assert len(loads) == 4, "an adapter of the same run on the same base: comparing its tensors is enough"
     with pytest.raises(ExportError, match=r"final/ cannot be loaded again: .* its adapter_config.json is not that of"):
         export("final", rewrite("adapter_config.json", use_rslora=False))
     export("final")
@@ -225,7 +225,7 @@ def test_an_adapter_is_loaded_once_and_its_tensors_are_compared_each_time(
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_an_adapter_on_a_rounded_base_is_compared_in_its_dtype(tiny, tmp_path: Path, dtype: str) -> None:
-    """And the adapter that a run starts from, which came from a machine where the base lay elsewhere."""
+    """Also an adapter to start from that was trained on a machine with the base in another folder."""
     lora = {"r": 2, "target_modules": ["c_attn"]}
     first = PPOTrainer(tiny(model={"dtype": dtype}, lora=lora))
     first.run.recorder.export("final", {}, first.setup.tokens, first.run.export_probe)
@@ -241,7 +241,7 @@ def test_an_adapter_on_a_rounded_base_is_compared_in_its_dtype(tiny, tmp_path: P
     assert about["base_model_name_or_path"] == second.config.model.name_or_path
 
 
-def test_a_checkpoint_of_which_only_the_text_part_is_loaded_is_told(
+def test_a_checkpoint_of_which_only_the_text_part_is_loaded_is_reported(
     tiny, llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(llama_folder)
@@ -254,17 +254,17 @@ def test_a_checkpoint_of_which_only_the_text_part_is_loaded_is_told(
     trainer = PPOTrainer(
         tiny(model={"name_or_path": str(tmp_path / "sees")}, run={"total_steps": 1, "eval_samples": 0})
     )
-    told = "of the qwen3_5 checkpoint only the text part (qwen3_5_text) is loaded, trained and exported; final/ and"
-    assert trainer.setup.left_out == f"{told} best/ are without: vision"
+    warning = "of the qwen3_5 checkpoint only the text part (qwen3_5_text) is loaded, trained and exported; final/ and"
+    assert trainer.setup.left_out == f"{warning} best/ are without: vision"
     trainer.fit()
-    assert told in " ".join(capsys.readouterr().out.split())
+    assert warning in " ".join(capsys.readouterr().out.split())
     assert "Of the qwen3_5 checkpoint only the text part" in (tmp_path / "run" / "final" / "README.md").read_text()
     examination = doctor.Doctor(lambda line: None)
-    with pytest.MonkeyPatch.context() as patch:  # the first line is what is looked at
+    with pytest.MonkeyPatch.context() as patch:  # only the first line matters
         patch.setattr(doctor.Doctor, "_checking", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             examination.examine(trainer)
-    assert [found.level for found in examination.findings if told in found.said] == ["warning"]
+    assert [found.level for found in examination.findings if warning in found.said] == ["warning"]
     assert PPOTrainer(tiny(run={"output_dir": str(tmp_path / "text")})).setup.left_out is None
 
 

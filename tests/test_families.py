@@ -1,5 +1,5 @@
 """Each family through the probes, full and with LoRA: padded = alone, sampled = recomputed, export = memory, and a
-gradient in all that learns. Those that are refused are here with what is said of them."""
+gradient in all trainable parameters. Families that are refused are listed with the reason."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("exact_fp32")
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A function that gives the folder with the tiny model of a family, made once."""
+    """A function that returns the folder with the tiny model of a family, made once."""
     made: dict[str, Path] = {}
 
     def folder(name: str) -> Path:
@@ -74,20 +74,20 @@ def look(module: policy_with_value.PolicyWithValue) -> None:
 
 
 def gradient_reaches_all(module: policy_with_value.PolicyWithValue, config: Config) -> None:
-    """With small numbers in place of zeros, which keep gradients from others; also a step as training takes one."""
-    learned = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    """Replace zeros by small numbers, since zeros block gradients, and take a training step."""
+    trainable_parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     shake_zeros(module)
     batch = padding.made_up(IDS, PAD)
     with trainable.learning(module, config):
-        said = module(*calls.model_inputs(batch))
-        (said.logprobs.sum() + said.values.square().sum()).backward()
-    lost = [name for name, p in learned.items() if p.grad is None]
-    silent = [name for name, p in learned.items() if p.grad is not None and not p.grad.any()]
-    # Experts that no token chose; a router whose choice is made with certainty.
+        outputs = module(*calls.model_inputs(batch))
+        (outputs.logprobs.sum() + outputs.values.square().sum()).backward()
+    lost = [name for name, p in trainable_parameters.items() if p.grad is None]
+    silent = [name for name, p in trainable_parameters.items() if p.grad is not None and not p.grad.any()]
+    # Experts that no token chose; a router whose choice is certain.
     silent = [name for name in silent if "expert" not in name and "router" not in name]
     assert (lost, silent) == ([], [])
     with torch.no_grad():
-        for parameter in learned.values():
+        for parameter in trainable_parameters.values():
             if parameter.grad is not None:
                 parameter.sub_(0.01 * parameter.grad / parameter.grad.norm().clamp(min=1e-6))
                 parameter.grad = None
@@ -136,7 +136,7 @@ def test_refused_with_a_reason(name: str, folder_of: Any) -> None:
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "llama4_text", "phimoe"])
 def test_all_linear_leaves_routers_out(name: str, folder_of: Any) -> None:
-    """By default also the experts, which peft wraps tensor by tensor: ZeRO-3 cuts those."""
+    """By default also the experts, which peft wraps tensor by tensor: ZeRO-3 partitions those."""
     config = config_of(folder_of(name), lora=True)
     for targets, experts in ((["all-linear"], name == "mixtral"), (None, False)):
         adapters = {"r": 2, "target_modules": targets}
@@ -167,8 +167,8 @@ def test_training_mode_is_for_layers_that_are_checkpointed(folder_of: Any) -> No
         config = config_of(folder_of(name), lora=False, critic="head", gradient_checkpointing=True)
         module = built(config)
         with trainable.learning(module, config):
-            learning = {type(layer).__name__ for layer in module.modules() if layer.training}
-        assert len(learning) == 1 and learning.pop().endswith("DecoderLayer")
+            in_training_mode = {type(layer).__name__ for layer in module.modules() if layer.training}
+        assert len(in_training_mode) == 1 and in_training_mode.pop().endswith("DecoderLayer")
         assert not any(layer.training for layer in module.modules())
 
 
@@ -212,15 +212,15 @@ def test_memory_that_cannot_be_planned_is_refused_by_name(folder_of: Any) -> Non
 @pytest.mark.long
 @pytest.mark.parametrize("name", FAMILIES)
 def test_checkpointing_and_merge(name: str, folder_of: Any, tmp_path: Path) -> None:
-    """Checkpointed layers give the gradient that plain ones give, and a merged adapter the logits that it gave."""
+    """Checkpointed layers give the gradient of plain ones, and a merged adapter gives the same logits."""
     gradients = []
     for checkpointing in (False, True):
         config = config_of(folder_of(name), lora=True, gradient_checkpointing=checkpointing)
         module = built(config)
         shake_zeros(module)
         with trainable.learning(module, config):
-            said = module(*calls.model_inputs(padding.made_up(IDS, PAD)))
-            (said.logprobs.sum() + said.values.square().sum()).backward()
+            outputs = module(*calls.model_inputs(padding.made_up(IDS, PAD)))
+            (outputs.logprobs.sum() + outputs.values.square().sum()).backward()
         gradients.append({name: p.grad for name, p in module.named_parameters() if p.grad is not None})
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
     with torch.no_grad():

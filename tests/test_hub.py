@@ -1,4 +1,4 @@
-"""Sending a model to the hub: against the client's border, and against a small server that answers as the hub does."""
+"""Uploads to the hub, with a fake client and with a small server that answers like the hub."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ ME = {"name": "ada", "orgs": [{"name": "engine"}], "auth": {"accessToken": {"rol
 
 
 class Hub:
-    """What the client was asked, and what it answers; `files` are those of the last upload, by path."""
+    """Calls of the client and its answers; `files` are those of the last upload, by path."""
 
     def __init__(self):
         self.who = ME
@@ -32,8 +32,8 @@ class Hub:
 
 @pytest.fixture
 def client(monkeypatch):
-    """Every call of the hub's client ends here."""
-    said = Hub()
+    """A fake for every call of the hub's client."""
+    fake = Hub()
 
     def answer(what):
         if isinstance(what, Exception):
@@ -41,27 +41,27 @@ def client(monkeypatch):
         return what
 
     def upload(self, *, repo_id, folder_path, repo_type, commit_message):
-        answer(said.error)
-        said.files = {
+        answer(fake.error)
+        fake.files = {
             path.relative_to(folder_path).as_posix(): path.read_bytes()
             for path in folder_path.rglob("*")
             if path.is_file()
         }
-        said.calls.append(("upload", repo_id, repo_type))
+        fake.calls.append(("upload", repo_id, repo_type))
 
     def create(self, repo_id, *, private, exist_ok, repo_type):
-        said.calls.append(("create", repo_id, private, exist_ok, repo_type))
+        fake.calls.append(("create", repo_id, private, exist_ok, repo_type))
         return f"https://huggingface.co/{repo_id}"
 
-    monkeypatch.setattr(HfApi, "whoami", lambda self: answer(said.who))
+    monkeypatch.setattr(HfApi, "whoami", lambda self: answer(fake.who))
     monkeypatch.setattr(HfApi, "create_repo", create)
     monkeypatch.setattr(HfApi, "upload_folder", upload)
-    return said
+    return fake
 
 
 @pytest.fixture
 def exported(tmp_path):
-    """An adapter's folder as a run leaves it, its base in a folder of this machine."""
+    """An adapter's folder as a run writes it, with its base in a local folder."""
     folder = tmp_path / "run" / "final"
     (folder / "critic").mkdir(parents=True)
     for place in (folder, folder / "critic"):
@@ -72,9 +72,9 @@ def exported(tmp_path):
     return folder
 
 
-def test_a_run_puts_its_model_on_the_hub(tiny, client, capsys):
+def test_a_run_uploads_its_model(tiny, client, capsys):
     trainer = PPOTrainer(tiny(run={"total_steps": 1, "eval_samples": 0, "push_to_hub": "ada/m", "hub_private": True}))
-    assert client.calls == [], "nothing is made before there is something to send"
+    assert client.calls == [], "nothing is created before there is a model to upload"
     trainer.fit()
     assert client.calls == [("create", "ada/m", True, True, "model"), ("upload", "ada/m", "model")]
     here = {path.name for path in (trainer.folder / "final").iterdir()}
@@ -83,14 +83,14 @@ def test_a_run_puts_its_model_on_the_hub(tiny, client, capsys):
     assert "the model is on the hub: https://huggingface.co/ada/m" in capsys.readouterr().out
 
 
-def test_an_upload_that_fails_loses_nothing_and_says_how_to_try_again(tiny, client, capsys):
+def test_an_upload_that_fails_loses_nothing_and_prints_how_to_try_again(tiny, client, capsys):
     client.error = ConnectionError("no route")
     trainer = PPOTrainer(tiny(run={"total_steps": 1, "eval_samples": 0, "push_to_hub": "ada/m", "hub_private": True}))
     trainer.fit()
-    said = " ".join(capsys.readouterr().out.split())
-    assert "could not be uploaded to ada/m (ConnectionError: no route)" in said
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "could not be uploaded to ada/m (ConnectionError: no route)" in printed
     again = f"python -m rlhf_accel push {trainer.folder} ada/m --private"
-    assert f"try again with {again}" in said
+    assert f"try again with {again}" in printed
     assert (trainer.folder / "summary.json").is_file()
     client.error = None
     command_line.main(again.split()[3:])
@@ -110,7 +110,7 @@ def test_an_upload_that_fails_loses_nothing_and_says_how_to_try_again(tiny, clie
         (ME, "ada/m/n", ["USER/NAME"]),
     ],
 )
-def test_what_cannot_be_sent_is_refused_before_training(tiny, client, who, name, words):
+def test_a_model_that_cannot_be_uploaded_is_refused_before_training(tiny, client, who, name, words):
     client.who = who
     with pytest.raises(ConfigError) as refused:
         PPOTrainer(tiny(run={"push_to_hub": name}, model={"name_or_path": "/no/such/model"}))
@@ -119,16 +119,16 @@ def test_what_cannot_be_sent_is_refused_before_training(tiny, client, who, name,
     assert client.calls == []
 
 
-def test_an_organisation_of_the_tokens_user_will_do(tiny, client):
+def test_an_organisation_of_the_tokens_user_is_accepted(tiny, client):
     hub.check(tiny(run={"push_to_hub": "Engine/m"}))
 
 
-def test_an_adapter_on_a_folder_of_this_machine_is_refused_where_it_would_be_no_use(tiny, client):
+def test_an_adapter_on_a_folder_of_this_machine_is_refused(tiny, client):
     with pytest.raises(ConfigError, match=r"run\.push_to_hub=ada/m: the base of the adapter, model\.name_or_path="):
         PPOTrainer(tiny(run={"push_to_hub": "ada/m"}, lora={"r": 2}))
 
 
-def test_an_adapter_goes_up_with_its_base_by_name_and_stays_here_as_it_is(client, exported, tmp_path):
+def test_an_adapter_is_uploaded_with_the_hub_id_of_its_base(client, exported, tmp_path):
     before = {path: path.read_bytes() for path in exported.rglob("*") if path.is_file()}
     with pytest.raises(ConfigError, match="--base"):
         hub.main([str(exported), "ada/m"])
@@ -141,15 +141,15 @@ def test_an_adapter_goes_up_with_its_base_by_name_and_stays_here_as_it_is(client
 
 
 @pytest.mark.parametrize("base", ["/no/longer/here", "../models/base", None])
-def test_an_adapter_whose_base_is_no_hub_id_is_refused(client, exported, base):
-    """A folder too that this machine has no more, or never had."""
+def test_an_adapter_whose_base_is_not_a_hub_id_is_refused(client, exported, base):
+    """Also a folder that does not exist on this machine."""
     (exported / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
     with pytest.raises(ConfigError, match=r"--base"):
         hub.main([str(exported), "ada/m"])
     assert client.calls == []
 
 
-def test_of_a_runs_folder_the_model_that_is_named_goes_up_with_the_base_that_the_config_names(client, exported):
+def test_a_runs_model_is_uploaded_with_the_base_of_its_config(client, exported):
     run = exported.parent
     shutil.copytree(exported, run / "best")
     (run / "best" / "value_head.safetensors").write_bytes(b"best head")
@@ -168,7 +168,7 @@ def test_an_adapter_whose_config_is_torn_is_refused(client, exported, content):
         hub.main([str(exported), "ada/m"])
 
 
-def test_an_adapter_whose_base_is_on_the_hub_needs_no_word_about_it(client, exported):
+def test_an_adapter_whose_base_is_on_the_hub_needs_no_option(client, exported):
     (exported / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "openai-community/gpt2"}))
     hub.main([str(exported), "ada/m"])
     assert json.loads(client.files["adapter_config.json"])["base_model_name_or_path"] == "openai-community/gpt2"
@@ -190,7 +190,7 @@ def test_a_folder_without_a_model_is_refused(client, tmp_path):
 
 
 class _HubHandler(BaseHTTPRequestHandler):
-    """The few addresses of the hub that an upload of small text files asks."""
+    """The addresses of the hub that an upload of small text files needs."""
 
     def do_GET(self):
         if self.headers.get("Authorization") != "Bearer hf_right":
@@ -230,7 +230,7 @@ class _HubHandler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A hub of this machine, which the client takes for the hub."""
+    """A local server that the client uses as the hub."""
     with HTTPServer(("127.0.0.1", 0), _HubHandler) as served:
         served.asked = []
         threading.Thread(target=served.serve_forever, daemon=True).start()

@@ -16,13 +16,13 @@ from rlhf_accel.models.trainable import parameter_groups
 from tests.test_policy import (
     CPU,
     RAGGED,
-    assert_says,
+    assert_outputs,
     built,
     config_of,
     move_adapters,
+    outputs_of,
+    outputs_one_by_one,
     refused,
-    say,
-    say_one_by_one,
     sequences,
     shake_head,
 )
@@ -47,26 +47,26 @@ def test_lora_trains_adapters_and_value_head_only(gpt2_folder):
 def test_the_reference_of_lora_is_the_base_bit_for_bit(family, request):
     folder = request.getfixturevalue(family)
     module, batch = built(folder, lora={"r": 4}), sequences(*RAGGED)
-    base = say(built(folder), batch).logprobs
+    base = outputs_of(built(folder), batch).logprobs
     move_adapters(module)
     with torch.no_grad(), reference_policy(module, None) as reference:
-        said = reference(batch)
-    assert torch.equal(said, base)
-    assert (say(module, batch).logprobs - base).abs().max() > 0.01
+        found = reference(batch)
+    assert torch.equal(found, base)
+    assert (outputs_of(module, batch).logprobs - base).abs().max() > 0.01
 
 
 def test_the_adapter_is_back_on_after_an_exception(gpt2_folder):
     module, batch = built(gpt2_folder, lora={"r": 4}), sequences(*RAGGED)
     move_adapters(module)
-    adapted = say(module, batch).logprobs
+    adapted = outputs_of(module, batch).logprobs
     with pytest.raises(ZeroDivisionError), reference_policy(module, None) as reference:
         assert not torch.allclose(reference(batch), adapted)
         raise ZeroDivisionError
-    assert torch.equal(say(module, batch).logprobs, adapted)
+    assert torch.equal(outputs_of(module, batch).logprobs, adapted)
     assert all(p.requires_grad for name, p in module.named_parameters() if "lora_" in name)
 
 
-def test_adapters_start_as_the_seed_of_the_run_says(gpt2_folder):
+def test_adapters_follow_the_seed_of_the_run(gpt2_folder):
     def adapters(seed):
         module = built(gpt2_folder, lora={"r": 4}, run={"seed": seed})
         return torch.cat([p.detach().flatten() for name, p in module.named_parameters() if "lora_A" in name])
@@ -81,17 +81,17 @@ ADAPTER_CRITIC = {"lora": {"r": 4}, "model": {"critic": "adapter"}}
 
 
 def test_an_adapter_critic_reads_the_base_with_its_own_adapter(gpt2_folder):
-    """Values come from the critic's adapter, log-probabilities from the policy's, whatever the other one does."""
+    """Values come from the critic's adapter, log-probabilities from the policy's; neither depends on the other."""
     module, batch = built(gpt2_folder, **ADAPTER_CRITIC), sequences(*RAGGED)
     shake_head(module)
-    start = say(module, batch)
+    start = outputs_of(module, batch)
 
     def moved(name):
         with torch.no_grad():
             for key, parameter in module.named_parameters():
                 if f"lora_B.{name}" in key:
                     parameter.add_(0.1 * torch.randn_like(parameter))
-        return say(module, batch)
+        return outputs_of(module, batch)
 
     critic = moved(CRITIC)
     assert torch.equal(critic.logprobs, start.logprobs)
@@ -101,13 +101,13 @@ def test_an_adapter_critic_reads_the_base_with_its_own_adapter(gpt2_folder):
     assert (both.logprobs - critic.logprobs).abs().max() > 0.01
 
 
-def test_switching_adapters_changes_nothing_of_what_learns(gpt2_folder):
+def test_switching_adapters_keeps_parameters_trainable_or_frozen(gpt2_folder):
     module = built(gpt2_folder, **ADAPTER_CRITIC)
-    learns = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+    is_trainable = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
     for name in (CRITIC, POLICY, None):
         with adapter(module.policy, name):
-            assert {key: parameter.requires_grad for key, parameter in module.named_parameters()} == learns
-        assert {key: parameter.requires_grad for key, parameter in module.named_parameters()} == learns
+            assert {key: parameter.requires_grad for key, parameter in module.named_parameters()} == is_trainable
+        assert {key: parameter.requires_grad for key, parameter in module.named_parameters()} == is_trainable
         assert module.policy.active_adapter == POLICY
 
 
@@ -116,27 +116,27 @@ def test_an_adapter_critic_starts_as_the_trunk_of_the_base(gpt2_folder):
     shake_head(module)
     trunk = AutoModel.from_pretrained(gpt2_folder).eval()
     policy = AutoModelForCausalLM.from_pretrained(gpt2_folder).eval()
-    assert_says(say(module, batch), say_one_by_one(policy, trunk, module.value_head, batch), batch)
+    assert_outputs(outputs_of(module, batch), outputs_one_by_one(policy, trunk, module.value_head, batch), batch)
 
 
 def test_the_loss_reaches_both_adapters_and_nothing_of_the_base(gpt2_folder):
     module, batch = built(gpt2_folder, **ADAPTER_CRITIC), sequences(*RAGGED)
     shake_head(module)
     move_adapters(module)
-    for _ in range(2):  # once more after the reference was asked, which switches adapters
+    for _ in range(2):  # again after the reference, which switches adapters
         module.zero_grad()
         outputs = module(*calls.model_inputs(batch))
         (outputs.logprobs.sum() + outputs.values.sum()).backward()
         for name, parameter in module.named_parameters():
-            learns = "lora_" in name or name.startswith("value_head")
-            assert parameter.requires_grad == learns, name
-            assert (parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)) == learns, name
+            is_trainable = "lora_" in name or name.startswith("value_head")
+            assert parameter.requires_grad == is_trainable, name
+            assert (parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)) == is_trainable, name
         with torch.no_grad(), reference_policy(module, None) as reference:
             reference(batch)
 
 
 @pytest.mark.parametrize("critic", ["head", "adapter", "separate"])
-def test_the_base_is_untouched_by_learning_and_by_an_exception_in_the_reference(gpt2_folder, critic):
+def test_the_base_is_untouched_by_training_and_by_an_exception_in_the_reference(gpt2_folder, critic):
     optim = OptimConfig(lr=1e-2)
     module, batch = built(gpt2_folder, lora={"r": 4}, model={"critic": critic}), sequences(*RAGGED)
     base = {name: p.detach().clone() for name, p in module.named_parameters() if not p.requires_grad}
@@ -157,11 +157,11 @@ def test_the_base_is_untouched_by_learning_and_by_an_exception_in_the_reference(
 
 def test_a_separate_critic_beside_lora_has_an_adapter_of_its_own(gpt2_folder):
     module = built(gpt2_folder, lora={"r": 4}, model={"critic": "separate"})
-    learning = [name for name, parameter in module.critic.named_parameters() if parameter.requires_grad]
-    assert learning and all("lora_" in name for name in learning)
+    trainable = [name for name, parameter in module.critic.named_parameters() if parameter.requires_grad]
+    assert trainable and all("lora_" in name for name in trainable)
 
 
-def test_the_critics_adapter_learns_at_the_critics_rate(gpt2_folder):
+def test_the_critics_adapter_has_the_critics_rate(gpt2_folder):
     config = config_of(gpt2_folder, **ADAPTER_CRITIC, optim={"lr": 1e-4, "critic_lr": 1e-3})
     module = built(gpt2_folder, **ADAPTER_CRITIC)
     names = {id(parameter): name for name, parameter in module.named_parameters()}
@@ -171,7 +171,7 @@ def test_the_critics_adapter_learns_at_the_critics_rate(gpt2_folder):
             assert group["lr"] == (1e-3 if of_critic else 1e-4), names[id(parameter)]
 
 
-def test_a_critics_adapter_on_embeddings_learns_at_the_critics_rate_too(gpt2_folder):
+def test_a_critics_adapter_on_embeddings_has_the_critics_rate_too(gpt2_folder):
     sections = {"lora": {"r": 4, "target_modules": ["wte"]}, "model": {"critic": "adapter"}}
     config = config_of(gpt2_folder, **sections, optim={"lr": 1e-4, "critic_lr": 1e-3})
     module = built(gpt2_folder, **sections)
@@ -190,23 +190,23 @@ def test_peft_options_pass_through(gpt2_folder):
     module = built(gpt2_folder, lora=lora)
     settings = module.policy.peft_config[POLICY]
     assert (settings.use_rslora, settings.use_dora, settings.modules_to_save) == (True, True, ["ln_f"])
-    learning = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-    assert any("ln_f.modules_to_save" in name for name in learning)
-    assert any("lora_magnitude_vector" in name for name in learning)
+    trainable = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    assert any("ln_f.modules_to_save" in name for name in trainable)
+    assert any("lora_magnitude_vector" in name for name in trainable)
     layer = module.policy.get_base_model().transformer.h[0].attn.c_attn
     assert layer.scaling[POLICY] == pytest.approx(8 / 4**0.5)
 
 
-def test_layers_that_learn_in_full_are_not_part_of_the_reference(gpt2_folder):
+def test_layers_that_are_trained_in_full_are_not_part_of_the_reference(gpt2_folder):
     module, batch = built(gpt2_folder, lora={"r": 4, "modules_to_save": ["ln_f"]}), sequences(*RAGGED)
-    base = say(built(gpt2_folder), batch).logprobs
+    base = outputs_of(built(gpt2_folder), batch).logprobs
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1)
         with reference_policy(module, None) as reference:
             assert torch.equal(reference(batch), base)
-    assert (say(module, batch).logprobs - base).abs().max() > 0.01
+    assert (outputs_of(module, batch).logprobs - base).abs().max() > 0.01
 
 
 @pytest.fixture
@@ -222,8 +222,8 @@ def test_an_adapter_is_continued_from_and_is_the_reference(gpt2_folder, adapter_
     folder, before = adapter_folder
     batch = sequences(*RAGGED)
     module = built(gpt2_folder, lora={"r": 4, "adapter": str(folder)}, model={"critic": critic})
-    expected = say(before, batch).logprobs
-    assert_close(say(module, batch).logprobs, expected)
+    expected = outputs_of(before, batch).logprobs
+    assert_close(outputs_of(module, batch).logprobs, expected)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if f"lora_B.{POLICY}" in name:
@@ -233,7 +233,7 @@ def test_an_adapter_is_continued_from_and_is_the_reference(gpt2_folder, adapter_
                 assert not parameter.requires_grad
         with reference_policy(module, None) as reference:
             assert_close(reference(batch), expected)
-    assert (say(module, batch).logprobs - expected).abs().max() > 0.01
+    assert (outputs_of(module, batch).logprobs - expected).abs().max() > 0.01
 
 
 def test_an_adapter_that_does_not_fit_is_refused(gpt2_folder, llama_folder, adapter_folder, tmp_path):

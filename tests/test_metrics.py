@@ -1,4 +1,4 @@
-"""What a run reports is declared once, written so that it can be read back, and shown as it is."""
+"""Metrics are declared once, written so that they can be read back, and shown unchanged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ perf/response_tokens_per_second perf/peak_memory_mib eval/score eval/kl
 
 
 class Clock:
-    """Stands in for `time`, and stands still between ticks."""
+    """A fake `time` that stands still between ticks."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -156,14 +156,14 @@ def test_time_left_counts_from_where_a_resumed_run_began(clock: Clock, capsys: p
     assert capsys.readouterr().out.strip().endswith("left 0:58")
 
 
-def test_seconds_left_never_read_sixty(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_seconds_left_are_never_sixty(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with Progressline(2, enabled=True) as line:
         clock.now += 59.7
         line.show(figures(1))
     assert capsys.readouterr().out.strip().endswith("left 1:00")
 
 
-def test_other_ranks_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_ranks_print_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with Progressline(2, enabled=False) as line:
         line.show(figures(1))
         line.say("hello")
@@ -193,7 +193,7 @@ def test_a_table_shows_texts_as_they_are(capsys: pytest.CaptureFixture[str]) -> 
     assert "\x1b" not in out
 
 
-def test_say_shows_texts_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_messages_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     Progressline(1, enabled=True).say("[red]/tmp/:smile:[/red]")
     assert capsys.readouterr().out == "[red]/tmp/:smile:[/red]\n"
 

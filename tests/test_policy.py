@@ -1,4 +1,4 @@
-"""Policy, critic and reference, against plain transformers on one unpadded sequence at a time."""
+"""Policy, value model and reference, compared with plain transformers on one unpadded sequence at a time."""
 
 import shutil
 import zlib
@@ -65,36 +65,38 @@ def sequences(query_lengths, response_lengths, *, vocab=200, left=0, right=0, se
 RAGGED = ([1, 5, 3], [4, 2, 6])
 
 
-def say(module, batch):
+def outputs_of(module, batch):
     with torch.no_grad():
         return module(*calls.model_inputs(batch), with_entropy=True)
 
 
-def say_one_by_one(causal_lm, trunk, head, batch, temperature=1.0):
-    """Logprobs, values and entropy of each row's own tokens, from forwards without any padding."""
-    said = []
+def outputs_one_by_one(causal_lm, trunk, head, batch, temperature=1.0):
+    """Logprobs, values and entropy of each row's own tokens, from forward passes without padding."""
+    found = []
     for i in range(len(batch)):
         query, response = batch.queries[i][batch.query_mask[i]], batch.responses[i][batch.response_mask[i]]
         ids = torch.cat([query, response])[None]
         with torch.no_grad():
             logits = causal_lm(ids).logits[0].double() / temperature
             hidden = trunk(ids).last_hidden_state[0]
-        # The state before response token t is that of the token in front of it.
+        # The state before response token t is that of the previous token.
         before = slice(len(query) - 1, len(ids[0]) - 1)
         logp = logits[before].log_softmax(-1)
         values = hidden[before] @ head.weight[0].detach() + head.bias[0].detach()
-        said.append((logp[torch.arange(len(response)), response].float(), values, -(logp.exp() * logp).sum(-1).float()))
-    return said
+        found.append(
+            (logp[torch.arange(len(response)), response].float(), values, -(logp.exp() * logp).sum(-1).float())
+        )
+    return found
 
 
-def assert_says(outputs, expected, batch, tolerance=1e-5):
+def assert_outputs(outputs, expected, batch, tolerance=1e-5):
     for i, per_row in enumerate(expected):
         for ours, theirs in zip(outputs, per_row, strict=True):
             assert_close(ours[i][batch.response_mask[i]], theirs, atol=tolerance, rtol=tolerance)
 
 
 def shake_head(module):
-    """Values of a fresh head are 0, which says nothing about where they are read."""
+    """Give the head weights: values of a new one are 0, wherever they are read."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         module.value_head.weight.copy_(torch.randn(module.value_head.weight.shape, generator=generator))
@@ -110,8 +112,8 @@ def test_forward_agrees_with_plain_transformers(family, temperature, request):
     shake_head(module)
     batch = sequences(*RAGGED)
     lm, trunk = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoModel.from_pretrained(folder).eval()
-    expected = say_one_by_one(lm, trunk, module.value_head, batch, temperature)
-    assert_says(say(module, batch), expected, batch)
+    expected = outputs_one_by_one(lm, trunk, module.value_head, batch, temperature)
+    assert_outputs(outputs_of(module, batch), expected, batch)
 
 
 @pytest.mark.parametrize("family", ["gpt2_folder", "llama_folder"])
@@ -121,42 +123,42 @@ def test_padding_changes_nothing(family, left, right, request):
     shake_head(module)
     plain, padded = sequences(*RAGGED), sequences(*RAGGED, left=left, right=right)
     assert not torch.equal(plain.responses[:, -1], padded.responses[:, plain.responses.shape[1] - 1]) or right == 0
-    for ours, theirs in zip(say(module, padded), say(module, plain), strict=True):
+    for ours, theirs in zip(outputs_of(module, padded), outputs_of(module, plain), strict=True):
         length = plain.responses.shape[1]
         assert_close(ours[:, :length][plain.response_mask], theirs[plain.response_mask], atol=1e-5, rtol=1e-5)
 
 
-def test_a_batch_of_one_says_what_the_whole_batch_says(gpt2_folder):
+def test_a_batch_of_one_gives_the_outputs_of_the_whole_batch(gpt2_folder):
     module = built(gpt2_folder)
     shake_head(module)
     batch = sequences(*RAGGED)
-    whole = say(module, batch)
+    whole = outputs_of(module, batch)
     for i in range(len(batch)):
         alone = batch.select(torch.tensor([i])).trimmed()
-        for ours, theirs in zip(say(module, alone), whole, strict=True):
+        for ours, theirs in zip(outputs_of(module, alone), whole, strict=True):
             assert_close(ours[0][alone.response_mask[0]], theirs[i][batch.response_mask[i]], atol=1e-5, rtol=1e-5)
 
 
-def test_entropy_is_for_those_who_ask(gpt2_folder):
+def test_entropy_is_computed_on_request(gpt2_folder):
     module, batch = built(gpt2_folder), sequences(*RAGGED)
     with torch.no_grad():
         outputs = module(*calls.model_inputs(batch))
     assert outputs.entropy is None
-    assert torch.equal(outputs.logprobs, say(module, batch).logprobs)
+    assert torch.equal(outputs.logprobs, outputs_of(module, batch).logprobs)
 
 
-def test_a_model_that_computes_all_logits_says_the_same(gpt2_folder, monkeypatch):
+def test_a_model_that_computes_all_logits_gives_the_same(gpt2_folder, monkeypatch):
     """Older models take no logits_to_keep."""
     module, batch = built(gpt2_folder), sequences(*RAGGED)
     shake_head(module)
-    expected = say(module, batch)
+    expected = outputs_of(module, batch)
     accepted = calls.accepted
 
     def without_logits_to_keep(model, **extras):
         return accepted(model, **{name: value for name, value in extras.items() if name != "logits_to_keep"})
 
     monkeypatch.setattr(calls, "accepted", without_logits_to_keep)
-    for ours, theirs in zip(say(module, batch), expected, strict=True):
+    for ours, theirs in zip(outputs_of(module, batch), expected, strict=True):
         assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
@@ -164,10 +166,10 @@ def test_values_are_read_before_the_token_is_chosen(gpt2_folder):
     module = built(gpt2_folder)
     shake_head(module)
     batch = sequences([3], [5])
-    before = say(module, batch)
+    before = outputs_of(module, batch)
     batch.responses[0, 2] += 1
-    after = say(module, batch)
-    # Token 2 itself is judged otherwise, but the states it was chosen from (up to and with index 2) are the same.
+    after = outputs_of(module, batch)
+    # Token 2 has another log-probability, but the states it was chosen from (up to index 2) are the same.
     assert_close(after.values[0, :3], before.values[0, :3])
     assert_close(after.entropy[0, :3], before.entropy[0, :3])
     assert_close(after.logprobs[0, :2], before.logprobs[0, :2])
@@ -177,7 +179,7 @@ def test_values_are_read_before_the_token_is_chosen(gpt2_folder):
 
 @pytest.mark.parametrize("critic", ["head", "separate"])
 def test_values_start_at_zero(gpt2_folder, critic):
-    values = say(built(gpt2_folder, model={"critic": critic}), sequences(*RAGGED)).values
+    values = outputs_of(built(gpt2_folder, model={"critic": critic}), sequences(*RAGGED)).values
     assert values.dtype == torch.float32
     assert torch.equal(values, torch.zeros_like(values))
 
@@ -187,8 +189,8 @@ def test_dropout_is_off_in_training_mode_but_stays_in_the_saved_config(gpt2_fold
     module = built(gpt2_folder, model={"critic": "separate"})
     shake_head(module)
     batch = sequences(*RAGGED)
-    calm = say(module.eval(), batch)
-    for ours, theirs in zip(say(module.train(), batch), calm, strict=True):
+    calm = outputs_of(module.eval(), batch)
+    for ours, theirs in zip(outputs_of(module.train(), batch), calm, strict=True):
         assert torch.equal(ours, theirs)
     module.policy.save_pretrained(tmp_path)
     saved = GPT2Config.from_pretrained(tmp_path)
@@ -199,7 +201,7 @@ def test_dropout_that_is_a_number_and_not_a_layer_is_off_too(llama_folder, tmp_p
     config = LlamaConfig.from_pretrained(llama_folder, attention_dropout=0.5)
     LlamaForCausalLM.from_pretrained(llama_folder, config=config).save_pretrained(tmp_path)
     module, batch = built(tmp_path), sequences(*RAGGED)
-    assert torch.equal(say(module.train(), batch).logprobs, say(module.eval(), batch).logprobs)
+    assert torch.equal(outputs_of(module.train(), batch).logprobs, outputs_of(module.eval(), batch).logprobs)
 
 
 def test_separate_critic_starts_from_the_policy_and_shares_nothing(gpt2_folder):
@@ -207,11 +209,11 @@ def test_separate_critic_starts_from_the_policy_and_shares_nothing(gpt2_folder):
     shake_head(module)
     batch = sequences(*RAGGED)
     lm, trunk = AutoModelForCausalLM.from_pretrained(gpt2_folder).eval(), AutoModel.from_pretrained(gpt2_folder).eval()
-    assert_says(say(module, batch), say_one_by_one(lm, trunk, module.value_head, batch), batch)
-    before = say(module, batch)
+    assert_outputs(outputs_of(module, batch), outputs_one_by_one(lm, trunk, module.value_head, batch), batch)
+    before = outputs_of(module, batch)
     with torch.no_grad():
         module.critic.wte.weight.add_(torch.randn_like(module.critic.wte.weight))
-    after = say(module, batch)
+    after = outputs_of(module, batch)
     assert torch.equal(after.logprobs, before.logprobs)
     assert not torch.allclose(after.values, before.values)
 
@@ -227,7 +229,7 @@ def test_separate_critic_starts_from_the_reward_model(gpt2_folder, gpt2_classifi
     batch = sequences(*RAGGED)
     lm = AutoModelForCausalLM.from_pretrained(gpt2_folder).eval()
     trunk = AutoModelForSequenceClassification.from_pretrained(gpt2_classifier_folder).eval().transformer
-    assert_says(say(module, batch), say_one_by_one(lm, trunk, module.value_head, batch), batch)
+    assert_outputs(outputs_of(module, batch), outputs_one_by_one(lm, trunk, module.value_head, batch), batch)
 
 
 def test_a_critic_cannot_start_from_a_reward_model_that_reads_other_tokens(gpt2_folder, classifier_folder):
@@ -256,7 +258,7 @@ def test_parameter_groups(gpt2_folder):
     assert {"policy.transformer.ln_f.weight", "critic.h.0.mlp.c_fc.weight", "value_head.bias"} <= set(seen)
 
 
-def test_without_a_critic_lr_all_learn_at_one_rate(gpt2_folder):
+def test_without_a_critic_lr_all_parameters_have_one_rate(gpt2_folder):
     groups = parameter_groups(built(gpt2_folder), OptimConfig(lr=1e-3))
     assert {group["lr"] for group in groups} == {1e-3}
 
@@ -266,16 +268,16 @@ def test_the_frozen_copy_does_not_follow_the_policy(gpt2_folder):
     policy = load_policy(config, str(gpt2_folder), CPU)
     reference = load_reference(config, policy)
     module = policy_with_value.build(config, policy, str(gpt2_folder), None)
-    start = say(module, batch).logprobs
+    start = outputs_of(module, batch).logprobs
     assert not any(parameter.requires_grad for parameter in reference.parameters())
     assert all(parameter.requires_grad for parameter in module.parameters())
     with torch.no_grad():
         for parameter in module.policy.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
         with reference_policy(module, reference) as logprobs:
-            said = logprobs(batch)
-    assert torch.equal(said, start)
-    assert (say(module, batch).logprobs - start).abs().max() > 0.01
+            found = logprobs(batch)
+    assert torch.equal(found, start)
+    assert (outputs_of(module, batch).logprobs - start).abs().max() > 0.01
 
 
 @pytest.mark.parametrize(
@@ -299,9 +301,9 @@ def test_a_bf16_base_has_fp32_adapters_head_and_outputs(gpt2_folder):
     dtypes = {parameter.dtype for parameter in module.parameters() if not parameter.requires_grad}
     assert dtypes == {torch.bfloat16}
     assert {parameter.dtype for parameter in module.parameters() if parameter.requires_grad} == {torch.float32}
-    outputs = say(module, batch)
+    outputs = outputs_of(module, batch)
     assert {tensor.dtype for tensor in outputs} == {torch.float32}
-    exact = say(built(gpt2_folder), batch).logprobs
+    exact = outputs_of(built(gpt2_folder), batch).logprobs
     assert_close(outputs.logprobs, exact, atol=0.3, rtol=0.05)
 
 
@@ -327,7 +329,7 @@ def test_a_folder_with_broken_weights_is_refused(gpt2_folder, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["classifier_folder", "gpt2_classifier_folder"])
-def test_a_classifier_is_no_policy(family, request):
+def test_a_classifier_is_not_a_policy(family, request):
     """transformers would give it a random vocabulary layer (or none of its own), with a warning at most."""
     refused(request.getfixturevalue(family), r"model\.name_or_path=")
 

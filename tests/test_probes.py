@@ -1,4 +1,4 @@
-"""Probes on models that are right, and on models with a fault planted."""
+"""Probes on correct models, and on models with a planted fault."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ IDS = torch.tensor([[40, 41, 42, 43], [7, 8, 9, 10]])
 
 
 def probe(model, folder: Path) -> Finding:
-    """As a caller makes it: the folder loaded again against the model in memory."""
+    """The probe as it is called: the loaded folder against the model in memory."""
     loaded, lacking = load_export(str(folder), dtype=torch.float32)
     logits = logits_of(model, IDS), logits_of(loaded, IDS)
     state = {"ours": model.state_dict(), "theirs": loaded.state_dict()}
@@ -56,7 +56,7 @@ def test_an_export_that_is_whole_passes_and_one_with_a_fault_names_it(llama_fold
     save_file(
         {name: w for name, w in weights.items() if name != norm}, tmp_path / "model.safetensors", {"format": "pt"}
     )
-    model.get_parameter(norm).data.mul_(2)  # trained: no longer what transformers starts it with
+    model.get_parameter(norm).data.mul_(2)  # trained: no longer its initial value
     found = probe(model, tmp_path)
     assert not found.passed and f"{norm} is not in the folder; logits differ by " in found.message
 
@@ -73,7 +73,7 @@ def test_the_limit_follows_from_the_dtype_and_the_size_of_the_logits(monkeypatch
     monkeypatch.setattr("rlhf_accel.models.probes.multiplies_exactly", lambda device: True)
     logits = torch.tensor([[-100.0, 50.0, torch.finfo(torch.float32).min]])
     limits = [rounding_limit(logits, dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)]
-    assert limits == pytest.approx([0.01, 1, 6]), "a padded vocabulary's -3e38 counts as no size"
+    assert limits == pytest.approx([0.01, 1, 6]), "the -3e38 of a padded vocabulary does not count"
     one = torch.tensor([[torch.inf, 1.0]])
     assert export_is_memory(one, one, dtype=torch.float32).passed
     assert not export_is_memory(one, torch.tensor([[torch.inf, torch.nan]]), dtype=torch.float32).passed
@@ -81,7 +81,7 @@ def test_the_limit_follows_from_the_dtype_and_the_size_of_the_logits(monkeypatch
 
 
 class OldTokens(Tokens):
-    """Faults that were in a release, planted again."""
+    """Faults of an earlier release, planted again."""
 
     def __init__(self, tokenizer: Any, fault: str) -> None:
         super().__init__(tokenizer)
@@ -124,12 +124,12 @@ def test_other_tokens_for_the_policy_are_found(single: str, fault: str, wrong: i
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sampled = learnt
+# Rollout = update
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def little_gpt2(offset: float) -> GPT2LMHeadModel:
-    """With logits of a few units around `offset`, as GPT-2's are around -35 to -112: softmax does not see it."""
+    """With logits of a few units around `offset`, as GPT-2's are around -35 to -112: softmax does not change."""
     torch.manual_seed(0)
     config = GPT2Config(
         **{"vocab_size": 300, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.2},
@@ -144,22 +144,24 @@ def little_gpt2(offset: float) -> GPT2LMHeadModel:
 
 @pytest.fixture(scope="module", params=[(torch.float32, 0.0), (torch.bfloat16, 0.0), (torch.bfloat16, -100.0)])
 def sampled(request: pytest.FixtureRequest) -> tuple:
-    """A model, its dtype, what it sampled of padded prompts, and the limits."""
+    """A model, its dtype, its samples from padded prompts, and the limits."""
     dtype, offset = request.param
     model = little_gpt2(offset).to(dtype)
     queries = torch.randint(1, 300, (32, 6), generator=torch.Generator().manual_seed(0))
     mask = torch.ones(32, 6, dtype=torch.bool)
     mask[::2, :3] = False
-    said = decoding.sample(
+    samples = decoding.sample(
         *(model, queries, mask, decoding.uniforms(0, 1, range(32), 10)),
         decoding.SamplingSettings(max_new_tokens=10),
         pad_id=0,
         ended=lambda tokens: torch.zeros(len(tokens), dtype=torch.bool),
     )
-    sequences = Sequences(queries=queries, query_mask=mask, responses=said.responses, response_mask=said.response_mask)
+    sequences = Sequences(
+        queries=queries, query_mask=mask, responses=samples.responses, response_mask=samples.response_mask
+    )
     module = policy_with_value.PolicyWithValue(model, None, 1.0)
     spacing = None if dtype == torch.float32 else logit_spacing(policy_with_value.logit_sizes(module, sequences), dtype)
-    return module, dtype, sequences, said.logprobs, ratio_limits(spacing, dtype)
+    return module, dtype, sequences, samples.logprobs, ratio_limits(spacing, dtype)
 
 
 def of_another_pass(sampled: tuple) -> tuple[Finding, torch.Tensor]:
@@ -199,7 +201,7 @@ def test_dropout_positions_and_temperature_that_differ_are_caught(
     for name, found in {"shifted": shifted, "padded": padded, "tempered": tempered, "dropped": dropped}.items():
         assert not found.passed, name
         assert "try rollout.logprobs=recomputed" in found.message
-    assert of_another_pass(sampled)[0].passed  # put back
+    assert of_another_pass(sampled)[0].passed  # restored
 
 
 def test_the_limits_follow_from_the_spacing_of_logits() -> None:
@@ -211,7 +213,7 @@ def test_the_limits_follow_from_the_spacing_of_logits() -> None:
     assert (limits.rms, limits.largest) == pytest.approx((0.75 * rms, 0.9 + 1.0))
     half = ratio_limits(logit_spacing(sizes, torch.float16), torch.float16)  # three bits more
     assert (half.rms, half.largest) == pytest.approx((limits.rms / 8, limits.largest / 8))
-    # One logit of -100 that two passes round to different neighbours: the ratio is off by 0.65, and nothing is wrong.
+    # One logit of -100 that two passes round to different neighbours: the ratio is off by 0.65 without any fault.
     assert math.exp(0.5) - 1 > 0.5 and sampled_is_learnt(0.05, 0.5, limits, recomputed=False).passed
     assert ratio_limits(None, torch.float32) == RatioLimits(rms=1e-3, largest=1e-3)
     assert ratio_limits(torch.zeros(3), torch.bfloat16).rms == 0.15
@@ -224,13 +226,13 @@ def test_one_token_at_fault_is_caught_among_many_and_nothing_finite_is_no_pass()
         assert rms < limits.rms and not sampled_is_learnt(rms, abs(largest), limits, recomputed=True).passed
     assert not sampled_is_learnt(math.nan, 0.0, limits, recomputed=True).passed
     assert "recomputed" not in sampled_is_learnt(9.0, 9.0, limits, recomputed=True).message
-    # 500 tokens of sound bf16, each off by 0.06 nats rms, have a k3 of 0.9; two models that differ have more.
+    # 500 tokens in bf16, each off by 0.06 nats rms, have a k3 of 0.9; two different models have more.
     assert reference_is_policy(500 * 0.06**2 / 2, 500.0, limits).passed
     assert not reference_is_policy(8.0, 500.0, limits).passed
     assert not reference_is_policy(2e-3, 500.0, ratio_limits(None, torch.float32)).passed
 
 
-def test_values_that_cannot_reach_the_returns_in_time_are_told() -> None:
+def test_values_that_cannot_reach_the_returns_in_time_are_reported() -> None:
     for unclipped in (0.2, None):
         assert values_in_reach(1.0, unclipped).passed and values_in_reach(4.9, unclipped).passed
         found = values_in_reach(100.0, unclipped)

@@ -1,4 +1,4 @@
-"""The report page: self-contained, safe with what a policy may write, whole with pieces missing, of several runs."""
+"""The report page: self-contained, safe for any text of a policy, complete without some files, of several runs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def write_rows(path: Path, rows: list[dict], torn: str = "") -> None:
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with its page, whose charts are really drawn; that takes seconds, so once."""
+    """A run with its page and real charts; drawing takes seconds, so it is done once."""
     place = make_run(tmp_path_factory.mktemp("drawn") / "first")
     assert report.write([place]) == (place / "report.html", [])
     return place
@@ -57,7 +57,7 @@ def sketched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, sketched: None) -> Path:
-    """A run that has ended, with every file that a report reads."""
+    """A finished run, with every file that a report reads."""
     return make_run(tmp_path / "first")
 
 
@@ -122,7 +122,7 @@ def test_the_page_fetches_nothing(drawn: Path) -> None:
     links = [value for _, attributes in page.tags for key, value in attributes.items() if key in fetching]
     assert links and all(link is not None and link.startswith(("#", "data:")) for link in links), set(links)
     assert not re.search(r"url\(\s*['\"]?(?!#)|@import|@font-face|fetch\(|XMLHttpRequest", page.source)
-    # What is left of addresses are the names of XML's vocabularies, which nobody fetches.
+    # The remaining addresses are names of XML vocabularies, which are not fetched.
     assert set(re.findall(r"https?://[^\"'<\s]*", page.source)) == {"http://www.w3.org/1999/xlink"}
     forbids = [attributes["content"] for tag, attributes in page.tags if tag == "meta" and "http-equiv" in attributes]
     assert len(forbids) == 1 and forbids[0] is not None and forbids[0].startswith("default-src 'none'")
@@ -148,7 +148,7 @@ def test_the_scripts_hash_is_that_of_the_policy(folder: Path) -> None:
     assert f"script-src 'sha256-{digest}'" in source
 
 
-def test_the_headline_tells_what_the_run_did(folder: Path) -> None:
+def test_the_headline_has_the_results_of_the_run(folder: Path) -> None:
     found = dict(report.headlines([run_data.read_run(folder)]))
     assert found["Held-out score before"] == ["-0.100"] and found["Held-out score after"] == ["+1.150 ± 0.200"]
     assert found["Gain, in standard deviations of the base"] == ["+1.25"] and found["Time"] == ["1:02:05"]
@@ -160,7 +160,7 @@ def test_the_headline_tells_what_the_run_did(folder: Path) -> None:
 
 
 def test_scaled_models_are_the_way_back_and_not_the_runs_path(folder: Path) -> None:
-    """They are of the run's last step too, and would stand in the place of the model that it left."""
+    """They have the run's last step too, and would replace its final model."""
     tree = json.loads((folder / "frontier.json").read_text())
     path = [point["name"] for point in run_data.in_order(tree["points"])]
     final = next(point for point in tree["points"] if point["name"] == "final")
@@ -180,7 +180,7 @@ def test_scaled_models_are_the_way_back_and_not_the_runs_path(folder: Path) -> N
 
 
 def test_the_share_is_that_of_the_final_model_and_else_of_the_last_step(folder: Path) -> None:
-    """best/ may be of the last step too, and stands behind final."""
+    """best/ may have the last step too; final comes first."""
     tree = json.loads((folder / "frontier.json").read_text())
     tree["points"].append({"name": "best", "step": 6, "kl": 0.7, "gain": 0.25})
     (folder / "frontier.json").write_text(json.dumps(tree))
@@ -202,7 +202,7 @@ def test_keys_that_differ_come_before_those_that_are_changed_alike(folder: Path,
     assert [row["changed"] for row in rows[:3]] == [True, True, False]
 
 
-def test_a_share_beyond_what_is_known_is_at_least_so_much(folder: Path) -> None:
+def test_a_share_beyond_the_known_range_is_a_lower_bound(folder: Path) -> None:
     tree = json.loads((folder / "frontier.json").read_text())
     tree["points"][0]["kl"] = 5.0
     (folder / "frontier.json").write_text(json.dumps(tree))
@@ -239,7 +239,7 @@ def test_skipped_updates_are_marked_where_the_count_grows(folder: Path) -> None:
     assert marked == set(UPDATES)
 
 
-def test_of_a_tail_that_is_not_known_neither_share_nor_bound_is_shown(folder: Path) -> None:
+def test_with_an_unknown_tail_neither_share_nor_bound_is_shown(folder: Path) -> None:
     tree = json.loads((folder / "frontier.json").read_text())
     tree["no_share"] = "the scores have a heavy upper tail"
     (folder / "frontier.json").write_text(json.dumps(tree))
@@ -270,7 +270,7 @@ def test_several_runs_share_their_charts_and_keep_their_colours(folder: Path, tm
     assert rows[1]["key"] == "optim.lr" and rows[1]["changed"] and not rows[2]["changed"]
 
 
-def test_runs_of_the_same_name_are_told_apart(folder: Path, tmp_path: Path) -> None:
+def test_runs_of_the_same_name_are_shown_by_path(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     other = make_run(tmp_path / "b" / "first")
     assert run_data.run_names([folder, other]) == [str(folder), str(other)]
@@ -285,12 +285,12 @@ def test_a_run_that_has_just_begun_has_a_report(tmp_path: Path, sketched: None) 
     assert notes == ["young: line 2 of metrics.jsonl is torn and left out"] and notes[0] in text
     assert "running, or stopped, after step 1" in text
     assert "Policy loss" not in text and "Value loss" in text
-    for said in ("evaluate", "No samples were logged", "no config.yaml", "no environment.json"):
-        assert said in text
+    for expected in ("evaluate", "No samples were logged", "no config.yaml", "no environment.json"):
+        assert expected in text
 
 
 @pytest.mark.parametrize("name", ["summary.json", "frontier.json", "evaluation.json", "environment.json"])
-def test_a_file_that_is_no_json_is_said_and_left_out(folder: Path, name: str) -> None:
+def test_a_file_that_is_not_json_is_reported_and_left_out(folder: Path, name: str) -> None:
     (folder / name).write_text('{"half": ')
     path, notes = report.write([folder])
     assert len(notes) == 1 and name in notes[0] and name in Page(path).text()
@@ -300,7 +300,7 @@ def test_a_file_that_is_no_json_is_said_and_left_out(folder: Path, name: str) ->
     "name", ["summary.json", "frontier.json", "evaluation.json", "environment.json", "config.yaml"]
 )
 @pytest.mark.parametrize("content", [b"[1]", b"a: \xff", b""])
-def test_a_file_of_another_shape_is_said_and_left_out(folder: Path, name: str, content: bytes) -> None:
+def test_a_file_of_another_shape_is_reported_and_left_out(folder: Path, name: str, content: bytes) -> None:
     (folder / name).write_bytes(content)
     run = run_data.read_run(folder)
     (note,) = run.notes
@@ -309,7 +309,7 @@ def test_a_file_of_another_shape_is_said_and_left_out(folder: Path, name: str, c
 
 
 def test_a_gold_reward_that_failed_has_no_figure(folder: Path) -> None:
-    """Its figures are null in the summary, of the base, of the trained policy, or of both."""
+    """Its numbers are null in the summary, for the base, the trained policy, or both."""
     tree = json.loads((folder / "summary.json").read_text())
     tree["base"] |= {"gold/a": 0.25, "gold/b": None}
     tree["trained"] |= {"gold/a": None, "gold/b": None, "win_rate": None, "kl": None}
@@ -319,7 +319,7 @@ def test_a_gold_reward_that_failed_has_no_figure(folder: Path) -> None:
     assert found["KL to the reference, nats per response"] == ["unknown"] == found["Wins over the base"]
 
 
-def test_a_summary_from_before_the_run_went_on_is_left_out(folder: Path) -> None:
+def test_a_summary_from_before_the_run_was_resumed_is_left_out(folder: Path) -> None:
     """run.total_steps was raised, and the run went on from its last checkpoint."""
     write_rows(folder / "metrics.jsonl", [metrics_row(step) for step in range(1, 9)])
     run = run_data.read_run(folder)
@@ -341,7 +341,7 @@ def test_a_gold_reward_of_any_name_is_shown(folder: Path, gold: str) -> None:
     assert rows == [(f"gold/{gold}", [(0.5, 0.25)])]
 
 
-def test_a_frontier_of_another_shape_is_said(folder: Path) -> None:
+def test_a_frontier_of_another_shape_is_reported(folder: Path) -> None:
     (folder / "frontier.json").write_text('{"prompts": 1}')
     path, notes = report.write([folder])
     assert "frontier.json is not as `evaluate --frontier` writes it" in notes[0]
@@ -373,7 +373,9 @@ def test_of_samples_beyond_the_bound_the_last_are_shown(folder: Path, monkeypatc
         run_data.read_run(folder)
 
 
-def test_what_is_no_run_ends_in_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_not_a_run_ends_in_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "metrics.jsonl").write_text("")
@@ -386,11 +388,11 @@ def test_what_is_no_run_ends_in_one_line(folder: Path, tmp_path: Path, capsys: p
         ([str(folder), "--output", str(tmp_path / "file" / "page.html")], "--output"),
         ([str(folder), "--output", str(tmp_path / "page")], "page.html"),
     ]
-    for arguments, said in cases:
+    for arguments, expected in cases:
         with pytest.raises(SystemExit) as end:
             main(["report", *arguments])
-        told = capsys.readouterr().err
-        assert end.value.code == 2 and said in told and told.count("\n") == 1 and told.startswith("error: ")
+        text = capsys.readouterr().err
+        assert end.value.code == 2 and expected in text and text.count("\n") == 1 and text.startswith("error: ")
 
 
 def test_without_matplotlib_the_line_names_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,12 +401,12 @@ def test_without_matplotlib_the_line_names_the_command(folder: Path, monkeypatch
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigError, match="pip install 'matplotlib"):
         report.write([folder])
-    said: list[str] = []
-    report.after_training(folder, said.append)  # and a run goes on
-    assert len(said) == 1 and said[0].startswith("warning: no report") and "pip install" in said[0]
+    messages: list[str] = []
+    report.after_training(folder, messages.append)  # and the run is not affected
+    assert len(messages) == 1 and messages[0].startswith("warning: no report") and "pip install" in messages[0]
 
 
-def test_the_command_says_where_the_page_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_where_the_page_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["report", str(folder), "--output", str(folder / "page.html")])
     assert f"wrote {folder / 'page.html'}" in capsys.readouterr().out
     assert not (folder / "report.html").exists() and (folder / "page" / "frontier.png").is_file()
@@ -419,10 +421,10 @@ def test_a_run_writes_its_report_when_it_ends(
     trainer.fit()
     path = trainer.folder / "report.html"
     assert path.is_file() == wanted
-    told = json.loads((trainer.folder / "environment.json").read_text())
-    assert told["processes"] == 1 and told["device"] == "cpu"
-    assert {"torch", "transformers", "accelerate", "peft", "python", "rlhf_accel"} <= set(told["versions"])
-    assert told["machine"]["cpu"] and told["machine"]["platform"]
+    facts = json.loads((trainer.folder / "environment.json").read_text())
+    assert facts["processes"] == 1 and facts["device"] == "cpu"
+    assert {"torch", "transformers", "accelerate", "peft", "python", "rlhf_accel"} <= set(facts["versions"])
+    assert facts["machine"]["cpu"] and facts["machine"]["platform"]
     if wanted:
         assert f"report: {path}" in capsys.readouterr().out.replace("\n", "")
-        assert told["versions"]["torch"] in Page(path).text() and "ended after step 1" in Page(path).text()
+        assert facts["versions"]["torch"] in Page(path).text() and "ended after step 1" in Page(path).text()

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("exact_fp32")
 
 
 def rows_of(folder, name="metrics.jsonl"):
-    """Rows without what the clock and the memory say."""
+    """Rows without times and memory."""
     rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
     return [{key: value for key, value in row.items() if not key.startswith(("time/", "perf/"))} for row in rows]
 
@@ -34,7 +34,7 @@ def final_weights(folder):
 
 @pytest.mark.parametrize("lora", [{"r": 0}, {"r": 4}])
 def test_a_resumed_run_is_the_run_that_never_stopped(tiny, tmp_path, lora):
-    """All that outlives a step matters here: Adam's moments, the learning rate's place, KL coefficient, calibration."""
+    """All state between steps matters: Adam's moments, the schedule's position, the KL coefficient, calibration."""
     whole = tiny(
         run={"total_steps": 4, "save_every": 2, "eval_every": 2, "sample_every": 1, "output_dir": str(tmp_path / "a")},
         lora=lora,
@@ -47,7 +47,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tiny, tmp_path, lora):
     assert [row["step"] for row in expected] == [1, 2, 3, 4]
     assert expected[3]["kl/coef"] != expected[1]["kl/coef"]
 
-    # As a run that was killed in its fourth step left it.
+    # The folder of a run that was killed in its fourth step.
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     shutil.rmtree(tmp_path / "b" / "checkpoints" / "step-000004")
     shutil.rmtree(tmp_path / "b" / "final")
@@ -75,7 +75,7 @@ def test_a_checkpoint_can_be_named(tiny, tmp_path):
 
 
 def test_going_back_to_an_older_checkpoint_leaves_no_gap(tiny, tmp_path):
-    """Though newer ones are still there when the run is killed again before it saves."""
+    """Even though newer ones are still there when the run is killed again before it saves."""
     run = {
         "total_steps": 4,
         "save_every": 1,
@@ -88,14 +88,14 @@ def test_going_back_to_an_older_checkpoint_leaves_no_gap(tiny, tmp_path):
     (tmp_path / "a" / "summary.json").unlink()
     back = {**run, "resume": str(tmp_path / "a" / "checkpoints" / "step-000002")}
     killed = PPOTrainer(tiny(run=back))
-    killed._prepare()
+    killed.prepare()
     killed.run.recorder.open(killed.progress, killed.run.resume_from)
     assert len(rows_of(tmp_path / "a")) == 2
     PPOTrainer(tiny(run={**run, "resume": "latest"})).fit()
     assert rows_of(tmp_path / "a") == expected
 
 
-def test_going_on_from_one_run_in_the_folder_of_another_is_refused(tiny, tmp_path):
+def test_resuming_a_run_in_the_folder_of_another_is_refused(tiny, tmp_path):
     run = {"total_steps": 2, "save_every": 1, "eval_samples": 0}
     for name in ("a", "b"):
         PPOTrainer(tiny(run={**run, "output_dir": str(tmp_path / name)})).fit()
@@ -104,7 +104,7 @@ def test_going_on_from_one_run_in_the_folder_of_another_is_refused(tiny, tmp_pat
         PPOTrainer(tiny(run={**run, "output_dir": str(tmp_path / "b"), "resume": str(place)}))
 
 
-def test_rows_that_are_torn_before_the_checkpoint_are_said(tiny, tmp_path):
+def test_rows_that_are_torn_before_the_checkpoint_are_reported(tiny, tmp_path):
     run = {"total_steps": 3, "save_every": 2, "eval_samples": 0, "output_dir": str(tmp_path / "a")}
     PPOTrainer(tiny(run=run)).fit()
     metrics = tmp_path / "a" / "metrics.jsonl"
@@ -146,7 +146,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_fails_nothing(tiny, tmp_path, 
     assert found(tmp_path / "a", total_steps=9, changes=list(key_names(Config))).name == "step-000004"
 
 
-def test_a_run_that_crashes_can_go_on(tiny, tmp_path):
+def test_a_run_that_crashes_can_be_resumed(tiny, tmp_path):
     calls = []
 
     def fails_once(prompts, responses, **columns):
@@ -166,8 +166,8 @@ def test_a_run_that_crashes_can_go_on(tiny, tmp_path):
     assert rows_of(tmp_path / "a") == rows_of(tmp_path / "b")
 
 
-def test_a_finished_run_is_not_gone_on_with(tiny, tmp_path):
-    """It would write its summary anew, without what came before."""
+def test_a_finished_run_is_not_resumed(tiny, tmp_path):
+    """It would write its summary again, without the earlier results."""
     run = {"total_steps": 2, "save_every": 2, "output_dir": str(tmp_path / "a")}
     PPOTrainer(tiny(run=run)).fit()
     summary = (tmp_path / "a" / "summary.json").read_text()
@@ -179,7 +179,7 @@ def test_a_finished_run_is_not_gone_on_with(tiny, tmp_path):
 
 
 def test_best_of_another_folder_is_not_ours(tiny, tmp_path):
-    """A run that goes on in a new folder would otherwise have no best/ until it beats one that it does not hold."""
+    """Otherwise a run resumed in a new folder would have no best/ until it beats one in another folder."""
     run = {"total_steps": 1, "save_every": 1, "output_dir": str(tmp_path / "a")}
     PPOTrainer(tiny(run=run)).fit()
     place = tmp_path / "a" / "checkpoints" / "step-000001"

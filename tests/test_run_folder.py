@@ -43,18 +43,18 @@ def test_of_three_that_start_at_once_each_gets_a_default_folder(tmp_path, monkey
 @pytest.mark.parametrize("resume", [None, "auto"])
 @pytest.mark.parametrize("name", ["final", "best", "summary.json", "samples.jsonl", "metrics.jsonl", "dumps", ".best"])
 def test_a_folder_with_what_a_run_would_overwrite_is_refused(tmp_path, name, resume):
-    """Of another program, say: a run would have written config.yaml first."""
+    """The files are of another program: a run would have written config.yaml first."""
     (tmp_path / name).mkdir()
     (tmp_path / name / "model.safetensors").write_text("mine")
     with pytest.raises(ConfigError, match=rf"^run\.output_dir={tmp_path} (holds {name}|already holds)") as refused:
         run_folder.choose_folder(run_config(output_dir=str(tmp_path), resume=resume))
     assert refused.value.key == "run.output_dir"
-    (tmp_path / "config.yaml").touch()  # a kill came before its text
+    (tmp_path / "config.yaml").touch()  # killed before its text was written
     with pytest.raises(ConfigError, match=r"^run\.output_dir="):
         run_folder.choose_folder(run_config(output_dir=str(tmp_path), resume=resume))
 
 
-def test_logs_of_a_scheduler_are_in_nobodys_way(tmp_path):
+def test_logs_of_a_scheduler_do_not_matter(tmp_path):
     """Slurm makes the folder of a job's output before the job starts."""
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "17.out").touch()
@@ -65,7 +65,7 @@ def test_logs_of_a_scheduler_are_in_nobodys_way(tmp_path):
 
 
 def test_a_run_that_is_started_twice_with_auto_continues_once(tmp_path, monkeypatch):
-    """The second learns it before it reads a checkpoint, and of the folder nothing changes."""
+    """The second is refused before it reads a checkpoint, and the folder does not change."""
     from tests.test_lock import elsewhere
 
     monkeypatch.setattr(lock, "ELSEWHERE", 0.0)
@@ -94,8 +94,8 @@ def test_a_folder_that_holds_a_run_is_refused_but_for_resuming(tmp_path, held):
     assert opened(run_config(output_dir=str(tmp_path), resume="latest")) == tmp_path
 
 
-def test_a_folder_that_another_run_took_meanwhile_is_refused(tmp_path):
-    """It is chosen at the start and made much later, when the reward model is there and calibrated."""
+def test_a_folder_that_another_run_took_since_is_refused(tmp_path):
+    """It is chosen at the start and made much later, when the reward model is loaded and calibrated."""
     one, other = (run_folder.choose_folder(run_config(output_dir=str(tmp_path / "run"))) for _ in range(2))
     named = {"output_dir": str(one)}
     config = run_config(seed=2, resume="auto", **named)
