@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,9 +22,9 @@ from rlhf_accel.config.loading import load_run
 from rlhf_accel.config.schema import Config
 from rlhf_accel.runs import records
 from rlhf_accel.runs.cards import base_model, is_hub_id
+from rlhf_accel.system import terminal
 from rlhf_accel.system.errors import ConfigError, RunFailed
 from rlhf_accel.system.files import Malformed, read_json
-from rlhf_accel.system.terminal import say
 
 _ADAPTER = "adapter_config.json"
 
@@ -95,6 +95,21 @@ def push(folder: Path, repo_id: str, *, private: bool = False, base: str | None 
     return str(address)
 
 
+def push_final(config: Config, folder: Path, say: Callable[[str], None]) -> None:
+    """Upload a run's final/ if run.push_to_hub is set; a failure is printed with the command to try again."""
+    run = config.run
+    if run.push_to_hub is None:
+        return
+    say(f"uploading final/ to {run.push_to_hub}")
+    try:
+        address = push(folder / "final", run.push_to_hub, private=run.hub_private, base=base_model(config))
+    except PushError as error:
+        again = f"python -m rlhf_accel push {folder} {run.push_to_hub}{' --private' * run.hub_private}"
+        say(f"warning: {error}; final/ is complete; try again with {again}")
+    else:
+        say(f"the model is on the hub: {address}")
+
+
 @contextmanager
 def _shown(folder: Path, repo_id: str, base: str | None) -> Iterator[Path]:
     """A temporary folder with the files to upload: links, and copies of those that name paths of this machine."""
@@ -151,4 +166,4 @@ def main(arguments: list[str]) -> None:
                 f"{folder}: the adapter's base, {named}, is not a hub id; name it with --base", key="--base"
             )
     _check_access(f"push {options.repo_id}", None, options.repo_id)
-    say(push(folder, options.repo_id, private=options.private, base=base))
+    terminal.say(push(folder, options.repo_id, private=options.private, base=base))

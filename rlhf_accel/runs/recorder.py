@@ -23,7 +23,7 @@ from rlhf_accel.distributed.weights import each_once
 from rlhf_accel.models.calls import logits_of
 from rlhf_accel.models.probes import fp32_products
 from rlhf_accel.runs import checkpoint, exports, hub, run_folder
-from rlhf_accel.runs.cards import base_model, model_card
+from rlhf_accel.runs.cards import model_card
 from rlhf_accel.runs.checkpoint import Progress, SaveError
 from rlhf_accel.runs.dumps import Dump, write_dump
 from rlhf_accel.runs.exports import ExportError, ExportProbe
@@ -87,16 +87,7 @@ class Recorder:
         if self.folder != chosen:
             self.line.say(f"{chosen} was taken by another run since; the run folder is {self.folder}")
             self.journal = Journal(self.folder, self.line)
-        facts = environment(self.runtime.world_size, self.runtime.device)
-        error, precision = self.products.difference, self.config.run.matmul_precision
-        facts["fp32_products"] = {
-            "arithmetic": product_arithmetic(error),
-            "relative_error": error,
-            "matmul_precision": precision,
-        }
-        problem = failure(lambda: write_environment(self.folder, facts))
-        if problem is not None:
-            self.line.say(f"warning: {self.folder / 'environment.json'} could not be written ({problem})")
+        self._write_environment()
         if self.config.run.resume is None:
             return self.folder
         try:
@@ -108,6 +99,18 @@ class Recorder:
                 f"run.output_dir={self.folder} cannot be resumed: {error}", key="run.output_dir"
             ) from error
         return self.folder
+
+    def _write_environment(self) -> None:
+        error = self.products.difference
+        products = {
+            "arithmetic": product_arithmetic(error),
+            "relative_error": error,
+            "matmul_precision": self.config.run.matmul_precision,
+        }
+        facts = {**environment(self.runtime.world_size, self.runtime.device), "fp32_products": products}
+        problem = failure(lambda: write_environment(self.folder, facts))
+        if problem is not None:
+            self.line.say(f"warning: {self.folder / 'environment.json'} could not be written ({problem})")
 
     def _check_lock(self) -> None:
         """Raises `RunFailed` on every rank if another run has taken over the folder, since this process seemed dead."""
@@ -213,22 +216,7 @@ class Recorder:
         self.runtime.close()  # no collective call after this
         if self.runtime.is_main:
             self.journal.finish(summary)
-            self._push()
-
-    def _push(self) -> None:
-        """Upload final/ to the hub if the config asks for it; a failure is printed with the command to try again."""
-        run = self.config.run
-        if run.push_to_hub is None:
-            return
-        self.line.say(f"uploading final/ to {run.push_to_hub}")
-        try:
-            base = base_model(self.config)
-            address = hub.push(self.folder / "final", run.push_to_hub, private=run.hub_private, base=base)
-        except hub.PushError as error:
-            again = f"python -m rlhf_accel push {self.folder} {run.push_to_hub}{' --private' * run.hub_private}"
-            self.line.say(f"warning: {error}; final/ is complete; try again with {again}")
-        else:
-            self.line.say(f"the model is on the hub: {address}")
+            hub.push_final(self.config, self.folder, self.line.say)
 
     def dump(self, facts: Mapping[str, Any], experience: Experience | None) -> Path:
         """Write a dump of a failure to dumps/, with the weights if there is an experience; a write error is printed."""
