@@ -66,7 +66,7 @@ def test_an_export_that_is_whole_passes_and_one_with_a_fault_names_it(llama_fold
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
     found = probe(model, tmp_path)
-    assert not found.passed and "though no tensor does: its config.json" in found.message
+    assert not found.passed and "but no tensor does: its config.json" in found.message
 
 
 def test_the_limit_follows_from_the_dtype_and_the_size_of_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
