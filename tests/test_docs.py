@@ -78,8 +78,8 @@ def test_every_key_and_metric_on_a_page_exists(page):
 
 
 def test_names_that_do_not_exist_are_found():
-    text = "`ppo.kl_coef` `ppo.kl_coeff=0.1` `--optim.lr 1` `objective/kl` `objective/kl_k4` `run.py` `ppo.py`"
-    assert unknown_names(text) == ["ppo.kl_coeff", "objective/kl_k4", "run.py"]
+    text = "`ppo.kl_coef` `ppo.kl_coeff=0.1` `--optim.lr 1` `objective/kl` `objective/kl_k4` `run.nothing` `ppo.py`"
+    assert unknown_names(text) == ["ppo.kl_coeff", "objective/kl_k4", "run.nothing"]
 
 
 def test_metrics_page_covers_every_metric_of_a_run():
