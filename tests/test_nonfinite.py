@@ -241,7 +241,7 @@ def test_a_step_whose_evaluation_waited_is_recorded_once(tiny, tmp_path: Path, w
     killed = PPOTrainer(tiny(run={**run, "resume": "latest"}))
     killed.prepare()
     killed.run.recorder.open(killed.progress, killed.run.resume_from)
-    killed._conclude()
+    killed.run._conclude()
     assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 2
     PPOTrainer(tiny(run={**run, "resume": "latest"})).fit()
     assert [json.loads(row)["step"] for row in lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]

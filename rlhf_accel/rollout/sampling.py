@@ -95,12 +95,11 @@ def sample(
 ) -> Generations:
     """Sample a response to each query by the inverse CDF of its own uniform numbers.
 
-    `model` is a causal language model of transformers. `stop_ids` are not sampled before min_new_tokens; `ended` says
-    of the tokens so far which responses the newest one ended. Stops once all have ended, which `everywhere` may widen
-    to the batches of other processes. `value` maps the states that the vocabulary layer reads to values.
+    `stop_ids` are not sampled before min_new_tokens; `ended` tells of the tokens so far which responses the newest one
+    ended. Stops once all have ended, also in the batches of other processes if `everywhere` asks them. `value` maps
+    the states that the vocabulary layer reads to values.
     """
-    count, length = uniform.shape
-    device, width = queries.device, queries.shape[1]
+    (count, length), device, width = uniform.shape, queries.device, queries.shape[1]
     out = _nothing_yet(count, length, pad_id, device, with_values=value is not None)
     attention_mask = torch.cat([query_mask, torch.ones_like(out.response_mask)], dim=1).long()
     positions = position_ids(attention_mask, first_position(model))
@@ -123,9 +122,8 @@ def sample(
             past = None if cache is None else getattr(output, cache)
             logits = tempered(output.logits[:, -1], settings.temperature)
             probabilities = logits.softmax(-1)
-            blocked = stop_ids if t < settings.min_new_tokens else ()
+            blocked, active = stop_ids if t < settings.min_new_tokens else (), ~out.finished[rows]
             picked = _choose(logits, probabilities, uniform[rows, t], settings, blocked)
-            active = ~out.finished[rows]
             tokens = picked.masked_fill(~active, pad_id)[:, None]
             normalizer = log_normalizer(logits, probabilities)
             figures = [

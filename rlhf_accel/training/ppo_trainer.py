@@ -23,7 +23,7 @@ from rlhf_accel.algorithm.batches import Experience, LossStats, PromptBatch, Res
 from rlhf_accel.algorithm.kl import AdaptiveKLController, FixedKLController
 from rlhf_accel.config import places
 from rlhf_accel.config.rules import check_trainable
-from rlhf_accel.config.schema import Config, OptimConfig
+from rlhf_accel.config.schema import Config, OptimConfig, PPOConfig
 from rlhf_accel.data.prompts import own_prompts
 from rlhf_accel.distributed.batching import cut_micro_batches
 from rlhf_accel.models.calls import model_inputs
@@ -68,7 +68,7 @@ class PPOTrainer:
         self.collector = self.setup.collector
         self.reward = self.setup.reward
         self.progress = Progress(kl_coef=config.ppo.kl_coef)
-        self.kl_controller = self._kl_controller()
+        self.kl_controller = kl_controller(self.config.ppo, self.progress.kl_coef)
         self.rollout: Rollout | None = None  # of the last step
         self.columns: Mapping[str, Sequence[Any]] = {}  # of its prompts
         self.between: Callable[[], None] = lambda: None  # called between the phases of a step
@@ -271,12 +271,6 @@ class PPOTrainer:
             kl_coef=self.kl_controller.coef,
         )
 
-    def _kl_controller(self) -> FixedKLController | AdaptiveKLController:
-        config = self.config.ppo
-        if config.kl_target is None:
-            return FixedKLController(coef=config.kl_coef)
-        return AdaptiveKLController(coef=self.progress.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
-
     def prepare(self) -> None:
         """Once, before the first step: resume from a checkpoint, or calibrate the reward of a new run."""
         if self._prepared:
@@ -284,7 +278,7 @@ class PPOTrainer:
         self._prepared = True
         if self.run.resume_from is not None:
             self.progress = self.run.resumed(self.run.resume_from)
-            self.kl_controller = self._kl_controller()
+            self.kl_controller = kl_controller(self.config.ppo, self.progress.kl_coef)
             self.reward = replace(self.reward, mean=self.progress.reward_mean, std=self.progress.reward_std)
         elif self.config.reward.calibrate:
             count = self.config.reward.calibrate_samples
@@ -300,6 +294,13 @@ class PPOTrainer:
             seeds = Seeds(self.config.run.seed, _CALIBRATION_STEP)
             responses = self.collector.sample(self.setup.prompts.batch(1, count), seeds)
         return self.runtime.gather_rows(score(self.runtime, responses, replace(self.reward, clip=None)), count)
+
+
+def kl_controller(config: PPOConfig, coef: float) -> FixedKLController | AdaptiveKLController:
+    """The controller that ppo.kl_target asks for, an adaptive one from `coef` on."""
+    if config.kl_target is None:
+        return FixedKLController(coef=config.kl_coef)
+    return AdaptiveKLController(coef=coef, target=config.kl_target, horizon=config.kl_horizon)
 
 
 def lr_factor(optim: OptimConfig, step: int, total_steps: int) -> float:
