@@ -95,9 +95,17 @@ def test_reference_matches_the_code():
     assert write_reference.updated(page) == page, "run: python scripts/write_reference.py"
 
 
+def absent_paths(text: str) -> list[str]:
+    """Paths of the checkout in backticks that do not exist."""
+    paths = re.findall(r"`((?:tests|scripts|docs|accelerate_configs|ds_configs|rlhf_accel)/[\w/.-]*)`", text)
+    return [path for path in paths if not (REPOSITORY / path).exists()]
+
+
 @pytest.mark.parametrize("page", LINKED, ids=lambda page: page.name)
-def test_links_and_anchors_resolve(page):
+def test_links_anchors_and_paths_resolve(page):
     assert broken_links(page) == []
+    if page.name != "CHANGELOG.md":  # which names former files
+        assert absent_paths(page.read_text(encoding="utf-8")) == []
 
 
 def test_broken_links_are_found(tmp_path):
@@ -107,6 +115,7 @@ def test_broken_links_are_found(tmp_path):
         "[e](#part-2) [f](absent.md) ![g](absent.svg) [h](page.md#other)\n```text\n[i](absent.md)\n```\n"
     )
     assert broken_links(page) == ["#part-2", "absent.md", "absent.svg", "page.md#other"]
+    assert absent_paths("`scripts/train.py` `tests/` `scripts/absent.py`") == ["scripts/absent.py"]
 
 
 def test_every_page_is_in_the_index():
