@@ -119,7 +119,7 @@ def test_other_tokens_for_the_policy_are_found(single: str, fault: str, wrong: i
     tokenizer = with_template(single, bos_token="<s>", eos_token="</s>", mask_token="[gMASK]")
     found = prompt_tokens(tokenizer, TEXTS_READ, OldTokens(tokenizer, fault).encode(TEXTS_READ))
     assert not found.passed and found.difference == wrong
-    assert found.message.startswith(f"prompt tokens: {wrong} of 4 texts reach the policy in other tokens")
+    assert found.message.startswith(f"prompt tokens: {wrong} of 4 texts reach the policy as other tokens")
     assert part in found.message and len(found.message.splitlines()) == 1
 
 

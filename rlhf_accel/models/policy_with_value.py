@@ -165,7 +165,7 @@ def build(
         if (ours.model_type, ours.vocab_size) != (theirs.model_type, theirs.vocab_size):
             raise ConfigError(
                 f"model.critic_init=reward: the reward model ({theirs.model_type}, vocabulary {theirs.vocab_size}) "
-                f"does not read what the policy writes ({ours.model_type}, {ours.vocab_size}); use "
+                f"does not read the tokens of the policy ({ours.model_type}, {ours.vocab_size}); use "
                 "model.critic_init=policy",
                 key="model.critic_init",
             )

@@ -205,10 +205,10 @@ def prompt_tokens(tokenizer: Any, texts: Sequence[str], read: Sequence[Sequence[
     if wrong:
         first, ours = expected[wrong[0]], read[wrong[0]]
         message = (
-            f"prompt tokens: {len(wrong)} of {len(texts)} texts reach the policy in other tokens than the tokenizer "
-            f"makes of them; {texts[wrong[0]]!r:.40} should be {_spelled(tokenizer, first)} and is "
-            f"{_spelled(tokenizer, ours)}: what the tokenizer of model.name_or_path puts before a text is not "
-            "understood, or its files disagree"
+            f"prompt tokens: {len(wrong)} of {len(texts)} texts reach the policy as other tokens than the tokenizer "
+            f"gives; {texts[wrong[0]]!r:.40} should be {_spelled(tokenizer, first)} and is "
+            f"{_spelled(tokenizer, ours)}: what the tokenizer of model.name_or_path puts before a text was not "
+            "recognized, or its files disagree"
         )
     return Finding(probe="prompt tokens", difference=len(wrong), limit=0, unit="texts", message=message)
 
