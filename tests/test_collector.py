@@ -19,6 +19,7 @@ from rlhf_accel.reward import Reward
 from rlhf_accel.rollout.collector import Collector
 from rlhf_accel.rollout.engine import BuiltinEngine, Seeds, sampling_settings
 from rlhf_accel.rollout.scoring import FailedScoring, score, score_parts
+from rlhf_accel.training.nonfinite import rollout_fault
 
 pytestmark = pytest.mark.usefixtures("exact_fp32")
 
@@ -363,6 +364,7 @@ def test_without_a_critic_nothing_has_values(collector_of, source):
     assert not module.has_critic and not any("value" in name for name, _ in module.named_parameters())
     rollout = rolled_out(collector)
     assert rollout.values is None and rollout.select(torch.tensor([1])).values is None
+    assert rollout_fault(rollout, 1) is None
     assert rollout.logprobs.equal(rolled_out(collector_of(rollout={"logprobs": source})).logprobs)
 
 

@@ -134,7 +134,9 @@ def replay_model(dump: Dump, folder: Path) -> list[dict[str, Any]]:
 def experience_of(dump: Dump) -> Experience:
     tensors = dump.experience
     sequences = Sequences(**{field.name: tensors[field.name] for field in fields(Sequences)})
-    rest = {field.name: tensors[field.name] for field in fields(Experience) if field.name != "sequences"}
+    rest: dict[str, Any] = {
+        field.name: tensors.get(field.name) for field in fields(Experience) if field.name != "sequences"
+    }
     return Experience(sequences=sequences, **rest)
 
 

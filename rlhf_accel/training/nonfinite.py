@@ -25,7 +25,10 @@ class Fault:
 def rollout_fault(rollout: Rollout, step: int) -> Fault | None:
     """The first quantity of a rollout that is not finite for some samples, and which these are."""
     for name in ("scores", "logprobs", "ref_logprobs", "values", "entropy"):
-        bad = ~getattr(rollout, name).isfinite().reshape(len(rollout), -1).all(1)
+        figures = getattr(rollout, name)
+        if figures is None:  # without a critic
+            continue
+        bad = ~figures.isfinite().reshape(len(rollout), -1).all(1)
         if bad.any():
             phase = "score" if name == "scores" else "rollout"
             return Fault(step=step, phase=phase, what=name, rows=tuple(bad.nonzero()[:, 0].tolist()))
