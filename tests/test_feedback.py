@@ -99,7 +99,7 @@ def test_pairs_that_share_a_text_with_those_of_the_report_are_left_out_and_count
     held = write(tmp_path / "held.jsonl", [{"chosen": f"good {i}", "rejected": f"poor {i}"} for i in range(10)])
     sets = read(pair_rows(100), objective="pairs", eval_split=held)
     assert len(sets.train) == 90 and len(sets.tuning) == len(sets.held) == 5
-    assert sets.notes == ("10 pairs are left out, since a text of theirs is in the held-out pairs",)
+    assert sets.notes == ("10 pairs are left out, because one of their texts is in the held-out pairs",)
 
 
 def test_two_texts_and_a_choice(read):
@@ -230,7 +230,7 @@ def test_drawn_pairs_are_the_same_each_time_and_use_each_text_evenly():
         (
             pair_rows(2, pick=0) + pair_rows(1, pick=2),
             {"choice_field": "pick"},
-            ["row 3", "holds 2", "neither 0 nor 1"],
+            ["row 3", "holds 2", "expected 0, 1"],
         ),
         (pair_rows(3, pick=True), {"choice_field": "pick"}, ["row 1", "True"]),
         (pair_rows(3), {"choice_field": "pick"}, ["data.choice_field=pick", "chosen, rejected"]),

@@ -208,7 +208,7 @@ def test_local_files_need_no_cache_and_a_data_set_names_its_own(
     message = error_of(load_rows, folder, "train")
     assert (
         message
-        == f"{cache}, the cache of data sets, cannot be written (Not a directory); set HF_HOME to a folder that can be"
+        == f"{cache}, the cache of data sets, cannot be written (Not a directory); set HF_HOME to a writable folder"
     )
 
 

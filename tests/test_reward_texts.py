@@ -255,7 +255,7 @@ def test_texts_that_are_cut_in_training_are_counted_and_said(chat_base, tmp_path
         len(AutoTokenizer.from_pretrained(chat_base)(text)["input_ids"]) for row in rows for text in row.values()
     ]
     assert metrics["reward/cut_texts"] == sum(length > 48 for length in lengths) >= 1
-    assert f"{metrics['reward/cut_texts']} of {len(set(lengths)) and len(lengths)} texts to learn from" in (
+    assert f"{metrics['reward/cut_texts']} of {len(set(lengths)) and len(lengths)} training texts" in (
         capsys.readouterr().out
     )
 

@@ -266,7 +266,7 @@ def test_an_added_token_that_no_role_names_is_matched_as_a_token(is_special: boo
 def test_a_special_token_within_a_stop_text_is_refused() -> None:
     tokens = byte_tokens(eos_token="</s>", sep_token="<|im_end|>")
     with pytest.raises(
-        ConfigError, match=r"^rollout\.stop holds '<\|im_end\|>\\n', .* special token <\|im_end\|>"
+        ConfigError, match=r"^rollout\.stop contains '<\|im_end\|>\\n' .*special token <\|im_end\|>"
     ) as caught:
         tokens.stop_condition(["<|im_end|>\n"])
     assert caught.value.key == "rollout.stop" and caught.value.facts == {"token": "<|im_end|>"}

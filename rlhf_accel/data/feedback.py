@@ -1,6 +1,6 @@
-"""What people said of texts, as typed rows: ratings, labels and pairs, from hub, files or the embedded ratings.
+"""Human feedback on texts as typed rows: ratings, labels and pairs, from the hub, files or the embedded reviews.
 
-Knows columns and their checks, what is held out, and how conversations become text. Knows no model and no rank.
+Knows columns and their checks, the held-out rows, and conversations as text. Knows no model and no rank.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from rlhf_accel.data import reward_texts
 from rlhf_accel.data.reward_texts import Turns
 from rlhf_accel.system.errors import ConfigError, key_in
 
-# Pairs are drawn from ratings with random numbers of their own, so that models of all seeds are compared on the same
-# ones. Each of so many rounds puts every text into two pairs: more to report on than to learn from, where each costs.
-_PAIRS_SEED, _LEARNED_ROUNDS, _HELD_ROUNDS = 6, 1, 10
+# Pairs are drawn from ratings with a seed of their own: models of all seeds are compared on the same pairs. Each
+# round puts every text into at most two pairs: more rounds for metrics, one for training, where each pair costs time.
+_PAIRS_SEED, _TRAIN_ROUNDS, _HELD_ROUNDS = 6, 1, 10
 
 
 @dataclass(frozen=True, kw_only=True)
 class Feedback:
-    """N texts with a target each, or P pairs of them; ratings to report on have both.
+    """N texts with a target each, or P pairs of texts; ratings for tuning and evaluation have both.
 
-    `len()` and `select()` count what people gave: targets where there are some, else pairs.
+    `len()` and `select()` count targets if there are any, else pairs.
     """
 
     texts: tuple[str, ...]
     targets: np.ndarray | None = None
     """(N,) ratings in fp64, or classes in int64."""
     pairs: Int[np.ndarray, "P 2"]
-    """Places in `texts`: the preferred one, the other."""
+    """Positions in `texts`: the preferred text, the other text."""
     margins: Float[np.ndarray, " P"]
 
     def __len__(self) -> int:
         return len(self.pairs) if self.targets is None else len(self.texts)
 
     def select(self, chosen: Sequence[int]) -> Feedback:
-        """These rows alone, with the texts that they need."""
+        """Only these rows, with the texts that they need."""
         rows = np.asarray(chosen, dtype=np.int64)
         if self.targets is not None:
             return of_targets([self.texts[i] for i in rows], self.targets[rows])
@@ -56,7 +56,7 @@ class Feedback:
 
 @dataclass(kw_only=True)
 class Formed:
-    """Counts the contents of pairs that are texts, and conversations, of which the first is kept with its text."""
+    """Counts texts and conversations in pairs; `first` is the first conversation with its text."""
 
     plain: int = 0
     conversations: int = 0
@@ -69,45 +69,46 @@ class Formed:
 
 @dataclass(frozen=True, kw_only=True)
 class Sets:
-    """What to learn from, what chooses checkpoint and temperature, and what the figures come from: no text of a pair is
-    in two of them."""
+    """Rows for training, for the choice of checkpoint and temperature, and for the metrics. No text of a pair is in two
+    of them."""
 
     train: Feedback
     tuning: Feedback
     held: Feedback
     labels: tuple[str, ...]
-    """Names of the model's outputs: the classes, or the one name of the score."""
+    """Names of the model's outputs: the classes, or the name of the score."""
     sources: tuple[str, str, str]
-    """Where the three come from, in words."""
+    """Descriptions of the three sources."""
     formed: Formed
-    """Which of the texts are conversations."""
+    """How many of the texts are conversations."""
     notes: tuple[str, ...] = ()
-    """Lines to tell the user: what was left out."""
+    """Messages for the user about rows that were left out."""
 
 
 def of_targets(texts: Sequence[str], targets: np.ndarray) -> Feedback:
+    """Feedback with targets and without pairs."""
     return Feedback(
         texts=tuple(texts), targets=targets, pairs=np.zeros((0, 2), dtype=np.int64), margins=np.zeros(0, dtype=float)
     )
 
 
 def read(config: RewardDataConfig, tokenizer: Any, model_name: str, known_labels: Sequence[str]) -> Sets:
-    """The sets that the config names; `tokenizer`, that of `model_name`, lays out conversations.
+    """The sets that the config names. `tokenizer`, from `model_name`, lays out conversations.
 
-    Labels that are those of the model, `known_labels`, keep its order, so that its head goes on.
+    If the labels are those of the model, `known_labels`, they keep its order, so that its head stays usable.
 
-    A file has no splits: it keeps a fixed tenth back by its texts, unless data.eval_split names another file, and half
-    of that tunes, unless data.tuning_split names one.
+    A file has no splits: a fixed tenth of its texts is held out, unless data.eval_split names another file, and half of
+    the held-out texts is for tuning, unless data.tuning_split names one.
 
-    Raises `ConfigError` for what cannot be read or learned from, naming the key and the first row that is wrong.
+    Raises `ConfigError` for data that cannot be read or used, naming the key and the first row at fault.
     """
     return _Reader(config, tokenizer, model_name, known_labels).sets()
 
 
 def draw_pairs(texts: Sequence[str], ratings: Float[np.ndarray, " N"], rounds: int) -> Int[np.ndarray, "P 2"]:
-    """Pairs of different texts rated more than `PAIR_MARGIN` apart, the better one first: the same ones each time.
+    """Pairs of different texts rated more than `PAIR_MARGIN` apart, the better text first; always the same pairs.
 
-    A round lays the texts in a random circle and takes neighbours, so that each text is in at most two of its pairs.
+    A round arranges the texts in a random circle and pairs neighbours, so each text is in at most two of its pairs.
     """
     rng = np.random.default_rng(_PAIRS_SEED)
     found: dict[tuple[int, int], None] = {}
@@ -121,8 +122,8 @@ def draw_pairs(texts: Sequence[str], ratings: Float[np.ndarray, " N"], rounds: i
 
 
 def origins(feedback: Feedback) -> list[str]:
-    """For each row a text that stands for all rows which must not be parted from it: those that share a text with it,
-    also by way of others. Of all their texts it is the first in alphabetical order."""
+    """For each row one text that identifies its group: rows that share a text, directly or through other rows, which
+    must stay in one set. It is the first text of the group in alphabetical order."""
     if feedback.targets is not None:
         return list(feedback.texts)
     parent: dict[str, str] = {}
@@ -163,36 +164,39 @@ class _Reader:
             "pairs": self._ratings if embedded else self._pairs,
         }
         take = parse[config.objective]
-        learned = take(rows, config.source)
+        train = take(rows, config.source)
         is_file = data.is_file_name(config.source)
-        learned_from = f"`{config.source}`" if is_file else f"the split `{config.split}` of `{config.source}`"
+        train_source = f"`{config.source}`" if is_file else f"the split `{config.split}` of `{config.source}`"
         if is_file and not data.is_file_name(config.eval_split):
-            learned, held = self._tenth(learned)
-            learned_from, held_from = f"{learned_from} but for a tenth", f"a tenth of `{config.source}`, kept back"
+            train, held = self._tenth(train)
+            train_source, held_source = f"{train_source} but for a tenth", f"a tenth of `{config.source}`, kept back"
         else:
-            held, held_from = take(*self._rows(config.eval_split, "data.eval_split")), f"`{config.eval_split}`"
+            held, held_source = take(*self._rows(config.eval_split, "data.eval_split")), f"`{config.eval_split}`"
         if config.tuning_split is None or (is_file and not data.is_file_name(config.tuning_split)):
             tuning, held = _halves(held)
-            tuned_on, held_from = f"one half of {held_from}", f"the other half of {held_from}"
+            tuning_source, held_source = f"one half of {held_source}", f"the other half of {held_source}"
         else:
-            tuning, tuned_on = take(*self._rows(config.tuning_split, "data.tuning_split")), f"`{config.tuning_split}`"
+            tuning, tuning_source = (
+                take(*self._rows(config.tuning_split, "data.tuning_split")),
+                f"`{config.tuning_split}`",
+            )
         notes = []
         if config.objective == "ratings":
             tuning, held = _with_pairs(tuning, _HELD_ROUNDS), _with_pairs(held, _HELD_ROUNDS)
         elif config.objective == "pairs" and embedded:
-            sets = [(learned, _LEARNED_ROUNDS), (tuning, _HELD_ROUNDS), (held, _HELD_ROUNDS)]
-            learned, tuning, held = (replace(_with_pairs(part, rounds), targets=None) for part, rounds in sets)
+            sets = [(train, _TRAIN_ROUNDS), (tuning, _HELD_ROUNDS), (held, _HELD_ROUNDS)]
+            train, tuning, held = (replace(_with_pairs(part, rounds), targets=None) for part, rounds in sets)
         elif config.objective == "pairs":
-            before = len(learned) + len(tuning)
-            learned, tuning = _without(learned, (*tuning.texts, *held.texts)), _without(tuning, held.texts)
-            if left_out := before - len(learned) - len(tuning):
-                notes.append(f"{left_out} pairs are left out, since a text of theirs is in the held-out pairs")
-        if not len(learned) or not len(held):
+            before = len(train) + len(tuning)
+            train, tuning = _without(train, (*tuning.texts, *held.texts)), _without(tuning, held.texts)
+            if left_out := before - len(train) - len(tuning):
+                notes.append(f"{left_out} pairs are left out, because one of their texts is in the held-out pairs")
+        if not len(train) or not len(held):
             named = f"data.source={config.source}" if len(held) else f"data.eval_split={config.eval_split}"
-            raise ConfigError(f"{named}: no rows are left to learn from and to report on; add rows", key=key_in(named))
-        sources = (learned_from, tuned_on, held_from)
+            raise ConfigError(f"{named}: no rows are left for training or for the metrics; add rows", key=key_in(named))
+        sources = (train_source, tuning_source, held_source)
         return Sets(
-            train=learned,
+            train=train,
             tuning=tuning,
             held=held,
             labels=labels,
@@ -211,12 +215,12 @@ class _Reader:
         is_held = [data.held_out(text) for text in origins(feedback)]
         if all(is_held) or not any(is_held):
             raise ConfigError(
-                f"data.source={self.config.source}: its {len(feedback)} rows are too few to keep a tenth for the "
-                "report, or share their texts; add rows, or name another file in data.eval_split",
+                f"data.source={self.config.source}: its {len(feedback)} rows are too few to hold out a tenth, "
+                "or share their texts; add rows, or name another file in data.eval_split",
                 key="data.source",
             )
-        learned = [i for i, held in enumerate(is_held) if not held]
-        return feedback.select(learned), feedback.select([i for i, held in enumerate(is_held) if held])
+        train = [i for i, held in enumerate(is_held) if not held]
+        return feedback.select(train), feedback.select([i for i, held in enumerate(is_held) if held])
 
     def _ratings(self, rows: datasets.Dataset, source: str) -> Feedback:
         texts = data.checked_texts(rows, source, self.config.text_field)
@@ -226,17 +230,17 @@ class _Reader:
     def _signs(self, rows: datasets.Dataset, source: str, names: Sequence[str]) -> Feedback:
         rated = self._ratings(rows, source)
         assert rated.targets is not None
-        # A mean rating of exactly 0 is neither.
+        # A mean rating of exactly 0 is neither positive nor negative.
         signed = rated.select(np.flatnonzero(rated.targets).tolist())
         assert signed.targets is not None
         positive = signed.targets > 0
         return replace(signed, targets=np.where(positive, names.index("positive"), names.index("negative")))
 
     def _label_names(self, rows: datasets.Dataset) -> tuple[str, ...]:
-        """In the order that the data set gives them, else sorted, numbers by their size."""
+        """The labels in the order of the data set if it has one, else sorted, numbers by size."""
         given = set(self._label_column(rows, self.config.source))
         feature = rows.features[self.config.target_field]
-        if len(given) < 2:  # such as the first data.max_samples of a data set that lists one label after the other
+        if len(given) < 2:  # for example if data.max_samples cuts a data set that is sorted by label
             raise ConfigError(
                 f"data.target_field={self.config.target_field}: all {len(rows)} rows read of {self.config.source} have "
                 f"the label {given.pop()}; expected two labels or more",
@@ -271,7 +275,7 @@ class _Reader:
             if isinstance(feature, datasets.ClassLabel) and isinstance(value, int) and value >= 0:
                 value = feature.names[value]
             elif isinstance(feature, datasets.ClassLabel):
-                value = None  # such as the -1 of rows that nobody labelled
+                value = None  # such as -1 for rows without a label
             if not isinstance(value, (str, int)) or value == "":
                 raise ConfigError(
                     f"data.target_field={field}: row {number} of {source} holds {value!r:.40}, expected a label (a "
@@ -302,7 +306,7 @@ class _Reader:
         return Feedback(texts=tuple(places), pairs=np.array(pairs, dtype=np.int64), margins=np.array(margins))
 
     def _choices(self, rows: datasets.Dataset, source: str) -> list[bool]:
-        """For each row whether the second text is the preferred one."""
+        """For each row, whether the second text is preferred."""
         field = self.config.choice_field
         if field is None:
             return [False] * len(rows)
@@ -313,8 +317,8 @@ class _Reader:
         for number, value in enumerate(rows[field], start=1):
             if isinstance(value, bool) or str(value) not in meaning:
                 raise ConfigError(
-                    f"data.choice_field={field}: row {number} of {source} holds {value!r:.40}, which is neither 0 nor "
-                    f"1 nor {first} nor {second}; correct or remove the row",
+                    f"data.choice_field={field}: row {number} of {source} holds {value!r:.40}, expected 0, 1, "
+                    f"{first} or {second}; correct or remove the row",
                     key="data.choice_field",
                 )
             swapped.append(meaning[str(value)])
@@ -324,33 +328,33 @@ class _Reader:
         _check_column(rows, source, "pair_fields", field)
         texts = []
         for number, content in enumerate(rows[field], start=1):
-            where = f"data.pair_fields: row {number} of {source} in the column {field}"
+            place = f"data.pair_fields: row {number} of {source} in the column {field}"
             if reward_texts.is_conversation(content):
-                texts.append(self._laid_out(content, where))
+                texts.append(self._laid_out(content, place))
                 self.formed.chat(content, texts[-1])
             elif isinstance(content, str) and content.strip():
                 texts.append(content)
                 self.formed.plain += 1
             else:
                 raise ConfigError(
-                    f"{where} has neither a text nor a conversation, a list of {{role, content}} (found "
+                    f"{place} has neither a text nor a conversation, a list of {{role, content}} (found "
                     f"{content!r:.40}); remove the row",
-                    key=key_in(where),
+                    key=key_in(place),
                 )
         return texts
 
-    def _laid_out(self, conversation: Turns, where: str) -> str:
+    def _laid_out(self, conversation: Turns, place: str) -> str:
         if not self.tokenizer.chat_template:
             raise ConfigError(
-                f"{where} is a conversation, and the tokenizer of model.name_or_path={self.model_name} has no chat "
-                "template; take a model that has one, or write the conversations as texts",
+                f"{place} is a conversation, and the tokenizer of model.name_or_path={self.model_name} has no chat "
+                "template; use a model that has one, or write the conversations as texts",
                 key="model.name_or_path",
             )
         try:
             return reward_texts.lay_out(self.tokenizer, conversation)
         except ValueError as error:
             raise ConfigError(
-                f"{where} does not fit the chat template of {self.model_name} ({error})", key="data.pair_fields"
+                f"{place} does not fit the chat template of {self.model_name} ({error})", key="data.pair_fields"
             ) from error
 
     def _numbers(
@@ -371,7 +375,7 @@ class _Reader:
 
 
 def _number(value: Any) -> Any:
-    """A text that is a number as that number: a column of a CSV file stays text where it says 0.50."""
+    """The number that a text spells, else the value as it is: a CSV column with 0.50 is read as texts."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
@@ -386,7 +390,7 @@ def _check_column(rows: datasets.Dataset, source: str, key: str, field: str) -> 
 
 
 def _halves(feedback: Feedback) -> tuple[Feedback, Feedback]:
-    """The rows of every second text, in the order of the texts' hashes, and the others, which may be one more."""
+    """Two halves of the rows, by every second group in the order of hashes; the second may have one group more."""
     of_row = origins(feedback)
     order = sorted(set(of_row), key=lambda text: hashlib.sha256(text.encode()).digest())
     first = set(order[1::2])
@@ -401,7 +405,7 @@ def _with_pairs(feedback: Feedback, rounds: int) -> Feedback:
 
 
 def _without(feedback: Feedback, texts: Iterable[str]) -> Feedback:
-    """The pairs that have none of these texts."""
+    """The pairs without any of these texts."""
     taken = set(texts)
     is_free = [text not in taken for text in feedback.texts]
     return feedback.select([i for i, (a, b) in enumerate(feedback.pairs) if is_free[a] and is_free[b]])

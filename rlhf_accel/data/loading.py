@@ -1,7 +1,7 @@
-"""The one place that reads models, tokenizers, their configs and adapters from a folder or the hub.
+"""The one file that loads models, tokenizers, their configs and adapters from a folder or the hub.
 
-transformers asks on stdin whether code that comes with a model may run, unless a call says so either way; here
-every call does. Knows transformers' and peft's ways to load; knows no config but the key that decides.
+Without an explicit setting, transformers asks on stdin whether code that comes with a model may run; every call here is
+explicit. Knows the loading functions of transformers and peft; knows only one config key, which allows such code.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import dynamic_module_utils
 
 from rlhf_accel.system.errors import ConfigError
 
-_IMPORTED = ("transformers", "diffusers", "megatron")  # by name from an adapter's settings
+_IMPORTED = ("transformers", "diffusers", "megatron")  # packages that an adapter's settings may name
 TRUST_KEY = "model.trust_remote_code"
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}
 
@@ -26,22 +26,25 @@ _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, 
 def pretrained(kind: Any, path: Any, *, trust_remote_code: bool, said: str | None = None, **settings: Any) -> Any:
     """`kind.from_pretrained(path)`; code that comes with it runs only if `trust_remote_code`.
 
-    Raises `ConfigError`, which begins with `said` or the path, if it cannot be loaded without such code or for want of
-    a cache, else whatever transformers raises.
+    Raises `ConfigError`, which begins with `said` or the path, if it needs such code or the hub's cache cannot be
+    written; other errors come from transformers.
     """
     settings["trust_remote_code"] = trust_remote_code
     return _without_asking(lambda: kind.from_pretrained(path, **settings), said or str(path))
 
 
 def from_config(kind: Any, config: Any, *, trust_remote_code: bool, **settings: Any) -> Any:
-    """`kind.from_config(config)`, as `pretrained`."""
+    """`kind.from_config(config)`, with the same rule and errors as `pretrained`."""
     settings["trust_remote_code"] = trust_remote_code
     return _without_asking(lambda: kind.from_config(config, **settings), getattr(config, "_name_or_path", "the model"))
 
 
 def adapter_config(path: str, said: str | None = None) -> PeftConfig:
-    """The settings of the adapter at `path`. Raises `ConfigError`, which begins with `said` or the path, if they name a
-    module, other than transformers', that peft would import."""
+    """The settings of the adapter at `path`.
+
+    Raises `ConfigError`, which begins with `said` or the path, if peft would import a module that they name and that is
+    not part of transformers.
+    """
     settings = PeftConfig.from_pretrained(path)
     named = [getattr(settings, "megatron_core", None)] if getattr(settings, "megatron_config", None) else []
     named += [settings.auto_mapping.get("parent_library")] if isinstance(settings.auto_mapping, dict) else []
@@ -55,13 +58,13 @@ def adapter_config(path: str, said: str | None = None) -> PeftConfig:
 
 
 def adapted(model: Any, path: str, **settings: Any) -> PeftModel:
-    """The model with the adapter at `path`, as `PeftModel.from_pretrained`. Raises what `adapter_config` does."""
+    """The model with the adapter at `path`, by `PeftModel.from_pretrained`; raises the errors of `adapter_config`."""
     adapter_config(path)
     return PeftModel.from_pretrained(model, path, **settings)
 
 
 def _name_cache(error: BaseException | None, said: str) -> None:
-    """Raises `ConfigError` if the error, or what it comes from, is a hub cache that cannot be written."""
+    """Raises `ConfigError` if the error or one of its causes is that the hub's cache cannot be written."""
     caches = [Path(constants.HF_HOME), Path(constants.HF_HUB_CACHE), Path(dynamic_module_utils.HF_MODULES_CACHE)]
     while error is not None:
         if isinstance(error, OSError) and error.errno in _REFUSED and error.filename is not None:
@@ -69,7 +72,7 @@ def _name_cache(error: BaseException | None, said: str) -> None:
             if any(place.is_relative_to(cache) or cache.is_relative_to(place) for cache in caches):
                 raise ConfigError(
                     f"{said}: the cache of the Hugging Face hub cannot be written ({place}: {error.strerror}); set "
-                    "HF_HOME to a folder that can",
+                    "HF_HOME to a writable folder",
                     key="HF_HOME",
                     cache=str(place),
                 ) from None
@@ -86,7 +89,7 @@ def _without_asking(load: Callable[[], Any], said: str) -> Any:
         if isinstance(error, ConfigError) or "trust_remote_code=True" not in str(error):
             raise
         raise ConfigError(
-            f"{said} needs code that comes with it, which is not run; {TRUST_KEY}=true runs it, only for sources that "
-            "you trust (`generate` and `merge` of a model or adapter: --trust_code)",
+            f"{said} needs code that comes with it, which is not run; set {TRUST_KEY}=true to run it, only for sources "
+            "that you trust (`generate` and `merge` of a model or adapter: --trust_code)",
             key=TRUST_KEY,
         ) from None

@@ -1,7 +1,7 @@
-"""Prompts from a data set: hub, local files or the embedded reviews, as typed batches in an order fixed by the seed.
+"""Prompts from the hub, local files or the embedded reviews, as typed batches in an order that the seed fixes.
 
-The batch of a step is a function of (seed, step) alone, so nothing has to be remembered to resume, and every process
-builds the same one. Knows no model and no rank.
+The batch of a step depends on (seed, step) only, so a resumed run needs no saved position, and every process builds the
+same batch. Knows no model and no rank.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rlhf_accel.data.rows import READERS, Table, read_file
 from rlhf_accel.data.tokenizer import Tokens
 from rlhf_accel.system.errors import ConfigError
 
-_ARGUMENTS = ("prompts", "responses")  # of a reward function, beside which it gets the columns by their names
+_ARGUMENTS = ("prompts", "responses")  # of every reward function; columns are passed to it by name beside them
 
 # Streams of random numbers, told apart by their first entropy word.
 _ORDER, _LENGTH, _FIXED_LENGTH, _FIXED_ORDER = 1, 2, 3, 5
@@ -42,7 +42,7 @@ def load_rows(
     """Rows of `embedded:NAME`, of a .jsonl, .csv, .parquet or .txt file, or of a hub data set's split; the first
     `max_samples` of them.
 
-    Raises `ConfigError` when nothing can be read, naming `source_key` or `split_key`, the keys that the two came from.
+    Raises `ConfigError` if nothing can be read, naming `source_key` or `split_key`, the keys of these two settings.
     """
     name = source.removeprefix("embedded:")
     if name != source:
@@ -61,12 +61,12 @@ def load_rows(
 
 
 def is_file_name(source: str) -> bool:
-    """Whether a source is a file by its name, rather than a hub id, a folder or embedded."""
+    """Whether the name of a source is that of a file, not of a hub id, a folder or embedded data."""
     return Path(source).suffix.lower() in READERS
 
 
 def checked_texts(rows: Table, source: str, text_field: str) -> list[str]:
-    """The column of texts; raises `ConfigError` if it is absent or a row holds no text, naming the first such row."""
+    """The column of texts; raises `ConfigError` if it is absent, or for the first row without a text."""
     if text_field not in rows.column_names:
         raise ConfigError(
             f"data.text_field={text_field} is not a column of {source}; it has {', '.join(rows.column_names)}",
@@ -92,7 +92,7 @@ def _is_text(value: Any) -> bool:
         return False
     try:
         value.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON may hold and no tokenizer reads
+    except UnicodeEncodeError:  # half of a surrogate pair: valid in JSON, but no tokenizer reads it
         return False
     return True
 
@@ -101,22 +101,22 @@ def _check_column_names(rows: Table, source: str, source_key: str, text_field: s
     taken = [name for name in rows.column_names if name in _ARGUMENTS and name != text_field]
     if taken:
         raise ConfigError(
-            f"{source_key}={source} has a column {taken[0]}, which is the name of an argument that every reward "
-            "function has already; rename the column",
+            f"{source_key}={source} has a column {taken[0]}, but every reward function already has an argument of "
+            "this name; rename the column",
             key=source_key,
             column=taken[0],
         )
 
 
 def held_out(text: str) -> bool:
-    """Whether a text belongs to the fixed tenth that is held out when data.eval_split is not given."""
+    """Whether a text is in the fixed tenth that is held out if data.eval_split is not set."""
     return hashlib.sha256(text.encode()).digest()[0] % 10 == 0
 
 
 def split_rows(config: DataConfig) -> tuple[Table, Table]:
     """Rows to train on and rows held out from training.
 
-    Without data.eval_split the second may be empty, where there are too few texts for a tenth of them to be one.
+    Without data.eval_split the second may be empty, if the texts are few.
     """
     rows = load_rows(config.source, config.split, config.max_samples)
     texts = checked_texts(rows, config.source, config.text_field)
@@ -157,8 +157,10 @@ class Prompts:
 
     @classmethod
     def of(cls, rows: Table, tokens: Tokens, config: DataConfig, max_prompt_tokens: int, seed: int) -> Prompts:
-        """Leaves out rows that are too long to be a whole prompt and warns of their number; raises `ConfigError` if
-        none is left."""
+        """Without data.prompt_tokens, rows that are too long for a whole prompt are left out with a warning.
+
+        Raises `ConfigError` if none is left.
+        """
         if config.prompt_tokens is None:
             texts = checked_texts(rows, config.source, config.text_field)
             encoded = tokens.encode(texts)
@@ -199,15 +201,15 @@ class Prompts:
         return self._prompts(rows, np.random.default_rng((_LENGTH, self.seed, step)))
 
     def fixed(self, count: int) -> PromptBatch:
-        """Always the same `count` rows at the same lengths, whatever the run's seed: runs are compared on them.
+        """The same `count` rows at the same lengths for every seed of a run, so that runs can be compared.
 
-        Drawn from all over, since many data sets list one label after the other; more of them hold the fewer.
+        They are drawn at random, since many data sets are sorted by label. A larger `count` contains a smaller one.
         """
         order = np.random.default_rng(_FIXED_ORDER).permutation(len(self))[:count]
         return self._prompts(order.tolist(), np.random.default_rng(_FIXED_LENGTH))
 
     def some_texts(self, count: int) -> list[str]:
-        """Whole texts of `count` rows from all over, or of all where there are fewer."""
+        """Whole texts of `count` rows drawn at random, or of all rows if there are fewer."""
         order = np.random.default_rng(_FIXED_ORDER).permutation(len(self))[:count]
         return list(self.rows[order.tolist()][self.config.text_field])
 
@@ -230,7 +232,7 @@ class Prompts:
 def prompt_batch(
     ids: Sequence[Sequence[int]], tokens: Tokens, columns: dict[str, list[Any]] | None = None
 ) -> PromptBatch:
-    """Rows of prompt ids as a batch; the text of a prompt is what its ids decode to."""
+    """Rows of prompt ids as a batch; the texts of the prompts are decoded from their ids."""
     queries, query_mask = tokens.pad_left(ids)
     return PromptBatch(
         queries=queries,
@@ -243,9 +245,9 @@ def prompt_batch(
 
 
 def own_prompts(texts: Sequence[str], tokens: Tokens) -> PromptBatch:
-    """Prompts that a caller wrote, whole; raises `ConfigError` if there are none, naming the first that has no text."""
+    """Whole prompts from a caller; raises `ConfigError` if there are none, or for the first one without a text."""
     if isinstance(texts, str):
-        raise ConfigError(f"prompts are a list of texts, and here one text: {texts!r:.40}; put it into a list")
+        raise ConfigError(f"expected a list of prompts, and found one text: {texts!r:.40}; put it into a list")
     texts = list(texts)
     if not texts:
         raise ConfigError("there are no prompts; give at least one")
@@ -276,7 +278,7 @@ def _load_hub(source: str, split: str, source_key: str, split_key: str) -> Table
         with _quiet_readers():
             rows: Table = datasets.load_dataset(source, split=split)
             return rows
-    except Exception as error:  # network, permission and format errors come in many kinds
+    except Exception as error:  # errors of network, permission and format have many types
         reason = _first_line(error)
         if isinstance(error, ValueError) and reason.startswith(("Unknown split", "Unrecognized instruction")):
             raise ConfigError(f"{split_key}={split}: {reason}", key=split_key) from error
@@ -284,19 +286,19 @@ def _load_hub(source: str, split: str, source_key: str, split_key: str) -> Table
         if _is_refused(error, cache):
             raise ConfigError(
                 f"{cache}, the cache of data sets, cannot be written ({getattr(error, 'strerror', None) or reason}); "
-                "set HF_HOME to a folder that can be",
+                "set HF_HOME to a writable folder",
                 key="HF_HOME",
                 cache=str(cache),
             ) from error
         raise ConfigError(
-            f"{source_key}={source}: neither a .jsonl, .csv, .parquet or .txt file nor a data set that the hub or its "
-            f"cache gave ({reason})",
+            f"{source_key}={source}: neither a .jsonl, .csv, .parquet or .txt file nor a data set on the hub or "
+            f"in its cache ({reason})",
             key=source_key,
         ) from error
 
 
 def _is_refused(error: Exception, folder: Path) -> bool:
-    """Whether the system refused to write in this folder, or to make it or one above it."""
+    """Whether the system refused to write in this folder, or to create it or one of its parents."""
     if not isinstance(error, OSError) or error.errno is None or error.filename is None:
         return False
     place = Path(error.filename)
@@ -305,7 +307,7 @@ def _is_refused(error: Exception, folder: Path) -> bool:
 
 @contextmanager
 def _quiet_readers() -> Iterator[None]:
-    """Without the lines that `datasets` logs before it raises: the error says the same."""
+    """Without the messages that `datasets` logs before it raises an error with the same text."""
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:

@@ -1,5 +1,6 @@
-"""How a reward model's texts are formed: laid out, encoded, and recorded beside the model when it is trained, so that
-scoring forms them in the same way. Knows tokenizers and the record's file; knows no model and no rank.
+"""The texts of a reward model: laid out, encoded, and recorded in training, so that scoring forms them in the same way.
+
+Knows tokenizers and the file of the record; knows no model and no rank.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from transformers.utils import cached_file
 
+from rlhf_accel.data.tokenizer import special_ids_around
 from rlhf_accel.system.errors import ConfigError
 
 FILE = "reward_texts.json"
-LARGEST_FILE = 16 << 20  # bytes of such a file; four texts fit many times
-PROBES, LONGEST_PROBE = 4, 8000  # training texts that are kept with their scores, and characters of the longest
-MARKED = 0.5  # share of the training texts with special tokens inside, above which the texts are taken for laid out
+LARGEST_FILE = 16 << 20  # bytes of a record; four texts fit many times
+PROBES, LONGEST_PROBE = 4, 8000  # training texts that are recorded with their scores, and characters of the longest
+MARKED = 0.5  # if a larger share of the training texts has special tokens inside, they count as laid out
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -28,7 +30,7 @@ Turns = list[dict[str, str]]
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Probe:
-    """A training text as laid out, what it was encoded to, and all logits of the written model for it, in fp32."""
+    """A training text as laid out, its ids, and all its logits by the written model, in fp32."""
 
     text: str
     ids: list[int]
@@ -40,50 +42,46 @@ class Record:
     """How the texts of a reward model were formed in its training."""
 
     format: Literal["plain", "chat", "mixed", "marked"]
-    """Texts as they are; conversations by the tokenizer's chat template; some of each; or texts that already hold
-    special tokens, as somebody's template wrote them."""
+    """Texts as they are; conversations laid out by the chat template; both; or texts that already contain the special
+    tokens of a template."""
     marker: str | None = None
-    """Of `marked`: a special token that they hold."""
+    """For `marked`: a special token in the texts."""
     turns: Turns | None = None
-    """Of `chat`: a conversation of the training, and in `laid_out` the text that its template made of it."""
+    """For `chat`: a conversation of the training; `laid_out` is its text by the chat template."""
     laid_out: str | None = None
     max_tokens: int
     truncation_side: Literal["left", "right"]
     around: tuple[str, str]
-    """What the tokenizer put before and after every text: BOS or [CLS], an end token."""
+    """Special tokens that the tokenizer puts before and after every text, such as BOS or [CLS], and an end token."""
     precision: Literal["fp32", "bf16"]
-    """What the training computed in."""
+    """Precision of the training."""
     texts: int
     cut: int
-    """Texts to learn from, and how many of them were longer than max_tokens."""
+    """Number of training texts; `cut` of them were longer than max_tokens."""
     probes: list[Probe]
 
 
 def around(tokenizer: Any) -> tuple[str, str]:
-    """The special tokens that the tokenizer itself puts before and after a text, as text."""
-    whole, bare = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
-    for start in range(len(whole) - len(bare) + 1):
-        if whole[start : start + len(bare)] == bare:
-            before, after = whole[:start], whole[start + len(bare) :]
-            return "".join(tokenizer.convert_ids_to_tokens(before)), "".join(tokenizer.convert_ids_to_tokens(after))
-    return "", ""
+    """The special tokens that the tokenizer puts before and after every text, as text."""
+    before, after = special_ids_around(tokenizer)
+    return "".join(tokenizer.convert_ids_to_tokens(before)), "".join(tokenizer.convert_ids_to_tokens(after))
 
 
 def once(tokenizer: Any, texts: Sequence[str]) -> list[str]:
-    """The texts without the special tokens at either end that the tokenizer will put there itself."""
+    """The texts without the special tokens at their ends, which the tokenizer adds when it encodes them."""
     before, after = around(tokenizer)
     return [text.removeprefix(before).removesuffix(after) for text in texts]
 
 
 def encode(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> tuple[list[dict[str, list[int]]], list[bool]]:
-    """For each text what the model reads, cut to `max_tokens` on the tokenizer's truncation side, and whether it was.
+    """The model's inputs for each text, cut to `max_tokens` on the tokenizer's truncation side, and whether it was cut.
 
-    An empty text, of which some tokenizers make no token at all, is read as a space.
+    An empty text is read as a space: some tokenizers make no token of it.
     """
     if not texts:
         return [], []
     texts = [text or " " for text in once(tokenizer, texts)]
-    # Not verbose: a text may be longer than the model's context, as it is cut.
+    # Without the warning that a text is longer than the context: it is cut below.
     found = tokenizer(texts, verbose=False)
     cut = [len(ids) > max_tokens for ids in found["input_ids"]]
     if any(cut):
@@ -93,15 +91,15 @@ def encode(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> tuple[list[
 
 
 def lay_out(tokenizer: Any, turns: Turns) -> str:
-    """The conversation as one text, by the tokenizer's chat template; raises `ValueError` if it refuses these turns."""
+    """The conversation as one text by the chat template; raises `ValueError` if the template refuses these turns."""
     try:
         return once(tokenizer, [tokenizer.apply_chat_template(turns, tokenize=False)])[0]
-    except Exception as error:  # a template may refuse in any way, such as roles in another order
+    except Exception as error:  # a template may raise anything, for example about the order of roles
         raise ValueError((str(error).strip() or type(error).__name__).splitlines()[0]) from error
 
 
 def is_conversation(content: Any) -> bool:
-    """Whether it is a list of {role, content}, both texts, and not empty."""
+    """Whether it is a list, not empty, of {role, content} with two texts."""
     return (
         isinstance(content, list)
         and len(content) > 0
@@ -113,7 +111,7 @@ def is_conversation(content: Any) -> bool:
 
 
 def answered(prompt: str | Turns, response: str) -> Turns:
-    """A conversation that ends with the response; of a prompt that is one itself, an answer at its end is left out.
+    """A conversation that ends with the response. If the prompt is a conversation, an answer at its end is removed.
 
     >>> answered("Hi", "Hello")
     [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}]
@@ -125,10 +123,10 @@ def answered(prompt: str | Turns, response: str) -> Turns:
 
 
 def special_token(tokenizer: Any, rows: Sequence[Sequence[int]]) -> str | None:
-    """The special token that is inside of texts, where more than `MARKED` of them hold one; the ends do not count."""
+    """A special token inside the texts, if more than `MARKED` of them have one; their ends do not count."""
     added = {i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
     special = (added | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}
-    ends = tokenizer("")["input_ids"]  # BOS, EOS: of ours, or at the end of a text that says where it ends
+    ends = tokenizer("")["input_ids"]  # BOS, EOS: added by the tokenizer, or written at the end of a text
     inside = [special.intersection(row) - set(ends) - {tokenizer.eos_token_id} for row in rows]
     held = [ids for ids in inside if ids]
     if len(held) <= MARKED * len(rows):
@@ -137,22 +135,22 @@ def special_token(tokenizer: Any, rows: Sequence[Sequence[int]]) -> str | None:
 
 
 def spread(lengths: Sequence[int], usable: Sequence[bool], count: int = PROBES) -> list[int]:
-    """Places of `count` usable texts of different lengths, from the shortest to the longest."""
+    """Positions of up to `count` usable texts, from the shortest to the longest."""
     order = sorted((i for i, fits in enumerate(usable) if fits), key=lambda i: lengths[i])
     last = len(order) - 1
     return list(dict.fromkeys(order[round(last * i / max(count - 1, 1))] for i in range(count))) if order else []
 
 
 def write(folder: Path, record: Record) -> None:
-    """Raises `OSError` if the disk refuses it."""
+    """Write the record; raises `OSError` if the disk refuses it."""
     text = json.dumps(asdict(record), indent=1, ensure_ascii=False)
     (folder / FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def read(path: str, said: str) -> Record | None:
-    """The record of the model at `path`, a folder or a hub id; None where it has none, as models from elsewhere.
+def read(path: str, setting: str) -> Record | None:
+    """The record of the model at `path`, a folder or a hub id; None if it has none, such as a model from elsewhere.
 
-    Raises `ConfigError`, which begins with `said`, for a file that is not one.
+    Raises `ConfigError`, which begins with `setting` (`reward.model=PATH`), if the file is damaged.
     """
     file = _file(path)
     if file is None:
@@ -169,7 +167,7 @@ def read(path: str, said: str) -> Record | None:
     except (OSError, ValueError) as error:
         reason = str(error)
     raise ConfigError(
-        f"{said}: its {FILE}, which records how its texts were formed in training, is damaged ({reason}); train the "
+        f"{setting}: its {FILE}, which records how its texts were formed in training, is damaged ({reason}); train the "
         "model again, or remove the file and set reward.format",
         key="reward.model",
         reason=reason,
@@ -182,6 +180,6 @@ def _file(path: str) -> Path | None:
         return file if file.exists() else None
     try:
         found = cached_file(path, FILE, _raise_exceptions_for_missing_entries=False)
-    except (OSError, ValueError):  # no such model, or no hub: whoever loads the model says so
+    except (OSError, ValueError):  # no such model, or no hub: loading the model raises the error
         return None
     return None if found is None else Path(found)

@@ -1,6 +1,6 @@
-"""Rows of local files, as the files have them: the named file, its present content, and no type that it does not state.
+"""Rows of local files: the current content of the named file, without cached copies and without guessed types.
 
-Knows JSON, CSV, text and Parquet. Knows no key of a config and no meaning of a column.
+Knows JSON, CSV, text and Parquet. Knows no config key and no meaning of a column.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import pyarrow.parquet
 
 T = TypeVar("T")
 
-_LONGEST_FIELD = 2**31 - 1  # of a CSV file, in characters; Python's own limit of 131,072 is shorter than many texts
+_LONGEST_FIELD = 2**31 - 1  # of a CSV file, in characters; many texts exceed Python's limit of 131,072
 
 
 class Table(Protocol):
-    """What `Rows` and `datasets.Dataset` have in common."""
+    """The common interface of `Rows` and `datasets.Dataset`."""
 
     @property
     def column_names(self) -> list[str]: ...
@@ -40,7 +40,7 @@ class Table(Protocol):
 
 @dataclass(frozen=True)
 class Rows:
-    """Columns of plain Python values, all of the same length; values of one column may differ in type.
+    """Columns of plain Python values, all of the same length; a column may mix types.
 
     >>> rows = Rows({"text": ["a", "b"], "n": [1, None]})
     >>> rows["n"], rows[[1]], len(rows.select([0]))
@@ -55,7 +55,7 @@ class Rows:
 
     @property
     def features(self) -> dict[str, None]:
-        """What is known of each column's type: nothing."""
+        """No type is known of any column."""
         return dict.fromkeys(self.columns)
 
     def __len__(self) -> int:
@@ -79,15 +79,13 @@ class Rows:
 def read_file(path: Path, most: int | None = None) -> Table:
     """The first `most` rows of a file whose suffix is one of `READERS`.
 
-    Raises `OSError` and `ValueError`, of which `UnicodeDecodeError` and pyarrow's errors are kinds; they name the line
-    where there is one.
+    Raises `OSError` or `ValueError` (also `UnicodeDecodeError` and the errors of pyarrow), with the line if known.
     """
     return READERS[path.suffix.lower()](path, most)
 
 
 def text_lines(content: bytes) -> list[str]:
-    r"""Lines of a text in UTF-8, ended by \n or \r\n alone: a form feed or U+2028 belongs to its line, a byte order
-    mark at the start to none.
+    r"""Lines of a UTF-8 text, ended by \n or \r\n only (not by a form feed or U+2028), without a byte order mark.
 
     >>> text_lines("\ufeffone\x0c\r\n\ntwo\u2028three\n".encode())
     ['one\x0c', '', 'two\u2028three', '']
@@ -101,21 +99,21 @@ def _text(path: Path, most: int | None) -> Rows:
 
 
 def _parquet(path: Path, most: int | None) -> Table:
-    # Not read_table, which makes columns of folders that are called like key=value.
+    # Not by read_table, which turns folder names of the form key=value into columns.
     table = pyarrow.parquet.ParquetFile(path).read()
-    # A Dataset knows the names of labels that a file written by `datasets` carries.
+    # As a Dataset, which keeps the label names of a file that `datasets` wrote.
     rows: Table = datasets.Dataset(table.slice(0, most))
     return rows
 
 
 def _json(path: Path, most: int | None) -> Rows:
-    # newline: lines end at \n alone, since JSON may hold other line breaks as they are, such as U+2028.
+    # newline: only \n ends a line. JSON strings may contain other line breaks, such as U+2028.
     with path.open(encoding="utf-8-sig", newline="\n") as file:
         return Rows(_columns(islice(_objects(file), most)))
 
 
 def _objects(file: TextIO) -> Iterator[dict[str, Any]]:
-    """One object a line, or one list of objects or of texts in the whole file."""
+    """One object per line, or one list of objects or of texts in the whole file."""
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
@@ -136,13 +134,13 @@ def _parsed(text: str, line: int) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         place = f"line {line + error.lineno - 1}, column {error.colno}"
-        raise ValueError(f"{place}: {error.msg}; expected one JSON object a line, or one list of them") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets a thousand deep
+        raise ValueError(f"{place}: {error.msg}; expected one JSON object per line, or one list of them") from error
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits; brackets nested a thousand deep
         raise ValueError(f"line {line}: {error}") from error
 
 
 def _columns(rows: Iterable[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Columns of all names that occur, with None where a row lacks one.
+    """Columns for all names, with None in rows that lack one.
 
     >>> _columns([{"a": 1}, {"b": 2}])
     {'a': [1, None], 'b': [None, 2]}
@@ -169,7 +167,7 @@ def _csv(path: Path, most: int | None) -> Rows:
 def _csv_rows(file: TextIO, most: int | None) -> Rows:
     reader = csv.reader(file, strict=True)
     try:
-        # As pandas names the columns of its index, which it writes without a name.
+        # The names that pandas gives to columns without one, such as its index.
         names = [name or f"Unnamed: {i}" for i, name in enumerate(next(reader, []))]
         twice = [name for i, name in enumerate(names) if name in names[:i]]
         if twice:
@@ -186,7 +184,7 @@ def _csv_rows(file: TextIO, most: int | None) -> Rows:
 
 
 def _as_written(cells: Sequence[str | None]) -> list[Any]:
-    """A CSV column as numbers or truth values, if each of its cells is written as Python writes one, else as texts.
+    """A CSV column as numbers or truth values if Python writes each of its cells in the same way, else as texts.
 
     >>> _as_written(["7", None, "12"]), _as_written(["1", "0.5"]), _as_written(["True", "False"])
     ([7, None, 12], [1.0, 0.5], [True, False])

@@ -1,6 +1,6 @@
-"""The only owner of the tokenizer: text to ids, padding, stop conditions, ids to text.
+"""The only owner of the policy's tokenizer: text to ids, padding, stop conditions, ids to text.
 
-Sampled ids travel as ids: nothing here encodes a response again. Knows no model and no rank.
+Sampled ids stay ids: no response is encoded again. Knows no model and no rank.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from rlhf_accel.algorithm.batches import Sequences
 from rlhf_accel.data.loading import pretrained
 from rlhf_accel.system.errors import ConfigError
 
-_BROKEN = "\N{REPLACEMENT CHARACTER}"  # where bytes are no character
-_CONTEXT = 8  # shown tokens of a prompt that say how its response begins: a character has at most four
+_BROKEN = "\N{REPLACEMENT CHARACTER}"  # in place of bytes that are not a character
+_CONTEXT = 8  # shown tokens of a prompt that decide how its response begins: a character has at most four
 
 
 class Tokens:
-    """A tokenizer with its special ids settled.
+    """A tokenizer with its special ids.
 
-    `pad_id` only fills space, masks say what counts; a tokenizer without a PAD token fills with EOS. `prefix` is what
-    it puts before every text (BOS, or all of `[gMASK] <sop>`). `added` are the tokens that are matched in a text as a
-    whole, by their text; those in `hidden`, the special ones, are not shown in decoded texts.
+    `pad_id` fills padding, which masks exclude; without a PAD token it is EOS. `prefix` holds the ids that
+    the tokenizer puts before every text (BOS, or `[gMASK] <sop>`). `added` maps the text of each token that is matched
+    as a whole to its id. `hidden` holds the ids of special tokens, which decoded texts omit.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -35,8 +35,8 @@ class Tokens:
         self.eos_id: int | None = tokenizer.eos_token_id
         ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad_id: int = next(token_id for token_id in ids if token_id is not None)
-        self.prefix: list[int] = _prefix(tokenizer)
-        # Not all_special_tokens alone, which lacks those that no role such as EOS names (Llama 3's <|eot_id|>).
+        self.prefix: list[int] = special_ids_around(tokenizer)[0]  # a suffix, such as T5's EOS, would end the prompt
+        # all_special_tokens lacks special tokens without a role such as EOS, for example <|eot_id|> of Llama 3.
         named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
         added = tokenizer.added_tokens_decoder
         self.added: dict[str, int] = {**dict(named), **{token.content: i for i, token in added.items()}}
@@ -57,7 +57,7 @@ class Tokens:
                 raise ValueError("its vocabulary is empty")
         except ConfigError:
             raise
-        except Exception as error:  # the libraries below raise many kinds for a missing or broken tokenizer
+        except Exception as error:  # transformers raises many types for a missing or broken tokenizer
             raise ConfigError(
                 f"model.name_or_path={name_or_path}: no tokenizer could be loaded; save one beside the model "
                 f"({_first_line(error)})",
@@ -69,7 +69,7 @@ class Tokens:
         return len(self.tokenizer)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, after the tokenizer's usual prefix (such as BOS), which a text may bring itself."""
+        """Ids of each text, with the tokenizer's prefix (such as BOS) once, even if the text begins with it."""
         if not texts:
             return []
         # Not verbose: a text may be longer than the model's context, as only its first tokens may be used.
@@ -77,7 +77,7 @@ class Tokens:
         return [self._prefixed(ids) for ids in encoded]
 
     def _prefixed(self, ids: list[int]) -> list[int]:
-        # What a chat template wrote begins with BOS, which is not to be read twice.
+        # A text from a chat template begins with BOS, which must not be read twice.
         own = next(n for n in range(len(self.prefix), -1, -1) if ids[:n] == self.prefix[len(self.prefix) - n :])
         return self.prefix + ids[own:]
 
@@ -97,10 +97,10 @@ class Tokens:
         return ids, mask
 
     def decode(self, sequences: Sequences) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Text of the queries and of the responses, special tokens left out.
+        """Texts of the queries and of the responses, without special tokens.
 
-        Prompt + response is the decoded whole: a response keeps the leading space that a tokenizer would strip from it
-        alone, and a character whose bytes lie on both sides of the border belongs to the response.
+        Prompt + response is the decoded sequence: the response keeps the leading space that some tokenizers strip from
+        a text alone, and a character with bytes on both sides of the border belongs to the response.
         """
         rows = zip(
             sequences.queries.tolist(),
@@ -120,11 +120,13 @@ class Tokens:
         return tuple(prompts), tuple(responses)
 
     def stop_condition(self, stop: Sequence[str], extra_ids: Sequence[int] = ()) -> StopCondition:
-        """When a response ends: at EOS, at one of `extra_ids`, at an added token that `stop` names, or once the text of
-        the response holds one of the texts `stop`. Raises `ConfigError` for a text that no response can hold."""
+        """The end of a response: EOS, one of `extra_ids`, an added token named in `stop`, or a text of `stop`.
+
+        Raises `ConfigError` for a text that no response can contain.
+        """
         ids = {*extra_ids, *([] if self.eos_id is None else [self.eos_id])}
         ids |= {self.added[text] for text in stop if text in self.added}
-        # A token that is not special is shown, and ends a response also where its text is spelled out.
+        # A token that is not special is shown, so its text ends a response even if other tokens spell it.
         texts = tuple(text for text in stop if self.added.get(text) not in self.hidden)
         if "" in texts:
             raise ConfigError(
@@ -134,28 +136,28 @@ class Tokens:
         for text in texts:
             if inside := [token for token in hidden if token in text]:
                 raise ConfigError(
-                    f"rollout.stop holds {text!r}, and texts of responses do not show the special token {inside[0]} "
-                    "inside it; name the token alone",
+                    f"rollout.stop contains {text!r} with the special token {inside[0]}, which the texts of responses "
+                    "omit; name the token alone",
                     key="rollout.stop",
                     token=inside[0],
                 )
         return StopCondition(self, sorted(ids), texts)
 
     def save(self, folder: Path) -> None:
-        """Raises `OSError` if the disk does not take it."""
+        """Write the tokenizer's files; raises `OSError` if the disk refuses them."""
         try:
             self.tokenizer.save_pretrained(folder)
         except Exception as error:
             if type(error) is not Exception:
                 raise
-            raise OSError(str(error)) from error  # tokenizers knows no other kind
+            raise OSError(str(error)) from error  # tokenizers raises a plain Exception
 
     def text(self, ids: Sequence[int]) -> str:
-        """The text of these ids, special tokens left out."""
+        """The text of these ids, without special tokens."""
         shown = self.shown(ids)
         text = self._decoded(shown)
-        # Where a character is cut off at the end, decoders with a fallback to bytes (Llama 2's) break all characters of
-        # the run of bytes before it, too.
+        # If the last character is incomplete, decoders with byte fallback (Llama 2) also break the characters before it
+        # in the same run of bytes.
         for cut in range(1, 4):
             if not text.endswith(_BROKEN):
                 break
@@ -165,7 +167,7 @@ class Tokens:
         return text
 
     def shown(self, ids: Sequence[int]) -> list[int]:
-        """Those of the ids that are not special tokens."""
+        """The ids that are not special tokens."""
         return [i for i in ids if i not in self.hidden]
 
     def _decoded(self, ids: Sequence[int]) -> str:
@@ -173,10 +175,10 @@ class Tokens:
 
 
 class StopCondition:
-    """Says which responses their newest token ended: by a stop token, or by completing a stop text.
+    """Finds the responses that end with their newest token: it is a stop token, or completes a stop text.
 
-    `prompts` are the last shown tokens of each row's prompt, since some tokenizers write the first word of a response
-    in another way where no prompt stands before it. A stop text lies in the response, and never begins in the prompt.
+    `prompts` are the last shown tokens of each row's prompt: some tokenizers decode the first word of a text in another
+    way without a prompt before it. A stop text must lie in the response; it cannot begin in the prompt.
     """
 
     def __init__(
@@ -186,18 +188,18 @@ class StopCondition:
         self.texts = tuple(texts)
         self._tokens = tokens
         self._prompts = prompts
-        # A stop text that the newest token completes lies within the last tokens: each holds at least one byte. Before
-        # it are the rest of a character, and a token that may be written in another way than within a text.
+        # A stop text that the newest token completes lies within the last tokens, as each has at least one byte. The 4
+        # more are for the rest of a character, and for a first token that may decode in another way.
         self._window = 4 * max(map(len, texts), default=0) + 4
 
     def after(self, queries: Int[Tensor, "B Q"], query_mask: Bool[Tensor, "B Q"]) -> StopCondition:
-        """The condition for responses to these prompts, row by row."""
+        """The condition for responses to these prompts, one per row."""
         rows = [query[mask].tolist() for query, mask in zip(queries.cpu(), query_mask.cpu(), strict=True)]
         prompts = [self._tokens.shown(row)[-_CONTEXT:] for row in rows]
         return StopCondition(self._tokens, self.ids, self.texts, prompts)
 
     def __call__(self, responses: Int[Tensor, "B t"]) -> Bool[Tensor, " B"]:
-        """`responses` are the tokens sampled so far, t >= 1; rows that ended earlier may say anything."""
+        """`responses` are the tokens sampled so far, t >= 1; rows that ended earlier may have any result."""
         ended = torch.isin(responses[:, -1], torch.tensor(self.ids, device=responses.device))
         if self.texts:
             prompts = [[]] * len(responses) if self._prompts is None else self._prompts
@@ -214,24 +216,28 @@ class StopCondition:
         response = self._tokens.shown(response)[-self._window :]
         prompt = prompt if len(response) < self._window else []
         ids = [*prompt, *response]
-        for start in range(4):  # tokens of a character that began before them
+        for start in range(4):  # skip the tail of a character that began earlier
             now = self._tokens.text(ids[start:])
             if not now.startswith(_BROKEN):
                 break
         if not any(text in now for text in self.texts):
             return False
         border = _common_length(self._tokens.text(ids[start : len(prompt)]), now) if start < len(prompt) else 0
-        # The newest token must have written a part of the stop text: one that stood there before min_new_tokens does
-        # not count again.
+        # The newest token must write a part of the stop text: a stop text from before min_new_tokens does not count.
         before = _common_length(self._tokens.text(ids[start:-1]), now)
         return any(now.find(text, max(before - len(text) + 1, border)) >= 0 for text in self.texts)
 
 
-def _prefix(tokenizer: Any) -> list[int]:
-    """What stands before a text's own ids in the tokenizer's call; what it appends (T5's EOS) would end a prompt."""
-    text = "a"
-    whole, own = tokenizer(text)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
-    return next((whole[:i] for i in range(len(whole)) if own and whole[i : i + len(own)] == own), [])
+def special_ids_around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer puts before and after every text, such as BOS and EOS.
+
+    Both are empty if the ids of a text alone are not found among those of a usual call.
+    """
+    whole, own = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    for start in range(len(whole) - len(own) + 1):
+        if whole[start : start + len(own)] == own:
+            return whole[:start], whole[start + len(own) :]
+    return [], []
 
 
 def _common_length(one: str, other: str) -> int:
