@@ -37,13 +37,21 @@ torch.set_num_threads(1)
 def pytest_configure(config: pytest.Config) -> None:
     """One server of forks for all processes of pytest-xdist, started by their controller."""
     if getattr(config.option, "numprocesses", None):
-        forks.start()
+        forks.start(build=True)
+
+
+# By the time that they take, so that no process of pytest-xdist is left with a long file in the end.
+LONGEST = [
+    *("test_world_size", "test_ppo_trainer", "test_families", "test_fuzz", "test_nonfinite", "test_wheels"),
+    *("test_checkpoint", "test_evaluate", "test_docs", "test_doctor", "test_two_nodes", "test_main", "test_recipes"),
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Each process of pytest-xdist gets a file at a time (--dist loadgroup), but of the one that takes longest, and so
     comes first, what it asks of a launch."""
-    items.sort(key=lambda item: "test_world_size" not in item.nodeid)
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     for item in items:
         group = item.path.name
         if group == "test_world_size.py" and hasattr(item, "callspec"):

@@ -42,6 +42,7 @@ IMPORTS = (
     "rlhf_accel.commands.doctor",
     "rlhf_accel.commands.evaluate",
     "rlhf_accel.training.ppo_trainer",
+    "rlhf_accel.training.run",
     "rlhf_accel.training.reward_trainer",
     "torch.distributed.run",
     "torch.utils.tensorboard",
@@ -49,6 +50,7 @@ IMPORTS = (
     "transformers.models.llama.modeling_llama",
     "transformers.models.roberta.modeling_roberta",
 )
+_servers: list[subprocess.Popen] = []  # the one that this process started
 _STARTS = 180.0  # seconds that the server is given for its imports
 
 
@@ -126,8 +128,9 @@ def receive(connection: socket.socket, size: int) -> bytes:
     return received
 
 
-def start() -> None:
-    """Starts the server of this test session, unless there is one; it ends with the process that started it."""
+def start(build: bool = False) -> None:
+    """Starts the server of this test session, unless there is one; it ends with the process that started it. With
+    `build` it compiles, beside the tests, what tests under DeepSpeed will ask for."""
     if ADDRESS in os.environ:
         return
     folder = tempfile.TemporaryDirectory(prefix="forks-")
@@ -135,9 +138,13 @@ def start() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     environment |= {"TOKENIZERS_PARALLELISM": "false"}
     server = subprocess.Popen(
-        [sys.executable, "-m", "tests.forks", path, str(os.getpid())], cwd=ROOT, env=environment, start_new_session=True
+        [sys.executable, "-m", "tests.forks", path, str(os.getpid()), *["build"] * build],
+        cwd=ROOT,
+        env=environment,
+        start_new_session=True,
     )
     os.environ[ADDRESS] = path
+    _servers.append(server)
 
     def end() -> None:
         server.kill()
@@ -157,7 +164,7 @@ def connect() -> socket.socket:
             return connection
         except (FileNotFoundError, ConnectionRefusedError):
             connection.close()
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or any(server.poll() is not None for server in _servers):
                 raise
             time.sleep(0.05)
 
@@ -172,10 +179,12 @@ def die_with(parent: int) -> None:
         os._exit(1)
 
 
-def serve(path: str, parent: int) -> None:
+def serve(path: str, parent: int, *, build: bool) -> None:
     die_with(parent)
     for name in IMPORTS:
         importlib.import_module(name)
+    if build and os.fork() == 0:
+        build_extensions()
     gc.collect()
     gc.freeze()
     listener = socket.socket(socket.AF_UNIX)
@@ -191,6 +200,21 @@ def serve(path: str, parent: int) -> None:
                     open_fork(connection, listener, selector)
                 else:
                     close_fork(key, selector)
+
+
+def build_extensions() -> NoReturn:
+    """What DeepSpeed compiles at first use, on a fresh machine for a minute or two: before a test waits for it."""
+    os.nice(10)
+    try:
+        die_with(os.getppid())
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        from deepspeed.ops.op_builder.cpu import CPUAdamBuilder, ShareMemCommBuilder
+
+        for builder in (ShareMemCommBuilder, CPUAdamBuilder):
+            builder().load(verbose=False)
+    finally:
+        os._exit(0)
 
 
 def open_fork(connection: socket.socket, listener: socket.socket, selector: selectors.BaseSelector) -> None:
@@ -319,4 +343,4 @@ def ranks_are_forks() -> None:
 
 if __name__ == "__main__":
     ranks_are_forks()
-    serve(sys.argv[1], int(sys.argv[2]))
+    serve(sys.argv[1], int(sys.argv[2]), build=sys.argv[3:] == ["build"])
