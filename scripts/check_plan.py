@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_accel.commands import memory_plan as plan
-from rlhf_accel.commands.doctor import Doctor
+from rlhf_accel.commands.checks.data_checks import check_data
+from rlhf_accel.commands.checks.findings import Findings
+from rlhf_accel.commands.model_sizes import measure
 from rlhf_accel.config.loading import parse, to_yaml
 from rlhf_accel.config.schema import Config
 
@@ -60,16 +62,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     print("| case | planned MiB | measured MiB | planned / measured |\n| --- | --- | --- | --- |")
-    doctor = Doctor(lambda _: None)
+    base = None
     for case in parser.parse_args().cases:
         kind, stage, processes = case.split("-")
         with tempfile.TemporaryDirectory() as work:
             config = config_of(kind, Path(work) / "run")
-            if doctor.base is None:  # before anything else takes memory here
-                doctor.look(config)
-            assert doctor.paths is not None and doctor.base is not None
+            policy, now = check_data(Findings(lambda _: None), config)
+            assert policy is not None
+            base = base or now  # of the first case, before anything else takes memory here
             launch = plan.Launch(processes=int(processes), zero_stage=int(stage[-1]))
-            planned = plan.plan(config, plan.measure(config, *doctor.paths), launch, base=doctor.base).peak / plan.MIB
+            planned = plan.plan(config, measure(config, policy), launch, base=base).peak / plan.MIB
             peak = measured(config, stage, processes, Path(work))
         print(f"| {case} | {planned:,.0f} | {peak:,.0f} | {planned / peak:.2f} |", flush=True)
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from rlhf_accel.__main__ import doctor, run
+from rlhf_accel.__main__ import main
 
 if __name__ == "__main__":
-    run(doctor, sys.argv[1:])
+    main(["doctor", *sys.argv[1:]])

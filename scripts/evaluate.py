@@ -1,8 +1,8 @@
-"""A run's models on its held-out prompts: accelerate launch … scripts/evaluate.py RUN [--which …] [--frontier [N]]"""
+"""Evaluate the models of a run: accelerate launch … scripts/evaluate.py RUN [--which …] [--frontier [N]]"""
 
 import sys
 
-from rlhf_accel.__main__ import evaluate, run
+from rlhf_accel.__main__ import main
 
 if __name__ == "__main__":
-    run(evaluate, sys.argv[1:])
+    main(["evaluate", *sys.argv[1:]])

@@ -2,7 +2,7 @@
 
 import sys
 
-from rlhf_accel.__main__ import generate, run
+from rlhf_accel.__main__ import main
 
 if __name__ == "__main__":
-    run(generate, sys.argv[1:])
+    main(["generate", *sys.argv[1:]])

@@ -1,8 +1,8 @@
-"""A trained adapter and its base as one full model: python scripts/merge.py RUN_OR_ADAPTER OUTPUT"""
+"""Merge a trained adapter into its base: python scripts/merge.py RUN_OR_ADAPTER OUTPUT"""
 
 import sys
 
-from rlhf_accel.__main__ import merge, run
+from rlhf_accel.__main__ import main
 
 if __name__ == "__main__":
-    run(merge, sys.argv[1:])
+    main(["merge", *sys.argv[1:]])

@@ -1,8 +1,8 @@
-"""A run's model to the hub: python scripts/push.py RUN USER/NAME"""
+"""Upload a run's model to the hub: python scripts/push.py RUN USER/NAME"""
 
 import sys
 
-from rlhf_accel.__main__ import push, run
+from rlhf_accel.__main__ import main
 
 if __name__ == "__main__":
-    run(push, sys.argv[1:])
+    main(["push", *sys.argv[1:]])

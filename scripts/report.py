@@ -1,8 +1,8 @@
-"""The report page of one run or several: python scripts/report.py RUN... [--output FILE]"""
+"""Write the report of one run or of several: python scripts/report.py RUN... [--output FILE]"""
 
 import sys
 
-from rlhf_accel.__main__ import report, run
+from rlhf_accel.__main__ import main
 
 if __name__ == "__main__":
-    run(report, sys.argv[1:])
+    main(["report", *sys.argv[1:]])

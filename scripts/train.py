@@ -2,7 +2,7 @@
 
 import sys
 
-from rlhf_accel.__main__ import run, train
+from rlhf_accel.__main__ import main
 
 if __name__ == "__main__":
-    run(train, sys.argv[1:])
+    main(["train", *sys.argv[1:]])

@@ -1,8 +1,8 @@
-"""A reward model from human feedback: python scripts/train_reward.py [--config FILE] [--section.key value ...]"""
+"""Train a reward model: python scripts/train_reward.py [--config FILE] [--section.key value ...]"""
 
 import sys
 
-from rlhf_accel.__main__ import run, train_reward
+from rlhf_accel.__main__ import main
 
 if __name__ == "__main__":
-    run(train_reward, sys.argv[1:])
+    main(["train-reward", *sys.argv[1:]])

@@ -19,8 +19,6 @@ from pydantic import ValidationError
 
 from rlhf_accel.config.keys import key_names
 from rlhf_accel.config.loading import (
-    DEFAULT_RECIPE,
-    RECIPES,
     describe,
     for_a_look,
     from_command_line,
@@ -29,9 +27,9 @@ from rlhf_accel.config.loading import (
     parse,
     parse_overrides,
     read_yaml,
-    recipe_names,
     to_yaml,
 )
+from rlhf_accel.config.recipes import DEFAULT_RECIPE, RECIPES, recipe_names
 from rlhf_accel.config.rules import changed_keys, check_trainable
 from rlhf_accel.config.schema import (
     BatchSizes,
@@ -226,10 +224,10 @@ CONTRADICTIONS: list[tuple[dict, list[str]]] = [
     ({"ppo": {"num_minibatches": 3}}, ["ppo.num_minibatches=3", "rollout.batch_size=64", "choose a divisor"]),
     ({"rollout": {"min_new_tokens": 33}}, ["rollout.min_new_tokens=33", "rollout.max_new_tokens=32", "lower"]),
     ({"rollout": {"stop": ["a", ""]}}, ["rollout.stop", "empty", "remove"]),
-    ({"data": {"eval_split": "train"}}, ["data.eval_split=train", "training reads", "name another"]),
+    ({"data": {"eval_split": "train"}}, ["data.eval_split=train", "training data", "name another"]),
     (
         {"data": {"source": "a.csv", "eval_split": "a.csv"}},
-        ["data.eval_split=a.csv", "training reads", "name another"],
+        ["data.eval_split=a.csv", "training data", "name another"],
     ),
     ({"data": {"prompt_tokens": [8, 2]}}, ["data.prompt_tokens=[8, 2]", "smaller number first"]),
     (
@@ -275,7 +273,7 @@ CONTRADICTIONS: list[tuple[dict, list[str]]] = [
 
 
 @pytest.mark.parametrize(("tree", "parts"), CONTRADICTIONS, ids=lambda value: str(value)[:50])
-def test_a_contradiction_names_key_and_mend(tree: dict, parts: list[str]) -> None:
+def test_a_contradiction_names_key_and_fix(tree: dict, parts: list[str]) -> None:
     with pytest.raises(ConfigError) as found:
         parse(Config, tree)
     message, key = str(found.value), found.value.key
@@ -538,10 +536,10 @@ def test_an_estimator_that_drives_the_policy_away_is_refused_and_old_runs_with_i
 KEYLESS = {
     *("run_folder.model_folder", "summary.read_summary", "summary.reward_scale", "dumps.read_dump"),
     *("loading.parse", "prompts.own_prompts", "accelerator.make_accelerator", "accelerator.check_precision_of_process"),
-    *("deepspeed_config.deepspeed_plugin", "weights.set_weights", "doctor.build"),
-    *("evaluate._config", "evaluate.of", "evaluate.reference_scores", "generate._load", "hub.main"),
-    *("generate._prompts", "generate.write"),
-    *("loading.adapter_config", "merge.merge", "merge._settings", "metrics._unreadable", "replay.main"),
+    *("deepspeed_config.deepspeed_plugin", "weights.set_weights", "building.build"),
+    *("evaluate._config", "evaluate.of", "evaluate.reference_scores", "generate._load", "push.main"),
+    *("generate._prompts", "generate.write", "push.check_base"),
+    *("loading.adapter_config", "merge.merge", "merge._check", "merge._settings", "metrics._unreadable", "replay.main"),
     *("exports.exported_weights", "page.write", "run_data.read_run"),
 }
 

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from rlhf_accel import __main__ as command_line
+from rlhf_accel.commands.reward_server import RewardServer
 from rlhf_accel.config.keys import key_names
 from rlhf_accel.config.loading import load, to_yaml
 from rlhf_accel.config.schema import Config, RewardConfig, RewardTrainingConfig
@@ -19,7 +20,6 @@ from rlhf_accel.reward import load_reward
 from rlhf_accel.runs import metrics
 from rlhf_accel.training.ppo_trainer import PPOTrainer
 from scripts import write_reference
-from scripts.reward_server import RewardServer
 from tests.conftest import TEXTS
 from tests.distributed.launch import environment
 from tests.hub_cache import make_hub_cache_dataset, offline_environment, put_model

@@ -11,7 +11,10 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_accel import __main__ as command_line
-from rlhf_accel.commands.doctor import Doctor, _look_at_format, _look_at_stops, diagnose
+from rlhf_accel.commands.checks.config_checks import read
+from rlhf_accel.commands.checks.data_checks import check_format, check_stops
+from rlhf_accel.commands.checks.findings import Findings
+from rlhf_accel.commands.doctor import diagnose
 from rlhf_accel.config.loading import to_yaml
 from rlhf_accel.data.prompts import load_rows
 from rlhf_accel.data.tokenizer import Tokens
@@ -67,9 +70,9 @@ def examined(tiny, tmp_path, monkeypatch):
         path = tmp_path / "config.yaml"
         path.write_text(to_yaml(tiny(**sections)))
         before = sorted(tmp_path.rglob("*"))
-        doctor, _ = diagnose(path, overrides, say=lambda _: None, processes=processes)
+        findings = diagnose(path, overrides, printer=lambda _: None, processes=processes).findings
         assert sorted(tmp_path.rglob("*")) == before
-        return {(found.level, found.check): found.said for found in doctor.findings}
+        return {(found.level, found.check): found.message for found in findings}
 
     return examine
 
@@ -156,10 +159,10 @@ def test_batch_that_does_not_divide(examined):
 )
 def test_the_key_that_cannot_stay_goes_back_to_its_default(tmp_path, tree, dropped):
     (tmp_path / "config.yaml").write_text(json.dumps(tree))
-    doctor = Doctor(lambda _: None)
-    assert doctor.read(tmp_path / "config.yaml") is not None
-    said = [found.said for found in doctor.findings]
-    assert [line.partition("checking on with ")[2] for line in said] == [f"{key}'s default)" for key in dropped]
+    findings = Findings(lambda _: None)
+    assert read(findings, tmp_path / "config.yaml") is not None
+    messages = [found.message for found in findings]
+    assert [line.partition("continuing with the default of ")[2] for line in messages] == [f"{key})" for key in dropped]
 
 
 def test_dropout_left_on(examined, monkeypatch):
@@ -186,11 +189,11 @@ def test_stop_texts_are_tokens_or_texts(gpt2_folder):
     tokenizer.add_tokens([AddedToken("<|eot_id|>", special=True)])
     tokens = Tokens(tokenizer)
     said = f"a response ends at '<|eot_id|>' (token {len(tokens) - 1}) and '.'"
-    assert _look_at_stops([".", "<|eot_id|>"], tokens) == ("ok", said)
-    level, said = _look_at_stops(["<|im_end|>"], tokens)
+    assert check_stops([".", "<|eot_id|>"], tokens) == ("ok", said)
+    level, said = check_stops(["<|im_end|>"], tokens)
     assert level == "warning" and "no token for <|im_end|>, so the policy may never write it" in said
     with pytest.raises(ConfigError, match=r"^rollout\.stop holds '<\|eot_id\|> '"):
-        _look_at_stops(["<|eot_id|> "], tokens)
+        check_stops(["<|eot_id|> "], tokens)
 
 
 def test_a_marker_that_is_an_added_token_is_not_foreign(tiny, tmp_path):
@@ -198,10 +201,10 @@ def test_a_marker_that_is_an_added_token_is_not_foreign(tiny, tmp_path):
     tokens = llama2_tokens()
     (tmp_path / "a.jsonl").write_text('{"text": "<|im_start|>good"}')
     rows = load_rows(str(tmp_path / "a.jsonl"), "train")
-    assert _look_at_format(tiny(data={"source": "a.jsonl"}), rows, tokens)[0] == "problem"
+    assert check_format(tiny(data={"source": "a.jsonl"}), rows, tokens)[0] == "problem"
     tokens.tokenizer.add_tokens([AddedToken("<|im_start|>", special=True, normalized=False)])
     tokens = Tokens(tokens.tokenizer)
-    assert _look_at_format(tiny(data={"source": "a.jsonl"}), rows, tokens)[0] == "ok"
+    assert check_format(tiny(data={"source": "a.jsonl"}), rows, tokens)[0] == "ok"
 
 
 def test_prompt_longer_than_the_context(examined):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlhf_accel import __main__ as command_line
-from rlhf_accel.commands import evaluate
+from rlhf_accel.commands import evaluate, parsers
 from rlhf_accel.commands.evaluate import FRONTIER_STEP, Judge
 from rlhf_accel.config.loading import load
 from rlhf_accel.config.schema import Config
@@ -73,7 +73,9 @@ def test_the_command_says_of_each_model_what_the_run_said(fitted, llama_folder, 
     before = on_disk(run)
     monkeypatch.setenv("COLUMNS", "200")
     capsys.readouterr()
-    evaluate.main([str(run), "--trust_code", "--which", "step-000001", "step-000002", "best", "final"])
+    evaluate.main(
+        parsers.evaluate([str(run), "--trust_code", "--which", "step-000001", "step-000002", "best", "final"])
+    )
     told, summary, rows = tree(run / "evaluation.json"), tree(run / "summary.json"), rows_of(run)
     assert told["calibration"] == summary["calibration"]
     models = told["models"]
@@ -92,7 +94,7 @@ def test_the_command_says_of_each_model_what_the_run_said(fitted, llama_folder, 
 
 def test_a_scaled_adapter_lies_between_the_base_and_the_policy(fitted) -> None:
     run = fitted(lora={"r": 4}).folder
-    evaluate.main([str(run), "--trust_code", "--which", "final", "final@0.5", "step-000003@0.5"])
+    evaluate.main(parsers.evaluate([str(run), "--trust_code", "--which", "final", "final@0.5", "step-000003@0.5"]))
     models = tree(run / "evaluation.json")["models"]
     assert models["final@0.5"] == models["step-000003@0.5"] and models["final@0.5"]["step"] == 3
     assert len({models[name]["kl"] for name in ("base", "final", "final@0.5")}) == 3
@@ -100,17 +102,17 @@ def test_a_scaled_adapter_lies_between_the_base_and_the_policy(fitted) -> None:
     file = run / "best" / "adapter_model.safetensors"
     weights = load_file(run / "final" / "adapter_model.safetensors")
     save_file({key: value / 2 if "lora_B" in key else value for key, value in weights.items()}, file, {"format": "pt"})
-    evaluate.main([str(run), "--trust_code", "--which", "best"])
+    evaluate.main(parsers.evaluate([str(run), "--trust_code", "--which", "best"]))
     by_hand = tree(run / "evaluation.json")["models"]["best"]
     assert {**by_hand, "step": 3} == models["final@0.5"]
 
 
 def test_without_which_the_exported_models_are_evaluated(fitted) -> None:
     run = fitted().folder
-    evaluate.main([str(run), "--trust_code"])
+    evaluate.main(parsers.evaluate([str(run), "--trust_code"]))
     assert list(tree(run / "evaluation.json")["models"]) == ["base", "best", "final"]
     assert not (run / "frontier.json").exists()
-    evaluate.main([str(run), "--trust_code", "--which", "base"])
+    evaluate.main(parsers.evaluate([str(run), "--trust_code", "--which", "base"]))
     assert list(tree(run / "evaluation.json")["models"]) == ["base"]
 
 
@@ -133,7 +135,7 @@ def test_the_frontier_is_that_of_the_runs_reference_on_its_own_scale(fitted) -> 
     rows = rows_of(run)
     with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('12\n{"step": 4, "obj')  # torn rows, of which one is JSON
-    evaluate.main([str(run), "--trust_code", "--frontier", "6", "--which", "final"])
+    evaluate.main(parsers.evaluate([str(run), "--trust_code", "--frontier", "6", "--which", "final"]))
     told = tree(run / "frontier.json")
     assert (told["prompts"], told["samples"]) == (len(trainer.setup.held_out.fixed(4)), 6)
 
@@ -169,26 +171,28 @@ def test_another_distribution_may_be_judged_and_is_named(fitted, capsys) -> None
     """Also that of a run which was trained with a truncated one, whose own KL is that of no policy."""
     run = fitted(rollout={"top_k": 3}).folder
     options = [str(run), "--trust_code", "--which", "final"]
-    evaluate.main([*options, "--frontier", "3"])
+    evaluate.main(parsers.evaluate([*options, "--frontier", "3"]))
     told, truncated = tree(run / "evaluation.json"), tree(run / "frontier.json")
     assert told["sampling"] == {"temperature": 1.0, "top_k": 3, "top_p": 1.0}
     assert "responses at temperature 1, top_k 3" in capsys.readouterr().out
     assert truncated["no_share"].startswith("rollout.top_k=3") and truncated["points"][-1]["share"] is None
-    evaluate.main([*options, "--frontier", "3", "--rollout.top_k", "0"])
+    evaluate.main(parsers.evaluate([*options, "--frontier", "3", "--rollout.top_k", "0"]))
     plain, curves = tree(run / "evaluation.json"), tree(run / "frontier.json")
     assert plain["sampling"]["top_k"] == 0 and plain["models"]["final"]["kl"] != told["models"]["final"]["kl"]
     assert [point["name"] for point in curves["points"]] == ["final"]  # those of training were drawn otherwise
     assert "do not show their upper tail" in curves["no_share"]
     said = capsys.readouterr().out
-    assert "evaluations while training drew from temperature 1, top_k 3" in said and "no share of the optimum" in said
+    assert (
+        "evaluations during training sampled with temperature 1, top_k 3" in said and "no share of the optimum" in said
+    )
 
 
 def test_other_prompts_than_the_runs_are_not_set_beside_its_evaluations(fitted, capsys) -> None:
     run = fitted().folder
-    evaluate.main([str(run), "--trust_code", "--frontier", "3", "--prompts", "2"])
+    evaluate.main(parsers.evaluate([str(run), "--trust_code", "--frontier", "3", "--prompts", "2"]))
     told = tree(run / "frontier.json")
     assert (told["prompts"], told["points"]) == (2, [])
-    assert "evaluations while training had other prompts (run.eval_samples=4)" in capsys.readouterr().out
+    assert "evaluations during training used other prompts (run.eval_samples=4)" in capsys.readouterr().out
 
 
 def test_a_run_that_goes_on_is_judged_by_its_checkpoint(fitted) -> None:
@@ -200,7 +204,7 @@ def test_a_run_that_goes_on_is_judged_by_its_checkpoint(fitted) -> None:
     judge = Judge.of(run, load(Config, run / "config.yaml"))
     assert (judge.reward.mean, judge.reward.std) == (scale["mean"], scale["std"])
     assert judge.reward.std == load_progress(run / "checkpoints" / "step-000003").reward_std != 1
-    evaluate.main([str(run), "--trust_code"])
+    evaluate.main(parsers.evaluate([str(run), "--trust_code"]))
     models = tree(run / "evaluation.json")["models"]
     assert list(models) == ["base", "best"]
     assert models["best"]["step"] is None
@@ -209,7 +213,7 @@ def test_a_run_that_goes_on_is_judged_by_its_checkpoint(fitted) -> None:
 def test_golds_may_be_asked_for_afterwards(fitted) -> None:
     run = fitted(reward={"function": "tests.conftest:share_of_o"}).folder
     options = ["--which", "final", "--reward.gold", "tests.test_ppo_trainer:length", "--batch", "2"]
-    evaluate.main([str(run), "--trust_code", *options])
+    evaluate.main(parsers.evaluate([str(run), "--trust_code", *options]))
     final = tree(run / "evaluation.json")["models"]["final"]
     assert final["gold/length"] > 0
     assert {key: final[key] for key in ("score", "kl")} == pytest.approx(
@@ -224,10 +228,10 @@ def broken(prompts, responses, **columns):
 
 
 REFUSED = [
-    (["no_such_run"], 2, "no_such_run is no run's folder: it holds no config.yaml"),
+    (["no_such_run"], 2, "no_such_run is not a run's folder: it has no config.yaml"),
     (["RUN", "--which", "finale"], 2, "--which finale: expected base, best, final or step-NNNNNN"),
-    (["RUN", "--which", "final@2"], 2, "after an @ a scale above 0 and up to 1"),
-    (["RUN", "--which", "final@half"], 2, "after an @ a scale above 0 and up to 1"),
+    (["RUN", "--which", "final@2"], 2, "MODEL@SCALE with a scale up to 1"),
+    (["RUN", "--which", "final@half"], 2, "MODEL@SCALE with a scale up to 1"),
     (["RUN", "--which", "final@0.5"], 2, "--which final@0.5: only runs with lora.r above 0"),
     (["RUN", "--which", "step-000009"], 2, "holds no checkpoint step-000009; those kept: step-000003, step-000002"),
     (["RUN", "--which", "step-000002"], 2, "step-000002 is not a whole checkpoint: progress.json"),
@@ -235,8 +239,8 @@ REFUSED = [
     (["RUN", "--rollout.max_new_tokens", "3"], 2, "rollout.max_new_tokens (was 8, is 3): a run is evaluated as it was"),
     (["RUN", "--reward.gould", "a:b"], 2, "unknown key reward.gould; did you mean reward.gold?"),
     (["RUN", "--reward.gold", "tests.test_evaluate:nobody"], 2, "has no nobody"),
-    (["BEGUN"], 2, "holds neither best/ nor final/ yet"),
-    (["BEGUN", "--which", "base"], 2, "has neither a summary.json nor a checkpoint with the scale"),
+    (["BEGUN"], 2, "has neither best/ nor final/ yet"),
+    (["BEGUN", "--which", "base"], 2, "has neither summary.json nor a checkpoint yet, which record the scale"),
     (["BLIND"], 2, "run.eval_samples=0 in"),
     (["BROKEN", "--which", "base"], 1, "raised RuntimeError: gone; nothing is written"),
     (["BROKEN", "--frontier", "2"], 1, "raised RuntimeError: gone; nothing is written"),
@@ -301,7 +305,7 @@ def test_a_run_meant_for_the_hub_is_judged_without_it(folders, tiny) -> None:
 
 def test_ctrl_c_while_drawing_leaves_all_as_it_was(fitted, monkeypatch, capsys) -> None:
     run = fitted().folder
-    evaluate.main([str(run), "--trust_code", "--frontier", "2"])
+    evaluate.main(parsers.evaluate([str(run), "--trust_code", "--frontier", "2"]))
     before, draws = on_disk(run), []
 
     def interrupted(self, done, text):

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from rlhf_accel.commands import doctor
+from rlhf_accel.commands.checks.findings import Findings
 from rlhf_accel.data.tokenizer import Tokens
 from rlhf_accel.distributed import deepspeed, portable, weights
 from rlhf_accel.distributed.runtime import Runtime
@@ -259,12 +260,12 @@ def test_a_checkpoint_of_which_only_the_text_part_is_loaded_is_reported(
     trainer.fit()
     assert warning in " ".join(capsys.readouterr().out.split())
     assert "Of the qwen3_5 checkpoint only the text part" in (tmp_path / "run" / "final" / "README.md").read_text()
-    examination = doctor.Doctor(lambda line: None)
+    findings = Findings(lambda line: None)
     with pytest.MonkeyPatch.context() as patch:  # only the first line matters
-        patch.setattr(doctor.Doctor, "_checking", lambda *_: 1 / 0)
+        patch.setattr(Findings, "checking", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            examination.examine(trainer)
-    assert [found.level for found in examination.findings if warning in found.said] == ["warning"]
+            doctor.examine(findings, trainer.setup)
+    assert [found.level for found in findings if warning in found.message] == ["warning"]
     assert PPOTrainer(tiny(run={"output_dir": str(tmp_path / "text")})).setup.left_out is None
 
 

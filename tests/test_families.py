@@ -12,7 +12,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
-from rlhf_accel.commands import memory_plan as plan
+from rlhf_accel.commands import model_sizes
 from rlhf_accel.config.loading import parse
 from rlhf_accel.config.schema import Config
 from rlhf_accel.models import calls, lora, policy_with_value, positions, probes, trainable
@@ -197,16 +197,16 @@ def test_window(name: str, changes: dict[str, Any], most: int | None) -> None:
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "granitemoehybrid", "mamba2", "opt projected", "gemma3"])
 def test_memory_is_planned(name: str, folder_of: Any) -> None:
     config = config_of(folder_of(name), lora=False)
-    sizes = plan.measure(config, config.model.name_or_path)
+    sizes = model_sizes.measure(config, config.model.name_or_path)
     module = built(config)
-    assert sizes.learned == sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert sizes.trainable == sum(p.numel() for p in module.parameters() if p.requires_grad)
     assert sizes.activations_row > 0
 
 
 def test_memory_that_cannot_be_planned_is_refused_by_name(folder_of: Any) -> None:
     config = config_of(folder_of("jetmoe"), lora=False)
     with pytest.raises(ConfigError, match=r"jetmoe.*cannot be planned"):
-        plan.measure(config, config.model.name_or_path)
+        model_sizes.measure(config, config.model.name_or_path)
 
 
 @pytest.mark.long

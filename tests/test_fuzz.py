@@ -16,12 +16,13 @@ import pytest
 import yaml
 
 from rlhf_accel.algorithm.advantages import make_experience
-from rlhf_accel.commands import doctor, evaluate, generate, merge, replay
+from rlhf_accel.commands import evaluate, generate, merge, parsers, push, replay, report
+from rlhf_accel.commands.checks.config_checks import read
+from rlhf_accel.commands.checks.findings import Findings
 from rlhf_accel.config.loading import load, parse
 from rlhf_accel.config.schema import Config
 from rlhf_accel.runs import checkpoint, hub
 from rlhf_accel.runs.report import charts
-from rlhf_accel.runs.report import page as report
 from rlhf_accel.system.errors import ConfigError, RunFailed
 from rlhf_accel.training.ppo_trainer import PPOTrainer
 from rlhf_accel.training.run import Run
@@ -129,7 +130,7 @@ def a_run(gpt2_folder, prompts_file, tmp_path_factory):
     trainer.run.recorder.dump({**facts, "step": 1, "phase": "score"}, None)
     experience = make_experience(rollout, config.ppo, config.reward, 0.05)
     trainer.run.recorder.dump({**facts, "step": 2, "phase": "update"}, experience)
-    evaluate.main([str(folder), "--which", "final", "--frontier", "2", "--trust_code"])
+    evaluate.main(parsers.evaluate([str(folder), "--which", "final", "--frontier", "2", "--trust_code"]))
     return folder
 
 
@@ -142,12 +143,14 @@ def commands(folder, path, rng):
         PPOTrainer(load(Config, folder / "config.yaml", options)).fit()
 
     return {
-        "report": lambda: report.main([run, "--output", str(folder / "page.html")]),
-        "evaluate": lambda: evaluate.main([run, "--which", "final", "--trust_code"]),
-        "generate": lambda: generate.main([run, "The film", "--max_new_tokens", "2", "--trust_code", "--score"]),
-        "merge": lambda: merge.main([run, str(folder / "merged")]),
-        "push": lambda: hub.main([run, "me/mine", "--base", "org/base"]),
-        "replay": lambda: replay.main([str(path.parent), "--trust_code"]),
+        "report": lambda: report.main(parsers.report([run, "--output", str(folder / "page.html")])),
+        "evaluate": lambda: evaluate.main(parsers.evaluate([run, "--which", "final", "--trust_code"])),
+        "generate": lambda: generate.main(
+            parsers.generate([run, "The film", "--max_new_tokens", "2", "--trust_code", "--score"])
+        ),
+        "merge": lambda: merge.main(parsers.merge([run, str(folder / "merged")])),
+        "push": lambda: push.main(parsers.push([run, "me/mine", "--base", "org/base"])),
+        "replay": lambda: replay.main(parsers.replay([str(path.parent), "--trust_code"])),
         "resume": resume,
     }
 
@@ -226,7 +229,7 @@ def _other_value(path, whole, rng):
 @pytest.mark.usefixtures("exact_fp32")
 @pytest.mark.parametrize("count", [300, pytest.param(3000, marks=pytest.mark.long)], ids=["short", "long"])
 def test_malformed_files_in_a_runs_folder(count, a_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "_check_access", lambda *_: None)
+    monkeypatch.setattr(hub, "check_access", lambda *_: None)
     monkeypatch.setattr(hub.HfApi, "create_repo", lambda *_, **__: "address")
     monkeypatch.setattr(hub.HfApi, "upload_folder", lambda *_, **__: None)
     monkeypatch.setattr(Run, "_train", lambda self: {})
@@ -263,7 +266,7 @@ def test_malformed_configs(count, a_run, tmp_path):
         case = (number, *damaged(path, rng))
         try:
             refused += outcome(load, Config, path) != ""
-            outcome(doctor.Doctor(lambda said: None).read, path)
+            outcome(read, Findings(lambda line: None), path)
         except Exception as error:
             raise AssertionError(f"{case}: {type(error).__name__}: {error}") from error
         if path.is_dir():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlhf_accel import __main__ as command_line
-from rlhf_accel.commands import generate
+from rlhf_accel.commands import generate, parsers
 from rlhf_accel.config.schema import RolloutConfig
 from rlhf_accel.data.tokenizer import Tokens
 from rlhf_accel.system.errors import ConfigError
@@ -47,7 +47,9 @@ def cells(capsys):
 def test_prompts_as_arguments_with_base_and_scores(run_folder, capsys):
     folder = run_folder().folder
     capsys.readouterr()
-    generate.main([str(folder), "The film", "A dull", "--compare", "--score", "--seed", "3", "--trust_code"])
+    generate.main(
+        parsers.generate([str(folder), "The film", "A dull", "--compare", "--score", "--seed", "3", "--trust_code"])
+    )
     header, *rows = cells(capsys)
     assert header == ["prompt", "base", "score", "trained", "score"]
     assert [row[0] for row in rows] == ["The film", "A dull"]
@@ -64,7 +66,7 @@ def test_the_same_seed_writes_the_same_and_another_does_not(run_folder, capsys):
     tables = []
     for seed in ("0", "0", "1"):
         capsys.readouterr()
-        generate.main([str(folder), "The film", "--seed", seed])
+        generate.main(parsers.generate([str(folder), "The film", "--seed", seed]))
         tables.append(cells(capsys))
     assert tables[0] == tables[1] != tables[2]
     assert tables[0][0] == ["prompt", "trained"]
@@ -73,7 +75,7 @@ def test_the_same_seed_writes_the_same_and_another_does_not(run_folder, capsys):
 @pytest.mark.parametrize("lora", [{"r": 0}, {"r": 4}])
 def test_the_trained_model_and_its_base_are_the_runs(run_folder, lora, gpt2_folder):
     trainer = run_folder(lora=lora)
-    options = generate._parse([str(trainer.folder), "--compare"])
+    options = parsers.generate([str(trainer.folder), "--compare"])
     _, (base, trained) = generate._writers(options)
     assert (base.name, trained.name) == ("base", "trained")
     ids = torch.tensor(trainer.setup.tokens.encode(["The film"]))
@@ -94,18 +96,18 @@ def test_lines_of_a_file_and_of_stdin(run_folder, capsys, tmp_path, monkeypatch)
     folder = run_folder().folder
     (tmp_path / "prompts.txt").write_text("The film\n\nA dull\n")
     capsys.readouterr()
-    generate.main([str(folder), "--file", str(tmp_path / "prompts.txt")])
+    generate.main(parsers.generate([str(folder), "--file", str(tmp_path / "prompts.txt")]))
     from_file = cells(capsys)
     assert [row[0] for row in from_file] == ["prompt", "The film", "A dull"]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"The film\nA dull\n")))
-    generate.main([str(folder)])
+    generate.main(parsers.generate([str(folder)]))
     assert cells(capsys) == from_file
 
 
 @pytest.mark.parametrize("where", ["file", "stdin"])
 def test_prompts_end_where_their_lines_end(gpt2_folder, tmp_path, monkeypatch, where):
     content = "\ufeffone\u2028two\x0cthree\r\n\r\nfour\x85five\n".encode()
-    options = generate._parse(["a model", *(["--file", str(tmp_path / "a.txt")] if where == "file" else [])])
+    options = parsers.generate(["a model", *(["--file", str(tmp_path / "a.txt")] if where == "file" else [])])
     (tmp_path / "a.txt").write_bytes(content)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
     assert list(generate._prompts(options)) == [["one\u2028two\x0cthree", "four\x85five"]]
@@ -129,7 +131,7 @@ def test_prompts_one_at_a_time(run_folder, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     capsys.readouterr()
-    generate.main([str(folder)])
+    generate.main(parsers.generate([str(folder)]))
     assert [row[0] for row in cells(capsys)] == ["prompt", "The film", "prompt", "A [dull] one"]
 
 
@@ -144,33 +146,33 @@ def test_more_prompts_than_a_batch(run_folder, capsys, monkeypatch):
     monkeypatch.setattr(generate, "BATCH", 2)
     folder = run_folder().folder
     capsys.readouterr()
-    generate.main([str(folder), "A", "B", "C"])
+    generate.main(parsers.generate([str(folder), "A", "B", "C"]))
     assert [row[0] for row in cells(capsys)] == ["prompt", "A", "B", "prompt", "C"]
 
 
 def test_best_and_final(run_folder):
     folder = run_folder().folder
     shutil.rmtree(folder / "final")
-    generate._writers(generate._parse([str(folder), "--which", "best"]))
+    generate._writers(parsers.generate([str(folder), "--which", "best"]))
     with pytest.raises(ConfigError, match=r"holds no final/; the run has not finished"):
-        generate._writers(generate._parse([str(folder)]))
+        generate._writers(parsers.generate([str(folder)]))
 
 
 def test_a_model_that_is_no_run(gpt2_folder, wide, capsys):
-    generate.main([str(gpt2_folder), "The film", "--max_new_tokens", "3"])
+    generate.main(parsers.generate([str(gpt2_folder), "The film", "--max_new_tokens", "3"]))
     assert [row[0] for row in cells(capsys)] == ["prompt", "The film"]
 
 
 def test_options_stand_above_the_runs(run_folder):
     folder = run_folder(rollout={"temperature": 0.7}).folder
-    _, (writer,) = generate._writers(generate._parse([str(folder), "--top_k", "1", "--max_new_tokens", "3"]))
+    _, (writer,) = generate._writers(parsers.generate([str(folder), "--top_k", "1", "--max_new_tokens", "3"]))
     assert writer.rollout.temperature == 0.7
     assert (writer.rollout.top_k, writer.rollout.max_new_tokens) == (1, 3)
 
 
 def test_scores_are_on_the_runs_own_scale(run_folder):
     trainer = run_folder(reward={"calibrate": True})
-    config, _ = generate._writers(generate._parse([str(trainer.folder), "--score", "--trust_code"]))
+    config, _ = generate._writers(parsers.generate([str(trainer.folder), "--score", "--trust_code"]))
     reward = generate._reward(config, trainer.folder)
     assert (reward.mean, reward.std) == (trainer.reward.mean, trainer.reward.std)
     assert reward.std != 1
@@ -194,7 +196,7 @@ def test_a_response_does_not_depend_on_how_its_prompt_is_padded(gpt2_folder):
         (["MODEL", "A", "--compare"], "--compare needs a run's folder or an adapter"),
         (["MODEL", "--file", "no_such_file.txt"], "--file no_such_file.txt: cannot be read"),
         (["no/such_model", "A"], "no/such_model"),
-        (["MODEL", "A", "--file", "a.txt"], "prompts are given beside --file"),
+        (["MODEL", "A", "--file", "a.txt"], "prompts are given as arguments and with --file"),
         (["MODEL", " "], "no prompts"),
         (["MODEL", "A", "--temperature", "0"], "temperature"),
         (["MODEL", "A", "--max_new_tokens", "0"], "max_new_tokens"),
@@ -234,12 +236,12 @@ def test_scores_need_no_column_of_the_data(run_folder, monkeypatch):
     chat = replace(trainer.config.reward, model="chats", function=(), chat_field="messages")
     monkeypatch.setattr(generate, "load_run", lambda path: replace(trainer.config, reward=chat))
     with pytest.raises(ConfigError, match=r"^--score: .*chat_field=messages"):
-        generate._writers(generate._parse([str(trainer.folder), "--score", "--trust_code"]))
+        generate._writers(parsers.generate([str(trainer.folder), "--score", "--trust_code"]))
 
 
 def test_scores_of_a_run_that_did_not_end_have_no_scale(run_folder):
     trainer = run_folder(reward={"calibrate": True})
     (trainer.folder / "summary.json").unlink()
-    config, _ = generate._writers(generate._parse([str(trainer.folder), "--score", "--trust_code"]))
+    config, _ = generate._writers(parsers.generate([str(trainer.folder), "--score", "--trust_code"]))
     with pytest.raises(ConfigError, match=r"^--score: .* has no summary\.json"):
         generate._reward(config, trainer.folder)

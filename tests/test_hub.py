@@ -11,6 +11,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from rlhf_accel import __main__ as command_line
+from rlhf_accel.commands import parsers, push
 from rlhf_accel.runs import hub
 from rlhf_accel.system.errors import ConfigError
 from rlhf_accel.training.ppo_trainer import PPOTrainer
@@ -131,8 +132,8 @@ def test_an_adapter_on_a_folder_of_this_machine_is_refused(tiny, client):
 def test_an_adapter_is_uploaded_with_the_hub_id_of_its_base(client, exported, tmp_path):
     before = {path: path.read_bytes() for path in exported.rglob("*") if path.is_file()}
     with pytest.raises(ConfigError, match="--base"):
-        hub.main([str(exported), "ada/m"])
-    hub.main([str(exported), "ada/m", "--base", "openai-community/gpt2"])
+        push.main(parsers.push([str(exported), "ada/m"]))
+    push.main(parsers.push([str(exported), "ada/m", "--base", "openai-community/gpt2"]))
     for name in ("adapter_config.json", "critic/adapter_config.json"):
         assert json.loads(client.files[name]) == {"base_model_name_or_path": "openai-community/gpt2", "r": 4}
     assert client.files["critic/adapter_model.safetensors"] == b"weights"
@@ -145,7 +146,7 @@ def test_an_adapter_whose_base_is_not_a_hub_id_is_refused(client, exported, base
     """Also a folder that does not exist on this machine."""
     (exported / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
     with pytest.raises(ConfigError, match=r"--base"):
-        hub.main([str(exported), "ada/m"])
+        push.main(parsers.push([str(exported), "ada/m"]))
     assert client.calls == []
 
 
@@ -155,7 +156,7 @@ def test_a_runs_model_is_uploaded_with_the_base_of_its_config(client, exported):
     (run / "best" / "value_head.safetensors").write_bytes(b"best head")
     (run / "config.yaml").write_text("model: {name_or_path: 'wheel:SmolLM2-135M-Instruct'}\nlora: {r: 4}\n")
     for options, head in (([], b"head"), (["--which", "best"], b"best head")):
-        hub.main([str(run), "ada/m", *options])
+        push.main(parsers.push([str(run), "ada/m", *options]))
         assert client.files["value_head.safetensors"] == head
         named = json.loads(client.files["adapter_config.json"])["base_model_name_or_path"]
         assert named == "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -165,12 +166,12 @@ def test_a_runs_model_is_uploaded_with_the_base_of_its_config(client, exported):
 def test_an_adapter_whose_config_is_torn_is_refused(client, exported, content):
     (exported / "adapter_config.json").write_text(content)
     with pytest.raises(ConfigError, match=r"adapter_config\.json does not have the form that peft writes"):
-        hub.main([str(exported), "ada/m"])
+        push.main(parsers.push([str(exported), "ada/m"]))
 
 
 def test_an_adapter_whose_base_is_on_the_hub_needs_no_option(client, exported):
     (exported / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "openai-community/gpt2"}))
-    hub.main([str(exported), "ada/m"])
+    push.main(parsers.push([str(exported), "ada/m"]))
     assert json.loads(client.files["adapter_config.json"])["base_model_name_or_path"] == "openai-community/gpt2"
 
 
@@ -185,7 +186,7 @@ def test_a_link_out_of_the_folder_is_not_followed(client, exported, tmp_path):
 
 def test_a_folder_without_a_model_is_refused(client, tmp_path):
     with pytest.raises(ConfigError, match="holds no model"):
-        hub.main([str(tmp_path), "ada/m"])
+        push.main(parsers.push([str(tmp_path), "ada/m"]))
     assert client.calls == []
 
 
@@ -246,7 +247,7 @@ def server(monkeypatch):
 
 def test_the_real_client_sends_the_files_to_a_server(server, exported, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_right")
-    hub.main([str(exported), "ada/m", "--base", "openai-community/gpt2", "--private"])
+    push.main(parsers.push([str(exported), "ada/m", "--base", "openai-community/gpt2", "--private"]))
     created = next(json.loads(body) for path, body in server.asked if path == "/api/repos/create")
     assert created.get("visibility") == "private" or created.get("private") is True
     commit = next(body for path, body in server.asked if "/commit/" in path)
@@ -261,4 +262,4 @@ def test_the_real_client_sends_the_files_to_a_server(server, exported, monkeypat
 def test_a_token_that_the_hub_refuses(server, exported, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(ConfigError, match="refuses the token of this machine; log in with `hf auth login`"):
-        hub.main([str(exported), "ada/m", "--base", "openai-community/gpt2"])
+        push.main(parsers.push([str(exported), "ada/m", "--base", "openai-community/gpt2"]))

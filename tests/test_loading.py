@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import rlhf_accel
-from rlhf_accel.commands import doctor, generate, merge
-from rlhf_accel.commands import memory_plan as plan
+from rlhf_accel.commands import generate, merge, model_sizes, parsers
+from rlhf_accel.commands.checks.building import build
+from rlhf_accel.commands.checks.findings import Findings
 from rlhf_accel.config.loading import parse
 from rlhf_accel.config.schema import Config, RewardConfig, RewardTrainingConfig
 from rlhf_accel.data import loading
@@ -124,16 +125,16 @@ def test_code_of_a_policy_and_of_the_reward_beside_it(policy, classifier, tiny, 
     """In training and in doctor, and in its plan of the memory, which reads configs alone."""
     model = {"name_or_path": policy}
     refused(lambda: PPOTrainer(tiny(model=model)), mark)
-    refused(lambda: plan.measure(tiny(model=model), policy), mark)
+    refused(lambda: model_sizes.measure(tiny(model=model), policy), mark)
     of_reward = tiny(reward={"model": classifier, "label": "POSITIVE", "dtype": "fp32", "function": []})
     refused(lambda: PPOTrainer(of_reward), mark)
-    refused(lambda: plan.measure(of_reward, of_reward.model.name_or_path, classifier), mark)
-    findings = doctor.Doctor(lambda _: None)
-    assert findings.build(tiny(model=model)) is None
-    assert ["model.trust_remote_code=true" in str(finding) for finding in findings.findings] == [True]
+    refused(lambda: model_sizes.measure(of_reward, of_reward.model.name_or_path, classifier), mark)
+    findings = Findings(lambda _: None)
+    assert build(findings, tiny(model=model)) is None
+    assert ["model.trust_remote_code=true" in str(finding) for finding in findings] == [True]
     assert not mark.exists()
     trusting = tiny(model=model | {"trust_remote_code": True})
-    assert plan.measure(trusting, policy).learned > 0
+    assert model_sizes.measure(trusting, policy).trainable > 0
     assert mark.exists()
 
 
@@ -149,7 +150,7 @@ def test_code_of_a_tokenizer(policy, mark) -> None:
 
 
 def test_code_of_a_model_or_an_adapters_base(policy, gpt2_folder, tmp_path, mark, capsys) -> None:
-    refused(lambda: generate.main([policy, "The film", "--max_new_tokens", "2"]), mark)
+    refused(lambda: generate.main(parsers.generate([policy, "The film", "--max_new_tokens", "2"])), mark)
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -159,9 +160,9 @@ def test_code_of_a_model_or_an_adapters_base(policy, gpt2_folder, tmp_path, mark
     adapted.peft_config["default"].base_model_name_or_path = policy
     adapted.save_pretrained(adapter)
     AutoTokenizer.from_pretrained(gpt2_folder).save_pretrained(adapter)
-    refused(lambda: generate.main([str(adapter), "The film", "--max_new_tokens", "2"]), mark)
-    refused(lambda: merge.main([str(adapter), str(tmp_path / "merged")]), mark)
-    generate.main([str(adapter), "The film", "--max_new_tokens", "2", "--trust_code"])
+    refused(lambda: generate.main(parsers.generate([str(adapter), "The film", "--max_new_tokens", "2"])), mark)
+    refused(lambda: merge.main(parsers.merge([str(adapter), str(tmp_path / "merged")])), mark)
+    generate.main(parsers.generate([str(adapter), "The film", "--max_new_tokens", "2", "--trust_code"]))
     assert mark.exists()
 
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from rlhf_accel.commands import memory_plan as plan
-from rlhf_accel.commands.memory_plan import Launch, Sizes
+from rlhf_accel.commands import model_sizes
+from rlhf_accel.commands.memory_plan import Launch
+from rlhf_accel.commands.model_sizes import Sizes
 from rlhf_accel.models import policy_with_value
 from rlhf_accel.models.policy import load_policy
 from rlhf_accel.system.errors import ConfigError
@@ -17,7 +19,7 @@ ALL = ("all-linear",)
 # A model of 1000 numbers, of which all learn, with round figures elsewhere.
 SIZES = Sizes(
     held=1000,
-    learned=1000,
+    trainable=1000,
     largest=100,
     weights=4000,
     reference=4000,
@@ -71,16 +73,16 @@ def test_sizes_are_those_of_a_real_pass(tiny, request, model, lora, critic):
     """Fake tensors choose the same kernels as real ones, so what is kept is the same, but for masks."""
     path = str(request.getfixturevalue(model))
     config = tiny(model={"name_or_path": path, "critic": critic}, lora=lora)
-    sizes = plan.measure(config, path)
+    sizes = model_sizes.measure(config, path)
     kept, held, learned = real_pass(config, path, 16)
-    assert (sizes.weights, sizes.learned) == (held, learned)
+    assert (sizes.weights, sizes.trainable) == (held, learned)
     assert sizes.fixed + 16 * (sizes.activations_row + sizes.logits_row) == pytest.approx(kept, rel=0.02)
     assert (sizes.reference > 0) == (not lora)
 
 
 def test_autocast_keeps_rounded_weights(tiny, gpt2_folder):
     config = tiny(run={"precision": "bf16"})
-    sizes, plain = plan.measure(config, str(gpt2_folder)), plan.measure(tiny(), str(gpt2_folder))
+    sizes, plain = model_sizes.measure(config, str(gpt2_folder)), model_sizes.measure(tiny(), str(gpt2_folder))
     # Each matrix in bf16 once, however many samples: 2 layers of 12 x 32 x 32 numbers, and the vocabulary's 32 a token.
     assert sizes.fixed - plain.fixed >= 2 * (2 * 12 * 32 * 32)
     assert sizes.activations_row < 0.8 * plain.activations_row
@@ -90,15 +92,15 @@ def test_autocast_keeps_rounded_weights(tiny, gpt2_folder):
 def test_the_cache_is_that_of_the_grouped_heads(tiny, llama_folder):
     """2 layers, keys and values, 2 of 4 heads of width 8, 14 tokens, 4 bytes."""
     config = tiny(model={"name_or_path": str(llama_folder)})
-    assert plan.measure(config, str(llama_folder)).cache_row == 2 * 2 * 2 * 8 * 14 * 4
+    assert model_sizes.measure(config, str(llama_folder)).cache_row == 2 * 2 * 2 * 8 * 14 * 4
 
 
 def test_a_frozen_base_in_four_bits(tiny, llama_folder):
     config = tiny(model={"name_or_path": str(llama_folder)}, lora={"r": 4, "target_modules": ALL})
-    small = plan.measure(replace(config, model=replace(config.model, load_in_4bit=True)), str(llama_folder))
+    small = model_sizes.measure(replace(config, model=replace(config.model, load_in_4bit=True)), str(llama_folder))
     # Of each layer 32 x (32 + 16 + 16 + 32) and 3 x 32 x 64 numbers, from 4 bytes to 4.127 bits.
     numbers = 2 * (32 * 96 + 3 * 32 * 64)
-    saved = plan.measure(config, str(llama_folder)).weights - small.weights
+    saved = model_sizes.measure(config, str(llama_folder)).weights - small.weights
     assert saved == pytest.approx(numbers * (4 - 4.127 / 8), rel=1e-3)
 
 
@@ -182,7 +184,9 @@ def test_advice_comes_cheapest_first(tiny, gpt2_folder):
     launch = Launch(processes=2, device="cuda")
     paths = (str(gpt2_folder), None)
     order = ["--ppo.micro_batch_tokens", "--model.gradient_checkpointing", "--lora.r", "accelerate"]
-    whole = plan.plan(config, plan.measure(config, *paths, device="cuda"), launch, base=0).peak - plan.CUDA_CONTEXT
+    whole = (
+        plan.plan(config, model_sizes.measure(config, *paths, device="cuda"), launch, base=0).peak - plan.CUDA_CONTEXT
+    )
     asked = []
     for share in (1.0, 0.8, 0.0):
         memory = plan.CUDA_CONTEXT + int(share * whole)
@@ -200,7 +204,7 @@ def test_tables_add_up(tiny):
     lines = plan.table(made).splitlines()
     assert lines[0].split()[-4:] == list(plan.PHASES)
     assert lines[1].split() == ["process", "100", "100", "100", "100"]
-    assert lines[-1].split() == ["together", *["500"] * 4]
+    assert lines[-1].split() == ["total", *["500"] * 4]
     rows = plan.overview(tiny(), SIZES, Launch(processes=2, zero_stage=2), base=0).splitlines()
     assert [row.startswith("ZeRO-2 <") for row in rows] == [False, False, False, True, False]
 
@@ -213,4 +217,4 @@ def test_a_size_that_is_none(text):
 
 def test_a_folder_without_a_model(tiny, tmp_path):
     with pytest.raises(ConfigError, match=r"model\.name_or_path"):
-        plan.measure(tiny(), str(tmp_path))
+        model_sizes.measure(tiny(), str(tmp_path))

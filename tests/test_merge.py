@@ -13,7 +13,7 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_accel.commands import merge
+from rlhf_accel.commands import merge, parsers
 from rlhf_accel.data.tokenizer import Tokens
 from rlhf_accel.models.lora import scaled_adapter
 from rlhf_accel.models.probes import export_is_memory
@@ -38,7 +38,7 @@ def logits(model) -> torch.Tensor:
 def test_the_merged_model_is_the_base_with_the_adapter(
     trained: Path, gpt2_folder: Path, tmp_path: Path, capsys
 ) -> None:
-    merge.main([str(trained), str(tmp_path / "merged")])
+    merge.main(parsers.merge([str(trained), str(tmp_path / "merged")]))
     assert f"merged into {tmp_path / 'merged'}" in capsys.readouterr().out
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert not any("lora" in name for name, _ in merged.named_parameters())
@@ -55,7 +55,7 @@ def test_the_merged_model_is_the_base_with_the_adapter(
 def test_a_scale_goes_part_of_the_way(trained: Path, gpt2_folder: Path, tmp_path: Path) -> None:
     """Weights add up, so with a quarter of the adapter they lie at a quarter of the line from the base."""
     for scale in (1.0, 0.25):
-        merge.main([str(trained), str(tmp_path / f"{scale}"), "--scale", str(scale)])
+        merge.main(parsers.merge([str(trained), str(tmp_path / f"{scale}"), "--scale", str(scale)]))
     base, whole, part = (
         AutoModelForCausalLM.from_pretrained(place).state_dict()
         for place in (gpt2_folder, tmp_path / "1.0", tmp_path / "0.25")
@@ -111,9 +111,9 @@ def test_a_merge_that_is_not_base_and_adapter_is_no_model(
     (tmp_path / ".merged").mkdir()
     with pytest.raises(ExportError, match=r"logits differ by 1 .*; nothing is written"):
         merge.merge(trained / "final", tmp_path / "merged")
-    said = iter((torch.zeros(1), torch.ones(1)))
-    monkeypatch.setattr(merge, "logits_of", lambda model, ids: next(said))
-    with pytest.raises(ExportError, match=r"is not that adapter on that base: logits differ by 1 .*; nothing is writ"):
+    outputs = iter((torch.zeros(1), torch.ones(1)))
+    monkeypatch.setattr(merge, "logits_of", lambda model, ids: next(outputs))
+    with pytest.raises(ExportError, match=r"is not the base with the adapter: logits differ by 1 .*; nothing is writ"):
         merge.merge(trained / "final", tmp_path / "merged")
     assert not (tmp_path / "merged").exists() and (tmp_path / ".merged").is_dir(), "which merge did not make"
 
@@ -143,14 +143,14 @@ def test_what_cannot_be_merged_is_refused(trained: Path, gpt2_folder: Path, llam
     about = json.loads((trained / "final" / "adapter_config.json").read_text())
     shutil.copytree(trained / "final", tmp_path / "dora")
     (tmp_path / "dora" / "adapter_config.json").write_text(json.dumps({**about, "use_dora": True}))
-    with pytest.raises(ConfigError, match="has DoRA or layers that learnt in full"):
+    with pytest.raises(ConfigError, match="has DoRA or fully trainable layers"):
         merge.merge(tmp_path / "dora", tmp_path / "merged", scale=0.5)
     with pytest.raises(ConfigError, match="nowhere: no such folder"):
         merge.merge(tmp_path / "nowhere", tmp_path / "merged")
     with pytest.raises(ConfigError, match="holds no adapter"):
         merge.merge(gpt2_folder, tmp_path / "merged")
     (tmp_path / "taken").mkdir()
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="already exists"):
         merge.merge(trained / "final", tmp_path / "taken")
     with pytest.raises(ConfigError, match="does not fit the base"):
         merge.merge(trained / "final", tmp_path / "merged", base=str(llama_folder))

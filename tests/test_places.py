@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf_accel.commands import evaluate, generate, merge
+from rlhf_accel.commands import evaluate, generate, merge, parsers
 from rlhf_accel.config import places
 from rlhf_accel.config.loading import load, parse
 from rlhf_accel.config.rules import changed_keys
@@ -72,9 +72,9 @@ def test_a_run_stays_in_one_folder_and_is_read_from_any(tiny, gpt2_folder, promp
     for path in (run / "final").rglob("*"):
         assert path.is_dir() or str(tmp_path).encode() not in path.read_bytes(), path
 
-    evaluate.main([str(run), "--which", "final", "--trust_code"])
-    generate.main([str(run), "The film", "--compare", "--score", "--trust_code"])
-    merge.main([str(run), "merged"])
+    evaluate.main(parsers.evaluate([str(run), "--which", "final", "--trust_code"]))
+    generate.main(parsers.generate([str(run), "The film", "--compare", "--score", "--trust_code"]))
+    merge.main(parsers.merge([str(run), "merged"]))
     assert (elsewhere / "merged" / "model.safetensors").is_file()
     # A run of an older version, which kept paths as they were given, is resumed as the same.
     config = load(Config, run / "config.yaml")

@@ -80,7 +80,7 @@ def test_scores_that_are_not_finite_skip_the_step_and_end_the_run_in_the_end(tin
     assert [row["sample"] for row in found if math.isnan(row["score"])] == rows
     command_line.main(["replay", str(place), "--trust_code"])
     output = capsys.readouterr().out
-    assert f"again: {len(rows)} of 8 samples, each by itself, are not finite or fail" in output
+    assert f"reproduced: {len(rows)} of 8 samples, each by itself, are not finite or fail" in output
     assert {path.name for path in place.iterdir()} == {
         "config.yaml",
         "dump.json",
@@ -142,10 +142,10 @@ def test_a_gradient_that_is_not_finite_is_dumped_and_found_again(lora, tiny, tmp
     assert sorted(row["sample"] for row in found) == list(range(8))
     assert [row["sample"] for row in found if not math.isfinite(row["gradient norm"])] == [5]
     command_line.main(["replay", str(place), "--trust_code"])
-    assert "again: 1 of 8 samples" in capsys.readouterr().out
+    assert "reproduced: 1 of 8 samples" in capsys.readouterr().out
     monkeypatch.undo()
     command_line.main(["replay", str(place), "--trust_code"])
-    assert "not again: each of the 8 samples" in capsys.readouterr().out
+    assert "not reproduced: each of the 8 samples" in capsys.readouterr().out
     assert not (place / "replay").exists()
 
 
@@ -173,7 +173,7 @@ def test_weights_that_went_bad_are_found_again(tiny, tmp_path, capsys) -> None:
     with pytest.raises(RunFailed, match="values are not finite in the rollout of step 1"):
         trainer.fit()
     command_line.main(["replay", str(tmp_path / "run" / "dumps" / "step-000001"), "--trust_code"])
-    assert "again: 8 of 8 samples" in capsys.readouterr().out
+    assert "reproduced: 8 of 8 samples" in capsys.readouterr().out
 
 
 def test_a_reward_that_fails_for_good_leaves_a_checkpoint_and_its_inputs(tiny, tmp_path, capsys) -> None:
@@ -198,7 +198,7 @@ def test_a_reward_that_fails_for_good_leaves_a_checkpoint_and_its_inputs(tiny, t
     capsys.readouterr()
     command_line.main(["replay", str(place), "--trust_code"])
     said = capsys.readouterr().out
-    assert "again: 1 of 8 samples" in said
+    assert "reproduced: 1 of 8 samples" in said
     assert "KeyError: 'minus one'" in said
 
 
@@ -291,7 +291,7 @@ def test_a_dump_is_run_again_on_the_device_and_in_the_dtypes_of_the_run(tiny, tm
     automatic = replace(dump, config=replace(dump.config, run=replace(dump.config.run, precision="auto")))
     monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    settled, where = replay.as_the_run_did(automatic)
+    settled, where = replay.with_arithmetic_of_the_run(automatic)
     assert settled.config.run.precision == "bf16"
     assert where == "on cpu in precision bf16, model_dtype fp32"
     monkeypatch.setattr(setup, "freeze_unreached", lambda module: [])  # whose pass only finds what text reaches
@@ -318,10 +318,10 @@ def test_a_reward_is_asked_again_on_the_runs_device_and_in_its_dtype(classifier_
         return Reward(terms=(("f", 1.0, lambda p, r: [1.0]),))
 
     monkeypatch.setattr(replay, "load_reward", load)
-    settled, where = replay.as_the_run_did(dump)
+    settled, where = replay.with_arithmetic_of_the_run(dump)
     assert replay.replay_reward(settled)[0]["score"] == 1.0
     assert asked == [("fp16", "cuda")] and where == "on cuda in reward_dtype fp16"
     monkeypatch.setattr(replay, "has_gpu", lambda: False)
-    assert replay.as_the_run_did(dump)[1] == "on cpu in reward_dtype fp16 (the run was on cuda)"
+    assert replay.with_arithmetic_of_the_run(dump)[1] == "on cpu in reward_dtype fp16 (the run was on cuda)"
     facts["arithmetic"] = {"device": "cpu", "precision": "fp8"}  # a forged one changes nothing
-    assert replay.as_the_run_did(dump)[0].config == config
+    assert replay.with_arithmetic_of_the_run(dump)[0].config == config

@@ -16,12 +16,12 @@ from urllib.request import Request, urlopen
 
 import pytest
 
+from rlhf_accel.commands.reward_server import RewardServer
 from rlhf_accel.config.loading import load, parse
 from rlhf_accel.config.schema import Config, RewardConfig
 from rlhf_accel.reward import TOKEN_VARIABLE, RemoteReward, Reward, RewardError, load_reward, weighted
 from rlhf_accel.system.errors import ConfigError
 from rlhf_accel.training.ppo_trainer import PPOTrainer
-from scripts.reward_server import RewardServer
 from tests.conftest import share_of_o
 
 pytestmark = pytest.mark.usefixtures("exact_fp32")
@@ -118,8 +118,8 @@ def test_a_sum_of_all_three_kinds(serve, classifier_folder) -> None:
         (b"[" * 9_000, 400, "body"),
         (b"\xff\xfe", 400, "body"),
         (b'{"prompts": ["a"]}', 400, "responses: Field required"),
-        (b'{"prompts": ["a"], "responses": ["b", "c"]}', 400, "as many as the 1 prompts"),
-        (b'{"prompts": ["a"], "responses": ["b"], "columns": {"number": [1, 2]}}', 400, "as many as"),
+        (b'{"prompts": ["a"], "responses": ["b", "c"]}', 400, "as many items as the 1 prompts"),
+        (b'{"prompts": ["a"], "responses": ["b"], "columns": {"number": [1, 2]}}', 400, "as many items as"),
         (b'{"prompts": ["a"], "responses": [1]}', 400, "responses.0"),
         (b'{"prompts": "a", "responses": "b"}', 400, "prompts"),
         (b'{"prompts": ["a"], "responses": ["b"], "pickle": "x"}', 400, "pickle: Extra"),

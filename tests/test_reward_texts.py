@@ -13,7 +13,7 @@ import transformers
 from tokenizers import processors
 from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification, XLNetConfig
 
-from rlhf_accel.commands.doctor import _look_at_classifier
+from rlhf_accel.commands.checks.reward_checks import check_classifier
 from rlhf_accel.config.loading import parse
 from rlhf_accel.config.schema import Config, RewardConfig, RewardTrainingConfig
 from rlhf_accel.data import reward_texts
@@ -472,7 +472,7 @@ def test_a_label_is_a_name_before_it_is_a_number(classifier_folder, tmp_path) ->
         "1": (2, "found by its name"),
         "2": (2, "found by its number, as no label has that name"),
     }
-    said = _look_at_classifier("reward.model=x", 1.0, judge(tmp_path, label="1"))
+    said = check_classifier("reward.model=x", 1.0, judge(tmp_path, label="1"))
     assert said == ("ok", "reward.model=x scores by 1 (output 2, found by its name)")
 
 

@@ -23,6 +23,7 @@ from transformers import (
     pipeline,
 )
 
+from rlhf_accel.commands import parsers
 from rlhf_accel.config.loading import load, parse
 from rlhf_accel.config.schema import Config, RewardConfig, RewardTrainingConfig
 from rlhf_accel.data import feedback as preferences
@@ -101,7 +102,7 @@ def config(bert_folder: Path, tmp_path: Path):
 
 
 def test_what_is_learned_from_is_not_what_is_reported_on(config):
-    with pytest.raises(ConfigError, match=r"data\.eval_split=train is what training reads"):
+    with pytest.raises(ConfigError, match=r"data\.eval_split=train is the training data"):
         config(data={"eval_split": "train"})
 
 
@@ -405,15 +406,15 @@ def test_precision(config, monkeypatch, tmp_path):
     ]
 
 
-def test_main_reads_overrides_and_prints_the_config(capsys, tmp_path):
+def test_the_command_reads_overrides_and_prints_the_config(capsys, tmp_path):
     with pytest.raises(SystemExit) as leave:
-        reward_trainer.main(["--print_config", "--optim.epochs", "3"])
+        parsers.train_reward(["--print_config", "--optim.epochs", "3"])
     assert leave.value.code == 0
     printed = tmp_path / "printed.yaml"
     printed.write_text(capsys.readouterr().out)
     assert load(RewardTrainingConfig, printed).optim.epochs == 3
     with pytest.raises(ConfigError, match=r"optim\.epoch; did you mean optim\.epochs"):
-        reward_trainer.main(["--optim.epoch", "3"])
+        parsers.train_reward(["--optim.epoch", "3"])
 
 
 def scorer(folder: Path):

@@ -52,7 +52,7 @@ def told(capfd, *arguments) -> str:
 def test_what_looks_at_a_run_calls_nothing_that_only_its_config_names(foreign, tmp_path, capfd) -> None:
     line = told(capfd, "evaluate", foreign)
     assert "would run reward.function=tests.test_trust:leaves_a_mark; reward.gold=tests.test_trust:as_gold;" in line
-    assert line.endswith("nothing is run, add --trust_code if you trust it")
+    assert line.endswith("nothing is run; add --trust_code if you trust it")
     # A gold reward that the command line names is the user's own.
     line = told(capfd, "evaluate", foreign, "--reward.gold", "tests.conftest:share_of_o")
     assert "leaves_a_mark" in line and "gold" not in line

@@ -1,4 +1,4 @@
-"""One file for each command that looks at a run, or at a config before it runs.
+"""The commands, one file each: `main` takes the options that `parsers` has parsed.
 
-Knows all below it; nothing below knows a command. No maths of PPO and no collective stands here.
+Knows all layers below; no layer below knows a command. Contains no maths of PPO and no collective.
 """

@@ -1,7 +1,7 @@
-"""Judge what a run left: its models on its own held-out prompts, and how far its reference could be steered at all.
+"""Evaluate the models of a run on its held-out prompts, and estimate how much any policy could gain at a given KL.
 
 Reads a run's folder and writes `evaluation.json` and `frontier.json` into it. Knows how a run is set up again; the
-figures are those of evaluation.py and frontier.py.
+metrics are computed by `training/evaluation.py` and `algorithm/frontier.py`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from torch import Tensor
 
 from rlhf_accel.algorithm import frontier
 from rlhf_accel.algorithm.batches import PromptBatch
+from rlhf_accel.commands.parsers import DRAWN_FROM
 from rlhf_accel.config.distribution import distribution, in_words, truncated
 from rlhf_accel.config.loading import load_run
 from rlhf_accel.config.places import absolute
 from rlhf_accel.config.rules import changed_keys
 from rlhf_accel.config.schema import Config, LoraConfig
-from rlhf_accel.config.trust import add_flag, require_trust
+from rlhf_accel.config.trust import require_trust
 from rlhf_accel.distributed.portable import check_portable, portable_weights
 from rlhf_accel.models.lora import CRITIC, scaled_adapter
 from rlhf_accel.reward import Reward, RewardError, RewardFunction
@@ -36,20 +37,16 @@ from rlhf_accel.runs.exports import exported_weights
 from rlhf_accel.runs.metrics import Progressline, read_rows
 from rlhf_accel.runs.run_folder import model_folder
 from rlhf_accel.runs.summary import read_summary, reward_scale, write_json
+from rlhf_accel.system import console
 from rlhf_accel.system.errors import ConfigError, RunFailed, key_in
 from rlhf_accel.system.files import failure
 from rlhf_accel.system.process import reseed
 from rlhf_accel.training.evaluation import EVALUATION_SEED, Evaluation, evaluate, mean_interval
 from rlhf_accel.training.setup import Setup, start
 
-# Of the sampling streams: evaluations have those from 2**31 on.
-FRONTIER_STEP = 3 * 2**30
-FRONTIER_SAMPLES = 64
+FRONTIER_STEP = 3 * 2**30  # of the random numbers; evaluations use steps from 2**31 on
 BASE = "base"
-# What a run may be judged by though it was not trained so: its figures name it.
-_DRAWN_FROM = ("rollout.temperature", "rollout.top_k", "rollout.top_p")
-
-# Rows of the table: what it says, the figure, the half-width of its interval if it has one, and how it is written.
+# Rows of the table: title, metric, half-width of its interval if it has one, and number format.
 _ROWS = (
     ("score", "score", "score_ci", "+.3f"),
     ("KL to the reference, nats", "kl", "kl_ci", ".2f"),
@@ -65,7 +62,7 @@ _ROWS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Judge:
-    """A run set up again to sample and to score: its reference, its held-out prompts, its reward on its own scale."""
+    """A run set up again to sample and to score: reference, held-out prompts, and the reward on the run's scale."""
 
     run: Path
     config: Config
@@ -77,23 +74,28 @@ class Judge:
     def of(
         cls, run: Path, config: Config, *, prompts: int | None = None, reward: RewardFunction | None = None
     ) -> Judge:
-        """`prompts` held-out prompts, run.eval_samples by default; `reward` is the callable of a run that got one.
+        """With `prompts` held-out prompts, by default run.eval_samples. `reward` is the callable of a run that was
+        given one.
 
-        Raises `ConfigError` if the run cannot be set up here, holds out nothing, or has not calibrated its reward yet.
+        Raises `ConfigError` if the run cannot be set up here, has no held-out prompts, or has not calibrated its reward
+        yet.
         """
         scale = reward_scale(run)
         if scale is None and config.reward.calibrate:
-            raise ConfigError(f"{run} has neither a summary.json nor a checkpoint with the scale of its scores yet")
+            raise ConfigError(
+                f"{run} has neither summary.json nor a checkpoint yet, which record the scale of its scores"
+            )
         count = prompts or config.run.eval_samples
         if not count:
             raise ConfigError(
-                f"run.eval_samples=0 in {run / 'config.yaml'}; say how many with --prompts", key="run.eval_samples"
+                f"run.eval_samples=0 in {run / 'config.yaml'}; set the number of prompts with --prompts",
+                key="run.eval_samples",
             )
         config = absolute(config)
         setup = Setup.of(config, start(config, training=False), reward, critic=False)
         if setup.held_out is None:
             raise ConfigError(
-                "no text of data.source falls into the tenth held out, so there is nothing to judge by",
+                "no text of data.source is held out, so there are no prompts to evaluate on",
                 key="data.source",
             )
         return cls(
@@ -105,20 +107,20 @@ class Judge:
         )
 
     def base(self, samples: int, line: Progressline, done: int = 0) -> Evaluation:
-        """The run's reference, which is what the policy was set up as: before any `model`."""
+        """Evaluates the reference, which is the policy as it was set up. Call it before `model`."""
         return self._evaluate(samples, line, done, BASE, None)
 
     def model(self, which: str, base: Evaluation, samples: int, line: Progressline, done: int = 0) -> Evaluation:
-        """A model of the run's folder: `final`, `best`, or the portable checkpoint `step-NNNNNN`; with `@SCALE` after
-        its name, that model with its adapter so much smaller."""
+        """Evaluates a model of the run's folder: `final`, `best`, or the portable checkpoint `step-NNNNNN`. With
+        `@SCALE` after its name, its adapter is scaled."""
         name, scale = _split(which)
         weights = self._weights(model_folder(self.run, name))
         self.setup.runtime.set_weights(weights if scale == 1 else scaled_adapter(weights, scale))
         return self._evaluate(samples, line, done, which, base)
 
     def reference_scores(self, samples: int, line: Progressline) -> Float[Tensor, "P N"]:
-        """Scores of that many responses of the reference to each prompt, with random numbers of their own: before any
-        `model`. Raises `RewardError` if the reward fails or says what is not finite."""
+        """Scores of so many responses of the reference to each prompt, with separate random numbers. Call it before
+        `model`. Raises `RewardError` if the reward fails or returns a score that is not finite."""
         runtime, collector, count = self.setup.runtime, self.setup.collector, len(self.prompts)
         columns: list[Tensor] = []
         try:
@@ -129,11 +131,13 @@ class Judge:
                     columns.append(runtime.gather_rows(score(runtime, responses, self.reward), count))
                     line.advance(number + 1, f"of the reference for {count} prompts")
         except KeyboardInterrupt:
-            said = f"stopped by Ctrl-C after {len(columns)} of {samples} samples; nothing is written"
-            raise KeyboardInterrupt(said) from None
+            message = f"stopped by Ctrl-C after {len(columns)} of {samples} samples; nothing is written"
+            raise KeyboardInterrupt(message) from None
         scores = torch.stack(columns, dim=1)
         if not scores.isfinite().all():
-            raise RewardError(f"{int((~scores.isfinite()).sum())} of {scores.numel()} scores of the reference are nan")
+            raise RewardError(
+                f"{int((~scores.isfinite()).sum())} of {scores.numel()} scores of the reference are not finite"
+            )
         return scores
 
     def _evaluate(self, samples: int, line: Progressline, done: int, name: str, base: Evaluation | None) -> Evaluation:
@@ -154,17 +158,17 @@ class Judge:
         policy = self.setup.runtime.plain_module.policy
         if place.parent.name != CHECKPOINTS:
             return {f"policy.{key}": value for key, value in exported_weights(policy, self.config, str(place)).items()}
-        learned = portable_weights(place)
+        weights = portable_weights(place)
         return {
-            key: value for key, value in learned.items() if key.startswith("policy.") and CRITIC not in key.split(".")
+            key: value for key, value in weights.items() if key.startswith("policy.") and CRITIC not in key.split(".")
         }
 
 
-def main(arguments: list[str]) -> None:
-    """The command; raises `ConfigError` for a folder or options that cannot work, `RunFailed` if the reward fails."""
-    options, overrides = _parse(arguments)
+def main(options: argparse.Namespace) -> None:
+    """Raises `ConfigError` for a folder or options that cannot be used, `RunFailed` if the reward fails."""
+    console.may_fail()
     options.run = options.run.absolute()
-    config = _config(options, overrides)
+    config = _config(options)
     names = _names(options, config.lora)
     judge = Judge.of(options.run, config, prompts=options.prompts)
     main_only = judge.setup.runtime.is_main
@@ -184,22 +188,22 @@ def main(arguments: list[str]) -> None:
                     evaluations[name] = judge.model(name, base, options.samples, line, number * options.samples)
     except RewardError as error:
         raise RunFailed(f"{error}; nothing is written") from error
-    said = Progressline(1, enabled=main_only)
+    console_line = Progressline(1, enabled=main_only)
     if evaluations:
-        _write(judge, "evaluation.json", evaluation_tree(judge, options.samples, evaluations), said)
-        said.console.print(_table(evaluations, in_words(distribution(config.rollout))))
+        _write(judge, "evaluation.json", evaluation_tree(judge, options.samples, evaluations), console_line)
+        console_line.console.print(_table(evaluations, in_words(distribution(config.rollout))))
     if curves is not None and reference is not None:
-        points = frontier_points(judge, curves, reference, evaluations, said.say)
-        _write(judge, "frontier.json", {**curves.to_json(), "points": points}, said)
-        said.console.print(_frontier_table(curves, points))
+        points = frontier_points(judge, curves, reference, evaluations, console_line.say)
+        _write(judge, "frontier.json", {**curves.to_json(), "points": points}, console_line)
+        console_line.console.print(_frontier_table(curves, points))
         if curves.no_share is not None:
-            said.say(f"no share of the optimum is stated: {curves.no_share}")
+            console_line.say(f"no share of the optimum is given: {curves.no_share}")
     judge.setup.runtime.anywhere(False)  # the main process has written: all leave together
     judge.setup.runtime.close()
 
 
 def evaluation_tree(judge: Judge, samples: int, evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
-    """What evaluation.json holds: the figures of each model, as summary.json names them, and what they are of."""
+    """The content of evaluation.json: the metrics of each model, named as in summary.json, and their conditions."""
     return {
         "prompts": len(judge.prompts),
         "samples": samples,
@@ -220,26 +224,26 @@ def frontier_points(
     evaluations: Mapping[str, Evaluation],
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Where the run stands beside the frontier: its evaluations while training, and those made now.
+    """The run's position beside the frontier: its evaluations during training, and the ones made now.
 
-    A gain is the mean score less that of the reference's N samples for the same prompts, which knows the reference
-    better than the one sample a prompt that training compares with. For an evaluation made now its interval is that of
-    the mean over prompts of these differences, from which drops out what sets prompts apart; for one made while
-    training, of which only the mean is kept, it is the score's, which is the wider one.
+    A gain is the mean score minus that of the reference's N samples for the same prompts, a better estimate than the
+    single sample per prompt that training compares with. For an evaluation made now, the interval is that of the mean
+    over prompts of these differences, in which differences between prompts cancel. For one made during training, only
+    the mean is recorded, and the interval is that of the score, which is wider.
     """
     points = []
     rows, _ = read_rows(judge.run / "metrics.jsonl")
     held_out, usual = judge.setup.held_out, judge.config.run.eval_samples
     if held_out is not None and len(judge.prompts) != min(usual, len(held_out)):
-        say(f"evaluations while training had other prompts (run.eval_samples={usual}) and are not set beside these")
+        say(f"evaluations during training used other prompts (run.eval_samples={usual}) and are left out")
         rows = []
     then, now = (distribution(config.rollout) for config in (load_run(judge.run / "config.yaml"), judge.config))
     if rows and then != now:
-        say(f"evaluations while training drew from {in_words(then)}, not from {in_words(now)}, and are left out")
+        say(f"evaluations during training sampled with {in_words(then)}, not with {in_words(now)}, and are left out")
         rows = []
     for row in rows:
         known = {key: row[key] for key in ("step", "eval/score", "eval/kl") if isinstance(row.get(key), (int, float))}
-        if len(known) < 3:  # none was due, or its figures were not finite
+        if len(known) < 3:  # no evaluation at this step, or metrics that are not finite
             continue
         row = {**row, **{key: None for key in ("eval/score_ci", "eval/kl_ci") if not isinstance(row.get(key), float)}}
         gain = (row["eval/score"] - curves.score, row.get("eval/score_ci"))
@@ -253,7 +257,7 @@ def frontier_points(
 
 
 def step_of(run: Path, which: str) -> int | None:
-    """The step that a model of a run's folder is of; None where the folder does not tell."""
+    """The step of a model of a run's folder; None if it is not recorded."""
     if which == BASE:
         return 0
     which, _ = _split(which)
@@ -270,7 +274,7 @@ def _point(
     kl: tuple[float, float | None],
     gain: tuple[float, float | None],
 ) -> dict[str, Any]:
-    """A place beside the curves; `kl` and `gain` with the half-widths of their intervals, where they are known."""
+    """A point beside the curves; `kl` and `gain` with the half-widths of their intervals, if known."""
     kl_half, half = (math.nan if part is None else part for part in (kl[1], gain[1]))
     share = frontier.share_of_optimum(curves, kl[0], gain[0])
     return {
@@ -281,72 +285,30 @@ def _point(
     }
 
 
-def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        prog="rlhf_accel evaluate",
-        description=__doc__,
-        allow_abbrev=False,
-        epilog="Keys of the run's config that change no result, reward.gold, and what responses are drawn from "
-        f"({', '.join(_DRAWN_FROM)}) may be given as --section.key value.",
-    )
-    parser.add_argument("run", type=Path, help="a run's folder")
-    parser.add_argument(
-        "--which",
-        nargs="+",
-        metavar="MODEL",
-        help="base, best, final, or step-NNNNNN of a portable checkpoint; by default best and final. The base is "
-        "always evaluated, for the others are compared with it. final@0.7 is final with its adapter scaled by 0.7: "
-        "less gain for much less KL",
-    )
-    parser.add_argument("--samples", type=_count, default=1, help="responses to each prompt (default 1)")
-    parser.add_argument("--prompts", type=_count, help="held-out prompts (default: run.eval_samples)")
-    parser.add_argument(
-        "--batch", type=_count, help="responses sampled at once on a process (rollout.forward_batch_size)"
-    )
-    parser.add_argument(
-        "--frontier",
-        nargs="?",
-        type=_count,
-        const=FRONTIER_SAMPLES,
-        metavar="N",
-        help="draw N responses of the reference to each prompt (default 64), and estimate the best gain at each KL; "
-        "without --which nothing else is evaluated",
-    )
-    add_flag(parser)
-    return parser.parse_known_args(arguments)
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return number
-
-
-def _config(options: argparse.Namespace, overrides: Sequence[str]) -> Config:
-    """The run's config with the overrides; raises `ConfigError` for one that would judge another run than this."""
+def _config(options: argparse.Namespace) -> Config:
+    """The run's config with the overrides. Raises `ConfigError` for an override that would change the run."""
     path = options.run / "config.yaml"
     if not path.is_file():
-        raise ConfigError(f"{options.run} is no run's folder: it holds no config.yaml")
-    before = load_run(path)
+        raise ConfigError(f"{options.run} is not a run's folder: it has no config.yaml")
+    before, overrides = load_run(path), options.overrides
     if options.batch is not None:
         overrides = [*overrides, "--rollout.forward_batch_size", str(options.batch)]
     config = load_run(path, overrides)
-    changed = [change for change in changed_keys(before, config) if key_in(change) not in _DRAWN_FROM]
+    changed = [change for change in changed_keys(before, config) if key_in(change) not in DRAWN_FROM]
     if changed:
         raise ConfigError(
-            f"{', '.join(changed)}: a run is evaluated as it was; only {', '.join(_DRAWN_FROM)} and keys that change "
-            "no result may differ",
+            f"{', '.join(changed)}: a run is evaluated with its own config; only {', '.join(DRAWN_FROM)} and keys that "
+            "change no result may differ",
             key=key_in(changed[0]),
         )
-    # What the command line names is the user's own.
+    # A gold reward of the command line is the user's own.
     ours = replace(config.reward, gold=() if before.reward.gold != config.reward.gold else config.reward.gold)
     require_trust(replace(config, reward=ours), options.run, options.trust_code)
     return config
 
 
 def _names(options: argparse.Namespace, lora: LoraConfig) -> list[str] | None:
-    """The models to evaluate beside the base, checked to be there; None for no evaluation."""
+    """The models to evaluate beside the base, which exist; None for no evaluation."""
     run = options.run
     if options.which is None:
         if options.frontier is not None:
@@ -354,7 +316,7 @@ def _names(options: argparse.Namespace, lora: LoraConfig) -> list[str] | None:
         names = [name for name in ("best", "final") if (run / name).is_dir()]
         if not names:
             raise ConfigError(
-                f"{run} holds neither best/ nor final/ yet; name a checkpoint, --which step-NNNNNN, or base",
+                f"{run} has neither best/ nor final/ yet; name a checkpoint with --which step-NNNNNN, or base",
                 key="--which",
             )
         return names
@@ -363,13 +325,13 @@ def _names(options: argparse.Namespace, lora: LoraConfig) -> list[str] | None:
         name, scale = _split(which)
         if (name not in ("best", "final") and not name.startswith("step-")) or not 0 < scale <= 1:
             raise ConfigError(
-                f"--which {which}: expected base, best, final or step-NNNNNN; after an @ a scale above 0 and up to 1",
+                f"--which {which}: expected base, best, final or step-NNNNNN, or MODEL@SCALE with a scale up to 1",
                 key="--which",
             )
         if scale != 1 and (not lora.r or lora.use_dora or lora.modules_to_save or lora.adapter):
             raise ConfigError(
                 f"--which {which}: only runs with lora.r above 0, and without lora.use_dora, lora.modules_to_save and "
-                "lora.adapter, have an adapter whose scale leads back to the base",
+                "lora.adapter, have an adapter that can be scaled back to the base",
                 key="--which",
             )
         place = model_folder(run, name)
@@ -379,7 +341,7 @@ def _names(options: argparse.Namespace, lora: LoraConfig) -> list[str] | None:
 
 
 def _split(which: str) -> tuple[str, float]:
-    """The model's name and the scale of its adapter: nan if that is no number."""
+    """The model's name and the scale of its adapter, which is nan if it is not a number."""
     name, at, scale = which.partition("@")
     try:
         return name, float(scale) if at else 1.0
@@ -396,15 +358,15 @@ def _write(judge: Judge, name: str, tree: Mapping[str, Any], line: Progressline)
 
 
 def _table(evaluations: Mapping[str, Evaluation], drawn_from: str) -> Table:
-    title = f"held-out prompts, responses at {drawn_from}, ± half of a 95 % interval"
+    title = f"held-out prompts, responses at {drawn_from}, ± half-width of the 95 % interval"
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for name in evaluations:
         table.add_column(name, justify="right")
     golds = next(iter(evaluations.values())).golds
     rows = [*_ROWS, *((f"{name}, not trained on", f"gold/{name}", f"gold_ci/{name}", "+.3f") for name in golds)]
-    for said, name, half, form in rows:
-        table.add_row(said, *(_cell(evaluation.figures, name, half, form) for evaluation in evaluations.values()))
+    for title, name, half, form in rows:
+        table.add_row(title, *(_cell(evaluation.figures, name, half, form) for evaluation in evaluations.values()))
     return table
 
 

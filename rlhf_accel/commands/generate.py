@@ -1,4 +1,4 @@
-"""Continue prompts with a trained model, if wanted beside its base and with the score of each."""
+"""Continue prompts with a trained model, optionally beside its base and with scores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from rlhf_accel.algorithm.batches import Sequences
 from rlhf_accel.config.loading import load_run, parse
 from rlhf_accel.config.schema import Config, RolloutConfig
-from rlhf_accel.config.trust import add_flag, require_trust
+from rlhf_accel.config.trust import require_trust
 from rlhf_accel.data import wheels
 from rlhf_accel.data.loading import adapted, adapter_config, pretrained
 from rlhf_accel.data.rows import text_lines
@@ -41,7 +41,7 @@ BATCH = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Writer:
-    """A causal language model with its tokenizer, sampled as a run samples."""
+    """A causal language model with its tokenizer, which samples as a run does."""
 
     name: str
     model: Any
@@ -50,11 +50,11 @@ class Writer:
     adapter_off: bool = False
 
     def write(self, prompts: Sequence[str], seed: int) -> tuple[str, ...]:
-        """A response to each prompt; the same seed gives the same random numbers to each row."""
+        """A response to each prompt. With the same seed, each row gets the same random numbers."""
         rows = self.tokens.encode(prompts)
         if [] in rows:
             text = prompts[rows.index([])]
-            raise ConfigError(f"the tokenizer makes no token of the prompt {text!r:.40}; give another one")
+            raise ConfigError(f"the tokenizer returns no tokens for the prompt {text!r:.40}; use another one")
         new_tokens = self.rollout.max_new_tokens
         check_prompts(self.model, prompts, list(map(len, rows)), new_tokens, "--max_new_tokens")
         queries, query_mask = self.tokens.pad_left(rows)
@@ -80,9 +80,8 @@ class Writer:
         return self.tokens.decode(sequences)[1]
 
 
-def main(arguments: list[str]) -> None:
-    """The command; raises `ConfigError` for a folder or a file that cannot be used."""
-    options = _parse(arguments)
+def main(options: argparse.Namespace) -> None:
+    """Raises `ConfigError` for a folder or a file that cannot be used."""
     tune_process()
     quiet_libraries()
     config, writers = _writers(options)
@@ -96,25 +95,8 @@ def main(arguments: list[str]) -> None:
             raise ConfigError(f"--score: {error}", key="--score") from error
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="rlhf_accel generate", description=__doc__)
-    parser.add_argument("model", help="a run's folder, or a model or adapter (folder or hub id)")
-    parser.add_argument(
-        "prompts", nargs="*", help="prompts; without any, lines of --file or of stdin, or interactively"
-    )
-    parser.add_argument("--file", type=Path, help="a text file with one prompt a line")
-    parser.add_argument("--which", choices=("final", "best"), default="final", help="which model of a run's folder")
-    parser.add_argument("--compare", action="store_true", help="show the base's continuation beside it")
-    parser.add_argument("--score", action="store_true", help="score each with the run's reward (with a run's folder)")
-    parser.add_argument("--seed", type=int, default=0)
-    for key, kind in (("max_new_tokens", int), ("temperature", float), ("top_k", int), ("top_p", float)):
-        parser.add_argument(f"--{key}", type=kind, help=f"instead of the run's rollout.{key}")
-    add_flag(parser)
-    return parser.parse_args(arguments)
-
-
 def _writers(options: argparse.Namespace) -> tuple[Config | None, list[Writer]]:
-    """The run's config, if it is a run's folder, and the models to show, the base first."""
+    """The run's config, if the model is a run's folder, and the models to show, the base first."""
     folder, config = Path(options.model), None
     if (folder / "config.yaml").is_file():
         config = load_run(folder / "config.yaml")
@@ -123,14 +105,14 @@ def _writers(options: argparse.Namespace) -> tuple[Config | None, list[Writer]]:
         folder = model_folder(folder, options.which)
     if options.score and config is not None and config.reward.chat_field is not None:
         raise ConfigError(
-            f"--score: the run's reward reads reward.chat_field={config.reward.chat_field} of its data, which prompts "
-            "given here do not have; use evaluate",
+            f"--score: the run's reward reads the column reward.chat_field={config.reward.chat_field} of its data, "
+            "which prompts given here do not have; use evaluate",
             key="--score",
         )
     if options.score and config is None:
-        raise ConfigError("--score needs a run's folder, whose config.yaml names the reward", key="--score")
+        raise ConfigError("--score needs a run's folder, since its config.yaml names the reward", key="--score")
     if options.prompts and options.file is not None:
-        raise ConfigError("prompts are given beside --file; keep one of them", key="--file")
+        raise ConfigError("prompts are given as arguments and with --file; keep one of them", key="--file")
     path = str(folder) if config is not None or folder.exists() else wheels.resolve_model(options.model)
     trust = options.trust_code if config is None else config.model.trust_remote_code
     rollout = (config or Config()).rollout
@@ -142,7 +124,7 @@ def _writers(options: argparse.Namespace) -> tuple[Config | None, list[Writer]]:
     adapter = (folder / "adapter_config.json").is_file()
     kind = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
     tokens = Tokens.load(path, trust_remote_code=trust)
-    # The run's config knows where its base lies; in the adapter's it is as the user wrote it, relative perhaps.
+    # The run's config has the absolute path of the base; the adapter's has it as the user wrote it, perhaps relative.
     known = None if config is None or not adapter else wheels.resolve_model(config.model.name_or_path)
     trained = Writer(name="trained", model=_load(kind, path, trust, known), tokens=tokens, rollout=rollout)
     if not options.compare:
@@ -150,7 +132,7 @@ def _writers(options: argparse.Namespace) -> tuple[Config | None, list[Writer]]:
     if adapter:
         return config, [replace(trained, name="base", adapter_off=True), trained]
     if config is None:
-        raise ConfigError("--compare needs a run's folder or an adapter, which name their base", key="--compare")
+        raise ConfigError("--compare needs a run's folder or an adapter, since these name their base", key="--compare")
     base = _load(AutoModelForCausalLM, wheels.resolve_model(config.model.name_or_path), trust)
     return config, [replace(trained, name="base", model=base), trained]
 
@@ -167,7 +149,7 @@ def _load(kind: Any, path: str, trust_remote_code: bool, base: str | None = None
         raise
     except Exception as error:  # a missing, broken or foreign file raises many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"{path}: no such model could be loaded ({reason})") from error
+        raise ConfigError(f"{path}: the model cannot be loaded ({reason})") from error
 
 
 def _reward(config: Config | None, run: Path) -> Reward:
@@ -186,7 +168,7 @@ def _reward(config: Config | None, run: Path) -> Reward:
 
 
 def _prompts(options: argparse.Namespace) -> Iterator[list[str]]:
-    """Batches of prompts: from the arguments, a file, stdin, or one at a time as they are typed."""
+    """Batches of prompts from the arguments, a file or stdin, or one at a time from the keyboard."""
     if options.prompts:
         lines = options.prompts
     elif options.file is not None:
@@ -205,14 +187,14 @@ def _prompts(options: argparse.Namespace) -> Iterator[list[str]]:
             raise ConfigError(f"standard input cannot be read as UTF-8 ({error})") from error
     lines = [line for line in lines if line.strip()]
     if not lines:
-        raise ConfigError("no prompts; give some as arguments, in --file or on stdin", key="--file")
+        raise ConfigError("no prompts; pass some as arguments, in --file or on stdin", key="--file")
     yield from (lines[start : start + BATCH] for start in range(0, len(lines), BATCH))
 
 
 def _typed(ask: Callable[[str], str]) -> Iterator[str]:
     while True:
         try:
-            line = ask("prompt (empty to leave)> ")
+            line = ask("prompt (empty to exit)> ")
         except EOFError:
             return
         if not line.strip():

@@ -1,4 +1,4 @@
-"""A trained adapter and its base as one full model, which plain transformers loads."""
+"""Merge a trained adapter into its base, as one full model that plain transformers loads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from rlhf_accel.config.loading import load_run
-from rlhf_accel.config.trust import add_flag, require_trust
+from rlhf_accel.config.trust import require_trust
 from rlhf_accel.data import wheels
 from rlhf_accel.data.loading import adapted, adapter_config
 from rlhf_accel.data.tokenizer import Tokens
@@ -23,32 +23,19 @@ from rlhf_accel.models.lora import CRITIC, scaled_adapter
 from rlhf_accel.models.probes import Finding, export_is_memory
 from rlhf_accel.runs.exports import VALUE_HEAD, ExportError
 from rlhf_accel.runs.run_folder import model_folder
-from rlhf_accel.system import files
+from rlhf_accel.system import console, files
 from rlhf_accel.system.errors import ConfigError
 from rlhf_accel.system.files import failure
 from rlhf_accel.system.process import quiet_libraries
 from rlhf_accel.system.terminal import say
 
-# What base with adapter and the merged model both read: that they say the same of it is checked.
-_READ = "A dull film about a brilliant idea, which nobody who has seen it would call wrong."
+# On this text, the merged model is compared with the base and its adapter.
+_PROBE = "A dull film about a brilliant idea, which nobody who has seen it would call wrong."
 
 
-def main(arguments: list[str]) -> None:
-    """The command; raises `ConfigError` for a folder that holds no adapter, or one that is taken."""
-    parser = argparse.ArgumentParser(prog="rlhf_accel merge", description=__doc__)
-    parser.add_argument("model", type=Path, help="a run's folder, or an adapter's")
-    parser.add_argument("output", type=Path, help="folder of the merged model, not there yet")
-    parser.add_argument("--which", choices=("final", "best"), default="final", help="which adapter of a run's folder")
-    parser.add_argument("--base", help="the base instead of the one that the run or the adapter names")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the merged weights (default fp32)")
-    parser.add_argument(
-        "--scale",
-        type=float,
-        default=1.0,
-        help="of what the adapter adds, up to 1: less gain for much less KL (default 1)",
-    )
-    add_flag(parser)
-    options = parser.parse_args(arguments)
+def main(options: argparse.Namespace) -> None:
+    """Raises `ConfigError` for a folder that holds no adapter, or an output folder that exists."""
+    console.may_fail()
     quiet_libraries()
     folder, base, trust = options.model, options.base, options.trust_code
     if (folder / "config.yaml").is_file():
@@ -70,32 +57,22 @@ def merge(
     trust_remote_code: bool = False,
     scale: float = 1.0,
 ) -> None:
-    """Write base and adapter as one model to `output`, with the tokenizer and the value head that lie beside it.
+    """Write base and adapter as one model to `output`, with the tokenizer and the value head of the adapter's folder.
 
-    The sum is taken in fp32 and rounded once; `scale` is that of the adapter in it. Tied embeddings of which the
-    adapter changes one become two. Raises `ConfigError` if there is no adapter, if it has no scale, or if `output` is
-    taken or cannot be written, and `ExportError` if what was written would not be the base with the adapter.
+    The sum is computed in fp32 and rounded once; `scale` is the scale of the adapter in it. Tied embeddings become
+    untied if the adapter changes one of them. Raises `ConfigError` if there is no adapter, if it cannot be scaled, or
+    if `output` exists or cannot be written, and `ExportError` if the result would not equal the base with the adapter.
     """
-    if not 0 < scale <= 1:
-        raise ConfigError(f"--scale {scale:g}: expected a number above 0 and up to 1", key="--scale")
-    if not adapter.is_dir():
-        raise ConfigError(f"{adapter}: no such folder; name a run's, or that of an adapter")
-    if not (adapter / "adapter_config.json").is_file():
-        raise ConfigError(f"{adapter} holds no adapter; only runs with lora.r above 0 have something to merge")
-    if output.exists():
-        raise ConfigError(f"{output} is there already; name another folder")
-    about = _settings(adapter)
-    if scale != 1 and (about.use_dora or about.modules_to_save):
-        raise ConfigError(
-            f"--scale {scale:g}: {adapter} has DoRA or layers that learnt in full, which no scale leads back",
-            key="--scale",
-        )
-    name = base or about.base_model_name_or_path
+    _check(adapter, output, scale)
+    name = base or _settings(adapter).base_model_name_or_path
     if not isinstance(name, str):
         raise ConfigError(f"{adapter}: adapter_config.json names no base; name it with --base", key="--base")
-    path = wheels.resolve_model(name, "--base")
     model = load_pretrained(
-        AutoModelForCausalLM, path, f"--base {name}", trust_remote_code=trust_remote_code, dtype=DTYPES["fp32"]
+        AutoModelForCausalLM,
+        wheels.resolve_model(name, "--base"),
+        f"--base {name}",
+        trust_remote_code=trust_remote_code,
+        dtype=DTYPES["fp32"],
     )
     try:
         both = adapted(model, str(adapter))
@@ -104,7 +81,7 @@ def merge(
         _untie(both)
         both.eval()
         tokens = Tokens.load(str(adapter), trust_remote_code=trust_remote_code)
-        ids = torch.tensor(tokens.encode([_READ]))
+        ids = torch.tensor(tokens.encode([_PROBE]))
         before = logits_of(both, ids)
         merged = both.merge_and_unload(safe_merge=True)
     except ConfigError:
@@ -115,33 +92,51 @@ def merge(
     found = export_is_memory(before, logits_of(merged, ids), dtype=DTYPES["fp32"])
     if not found.passed:
         raise ExportError(
-            f"{adapter} added into the weights of {name} is not that adapter on that base: logits differ by "
-            f"{found.difference:.2g} (limit {found.limit:.2g}); nothing is written"
+            f"{adapter} merged into {name} is not the base with the adapter: logits differ by {found.difference:.2g} "
+            f"(limit {found.limit:.2g}); nothing is written"
         )
     merged = merged.to(DTYPES[dtype])
-
-    def write() -> None:
-        with files.work_folder(output) as beside:
-            merged.save_pretrained(beside)
-            tokens.save(beside)
-            if (adapter / VALUE_HEAD).is_file():
-                shutil.copy(adapter / VALUE_HEAD, beside)
-            if (adapter / CRITIC).is_dir():  # an adapter of the critic's own, on the base as it was
-                shutil.copytree(adapter / CRITIC, beside / CRITIC)
-            files.flush_all(beside, like=beside / "config.json")
-            found = _as_loaded(beside, merged, ids, trust_remote_code, str(output))
-            if not found.passed:
-                raise ExportError(f"{found.message}; nothing is written")
-            beside.rename(output)
-
-    problem = failure(write)
+    problem = failure(lambda: _write(merged, tokens, adapter, output, ids, trust_remote_code))
     if problem is not None:
         raise ConfigError(f"{output} cannot be written ({problem}); name another folder")
 
 
+def _check(adapter: Path, output: Path, scale: float) -> None:
+    if not 0 < scale <= 1:
+        raise ConfigError(f"--scale {scale:g}: expected a number above 0 and up to 1", key="--scale")
+    if not adapter.is_dir():
+        raise ConfigError(f"{adapter}: no such folder; name the folder of a run or of an adapter")
+    if not (adapter / "adapter_config.json").is_file():
+        raise ConfigError(f"{adapter} holds no adapter; only runs with lora.r above 0 have something to merge")
+    if output.exists():
+        raise ConfigError(f"{output} already exists; name another folder")
+    settings = _settings(adapter)
+    if scale != 1 and (settings.use_dora or settings.modules_to_save):
+        raise ConfigError(
+            f"--scale {scale:g}: {adapter} has DoRA or fully trained layers, for which no scale leads back to the base",
+            key="--scale",
+        )
+
+
+def _write(merged: Any, tokens: Tokens, adapter: Path, output: Path, ids: Tensor, trust_remote_code: bool) -> None:
+    """Write the model to a folder beside `output`, load it back, compare, and only then rename it to `output`."""
+    with files.work_folder(output) as beside:
+        merged.save_pretrained(beside)
+        tokens.save(beside)
+        if (adapter / VALUE_HEAD).is_file():
+            shutil.copy(adapter / VALUE_HEAD, beside)
+        if (adapter / CRITIC).is_dir():  # the critic's own adapter, on the original base
+            shutil.copytree(adapter / CRITIC, beside / CRITIC)
+        files.flush_all(beside, like=beside / "config.json")
+        found = _as_loaded(beside, merged, ids, trust_remote_code, str(output))
+        if not found.passed:
+            raise ExportError(f"{found.message}; nothing is written")
+        beside.rename(output)
+
+
 def _untie(both: Any) -> None:
-    """Give the vocabulary layer a matrix of its own if it shares that of the embedding and the adapter changes one of
-    the two: with one matrix, what is added for the one would be added for the other too."""
+    """Give the vocabulary layer its own matrix if it shares that of the embedding and the adapter changes one of the
+    two. With a shared matrix, the change of one would change the other as well."""
     base = both.get_base_model()
     ends = base.get_input_embeddings(), base.get_output_embeddings()
     plain = [getattr(end, "base_layer", getattr(end, "original_module", end)) for end in ends]
@@ -154,7 +149,7 @@ def _untie(both: Any) -> None:
 
 
 def _as_loaded(folder: Path, merged: Any, ids: Tensor, trust_remote_code: bool, what: str) -> Finding:
-    """What others load from the folder, against the model in memory."""
+    """Compares the model as transformers loads it from the folder with the one in memory."""
     loaded, lacking = load_export(str(folder), dtype=merged.dtype, trust_remote_code=trust_remote_code)
     return export_is_memory(
         logits_of(merged, ids),
@@ -172,6 +167,8 @@ def _settings(adapter: Path) -> PeftConfig:
         return adapter_config(str(adapter))
     except ConfigError:
         raise
-    except Exception as error:  # peft raises many kinds for what it did not write
+    except Exception as error:  # peft raises many kinds for files that it did not write
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"{adapter / 'adapter_config.json'} is not what peft writes ({reason})") from error
+        raise ConfigError(
+            f"{adapter / 'adapter_config.json'} does not have the form that peft writes ({reason})"
+        ) from error

@@ -1,4 +1,5 @@
-"""Run again what stopped a run: the reward on the texts that it failed on, or the model on the samples of a dump."""
+"""Repeat the computation that stopped a run: the reward on the texts on which it failed, or the model on the samples of
+a dump."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from rich.table import Table
 from rlhf_accel.algorithm.batches import Experience, Sequences
 from rlhf_accel.config.places import absolute
 from rlhf_accel.config.schema import RewardConfig
-from rlhf_accel.config.trust import add_flag, require_trust
+from rlhf_accel.config.trust import require_trust
 from rlhf_accel.data import wheels
 from rlhf_accel.models.calls import model_inputs
 from rlhf_accel.models.loading import DTYPES
@@ -32,22 +33,18 @@ from rlhf_accel.training.setup import Setup, start
 SHOWN = 20
 
 
-def main(arguments: list[str]) -> None:
-    """The command; raises `ConfigError` for a folder that is no dump, or whose run cannot be set up here."""
-    parser = argparse.ArgumentParser(prog="python -m rlhf_accel replay", description=__doc__)
-    parser.add_argument("dump", type=Path, help="a folder dumps/step-NNNNNN of a run")
-    add_flag(parser)
-    options = parser.parse_args(arguments)
+def main(options: argparse.Namespace) -> None:
+    """Raises `ConfigError` for a folder that is not a dump, or for a run that cannot be set up here."""
     dump = read_dump(options.dump)
     of_model = bool(dump.experience) and dump.facts["phase"] != "score"
     keys = () if of_model else ("reward.function", "reward.url")
     require_trust(dump.config, options.dump, options.trust_code, (*keys, "model.trust_remote_code"))
     console = Terminal(soft_wrap=True, emoji=False)
-    console.print(f"the run said: {dump.facts['message']}", highlight=False, markup=False)
+    console.print(f"message of the run: {dump.facts['message']}", highlight=False, markup=False)
     if "traceback" in dump.facts:
         console.print(dump.facts["traceback"], highlight=False, markup=False)
-    dump, where = as_the_run_did(dump)
-    console.print(f"running each sample by itself, {where}", highlight=False)
+    dump, where = with_arithmetic_of_the_run(dump)
+    console.print(f"computing each sample by itself, {where}", highlight=False)
     tune_process(dump.config.run.matmul_precision)
     quiet_libraries()
     try:
@@ -56,36 +53,38 @@ def main(arguments: list[str]) -> None:
         if isinstance(error, (ConfigError, RewardError, RunFailed)):
             raise
         raise ConfigError(
-            f"{options.dump}: its tensors are not of this run ({type(error).__name__}: {error})"
+            f"{options.dump}: its tensors do not fit this run ({type(error).__name__}: {error})"
         ) from error
     _show(console, found)
 
 
-def as_the_run_did(dump: Dump) -> tuple[Dump, str]:
-    """The dump with the precision and dtypes that the run made of `auto`, and in words where it runs again.
+def with_arithmetic_of_the_run(dump: Dump) -> tuple[Dump, str]:
+    """The dump with the precision and dtypes that the run chose for `auto`, and a description of the device and dtypes.
 
-    A run on a CPU is run again on one, whatever this machine has; dumps of old versions do not say.
+    A run on a CPU is replayed on a CPU, whatever this machine has. Dumps of old versions do not name the device.
     """
-    did = dump.facts.get("arithmetic", {})
+    recorded = dump.facts.get("arithmetic", {})
     config = dump.config
     allowed = {"precision": ("fp32", "bf16"), "model_dtype": tuple(DTYPES), "reward_dtype": tuple(DTYPES)}
-    found = {key: did[key] for key, known in allowed.items() if did.get(key) in known}
+    found = {key: recorded[key] for key, known in allowed.items() if recorded.get(key) in known}
     config = replace(
         config,
         run=replace(config.run, precision=found.get("precision", config.run.precision)),
         model=replace(config.model, dtype=found.get("model_dtype", config.model.dtype)),
         reward=replace(config.reward, dtype=found.get("reward_dtype", config.reward.dtype)),
     )
-    if did.get("device") == "cpu":
+    if recorded.get("device") == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
     here = "cuda" if has_gpu() else "cpu"
-    where = f"on {here} in {', '.join(f'{key} {value}' for key, value in found.items()) or 'what the config says'}"
-    differs = did.get("device") not in (None, here)
-    return replace(dump, config=config), where + (f" (the run was on {did['device']})" if differs else "")
+    where = (
+        f"on {here} in {', '.join(f'{key} {value}' for key, value in found.items()) or 'the precision of the config'}"
+    )
+    differs = recorded.get("device") not in (None, here)
+    return replace(dump, config=config), where + (f" (the run was on {recorded['device']})" if differs else "")
 
 
 def replay_reward(dump: Dump) -> list[dict[str, Any]]:
-    """Score each text by itself: a row for each with the score, or with what the reward raised."""
+    """Score each text by itself: a row for each with the score, or with the error that the reward raised."""
     config, facts, trusted = dump.config.reward, dump.facts, dump.config.model.trust_remote_code
     path = None if config.model is None else wheels.resolve_model(config.model, "reward.model")
     device = torch.device("cuda" if has_gpu() else "cpu")
@@ -94,16 +93,16 @@ def replay_reward(dump: Dump) -> list[dict[str, Any]]:
     for i, (prompt, response) in enumerate(zip(facts["prompts"], facts["responses"], strict=True)):
         columns = {name: [column[i]] for name, column in facts.get("columns", {}).items()}
         try:
-            score, said = float(reward([prompt], [response], columns)[0]), ""
+            score, message = float(reward([prompt], [response], columns)[0]), ""
         except RewardError as error:
-            score, said = math.nan, str(error).partition(" raised ")[2] or str(error)
-        rows.append({"sample": i, "prompt": prompt, "response": response, "score": score, "raised": said})
+            score, message = math.nan, str(error).partition(" raised ")[2] or str(error)
+        rows.append({"sample": i, "prompt": prompt, "response": response, "score": score, "raised": message})
     return rows
 
 
 def replay_model(dump: Dump, folder: Path) -> list[dict[str, Any]]:
-    """What the model makes of each sample by itself, in one process: its log-probability and value where these were at
-    fault, else loss and gradient."""
+    """The model's output for each sample by itself, in one process: log-probability and values if these were at fault,
+    else loss and gradient."""
     model = replace(dump.config.model, critic_init="policy")  # its weights are in the dump
     config = absolute(replace(dump.config, reward=RewardConfig(), model=model))
     runtime = start(config, training=False)
@@ -111,20 +110,20 @@ def replay_model(dump: Dump, folder: Path) -> list[dict[str, Any]]:
     module = runtime.plain_module
     module.load_state_dict(dump.weights, strict=False)
     experience = experience_of(dump)
-    learned = [p for p in module.parameters() if p.requires_grad]
+    trainable = [p for p in module.parameters() if p.requires_grad]
     rows = []
     for row in dump.facts["rows"]:
         part = experience.select(torch.tensor([row]))
         if dump.facts["phase"] == "rollout":
             with torch.no_grad(), runtime.autocast():
-                said = module(*model_inputs(part.sequences.to(runtime.device)))
-            figures = {"log-probability": float(said.logprobs.sum()), "values": float(said.values.sum())}
+                output = module(*model_inputs(part.sequences.to(runtime.device)))
+            figures = {"log-probability": float(output.logprobs.sum()), "values": float(output.values.sum())}
         else:
             module.zero_grad()
             with runtime.autocast():
                 loss = loss_of(runtime.module, part, config.ppo)
             loss.backward()
-            norm = torch.stack([p.grad.norm() for p in learned if p.grad is not None]).norm()
+            norm = torch.stack([p.grad.norm() for p in trainable if p.grad is not None]).norm()
             figures = {"loss": float(loss.detach()), "gradient norm": float(norm)}
         texts = {"prompt": dump.facts["prompts"][row], "response": dump.facts["responses"][row]}
         rows.append({"sample": row, **texts, **figures})
@@ -150,6 +149,6 @@ def _show(console: Terminal, rows: list[dict[str, Any]]) -> None:
         table.add_row(*(f"{v:.4g}" if isinstance(v, float) else plain(str(v)) for v in shown.values()))
     console.print(table)
     if bad:
-        console.print(f"again: {len(bad)} of {len(rows)} samples, each by itself, are not finite or fail")
+        console.print(f"reproduced: {len(bad)} of {len(rows)} samples, each by itself, are not finite or fail")
     else:
-        console.print(f"not again: each of the {len(rows)} samples, by itself on this machine, is finite")
+        console.print(f"not reproduced: each of the {len(rows)} samples, by itself on this machine, is finite")

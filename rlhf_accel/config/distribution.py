@@ -1,4 +1,4 @@
-"""What responses are drawn from: temperature and truncation, in files and in words. Knows rollout's keys only."""
+"""The sampling distribution, temperature and truncation, in files and in words. Knows only the keys of rollout."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from rlhf_accel.config.schema import RolloutConfig
 
 
 def distribution(config: RolloutConfig) -> dict[str, float]:
-    """What responses are drawn from, as files of figures name it."""
+    """The sampling distribution as evaluation files record it."""
     return {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
 
 
 def in_words(drawn_from: Mapping[str, Any]) -> str:
-    """A `distribution` for people: what truncates only where it does.
+    """A `distribution` in words; top_k and top_p are named only if they truncate.
 
     >>> in_words({"temperature": 1.0, "top_k": 0, "top_p": 0.5})
     'temperature 1, top_p 0.5'
@@ -25,12 +25,13 @@ def in_words(drawn_from: Mapping[str, Any]) -> str:
 
 
 def truncated(config: RolloutConfig) -> str | None:
-    """What to know of a KL where responses are drawn from less than what is scored; None where they are not."""
+    """A caution about the KL if sampling is truncated, since log-probabilities are those of the untruncated policy;
+    None if it is not."""
     keys = [f"rollout.top_k={config.top_k}"] if config.top_k else []
     keys += [f"rollout.top_p={config.top_p:g}"] if config.top_p < 1 else []
     if not keys:
         return None
     return (
-        f"{' and '.join(keys)}: responses are drawn from a part of the distribution whose log-probabilities are taken, "
-        "so the KL that is reported is that of no policy"
+        f"{' and '.join(keys)}: responses are drawn from a truncated distribution, but log-probabilities are those of "
+        "the untruncated one, so the reported KL is not that of any policy"
     )

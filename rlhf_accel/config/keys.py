@@ -1,4 +1,4 @@
-"""Dotted keys: those of a config class, of a tree, and the nearest valid one to a misspelt key."""
+"""Dotted keys: those of a config class, those of a tree, and the valid key nearest to a misspelt one."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ def key_names(cls: Any, prefix: str = "") -> list[str]:
 
 
 def unknown(key: str, known: Sequence[str]) -> str:
-    """The nearest keys: a slip of the pen first, then the right key in the wrong section, then whatever looks alike.
+    """The message for an unknown key, with the nearest keys: first a typing error, then the right key in the wrong
+    section, then any similar spelling.
 
-    The second comes before the third since `--lr` means optim.lr, though lora.r is spelt more like it.
+    The second precedes the third, because `--lr` means optim.lr although lora.r is more similar.
     """
     sections = list(dict.fromkeys(name.partition(".")[0] for name in known))
     if key in sections:

@@ -16,15 +16,14 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from rlhf_accel.config.keys import key_names, short, unknown
+from rlhf_accel.config.recipes import RECIPES, recipe_names
 from rlhf_accel.config.rules import check_trainable
 from rlhf_accel.config.schema import Config
 from rlhf_accel.system import files
 from rlhf_accel.system.errors import ConfigError
 from rlhf_accel.system.terminal import say, visible
 
-RECIPES = Path(__file__).parents[1] / "recipes"
-DEFAULT_RECIPE = "movie_reviews"
-_MOST_YAML, _MOST_YAML_PARTS = 256 << 10, 50_000  # bytes, for which PyYAML takes seconds; and parts behind aliases
+_MOST_YAML, _MOST_YAML_PARTS = 256 << 10, 50_000  # bytes, which take PyYAML seconds; and parts with aliases expanded
 C = TypeVar("C")
 
 
@@ -38,14 +37,13 @@ def load(cls: type[C], source: str | Path | None = None, overrides: Sequence[str
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """The config.yaml that a run wrote, to look at the run or to compare with: what an older version trained with may
-    stand in it. Raises `ConfigError` as `load` does for everything else."""
+    """The config.yaml of a run, to read or to compare with. Settings that only an older version allowed are accepted.
+    Raises `ConfigError` as `load` does for everything else."""
     return parse(Config, read_tree(Config, path, overrides), to_train=False)
 
 
 def read_tree(cls: Any, source: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """What `load` parses: the mapping in the source with the overrides on top, whose keys are known. Raises
-    `ConfigError`."""
+    """The mapping in the source, with the overrides on top. Raises `ConfigError` for an unknown key of an override."""
     tree = read_yaml(source) if source is not None else {}
     for key, value in parse_overrides(overrides):
         _set(tree, key, value, cls)
@@ -75,7 +73,7 @@ def from_command_line(cls: type[C], arguments: Sequence[str], default: str) -> C
 def take_option(arguments: list[str], name: str, value: str) -> str | None:
     """Take `--name VALUE` or `--name=VALUE` out of the arguments; None if it is not there.
 
-    Raises `ConfigError` if it has no value, which the error calls `value`, or stands there twice.
+    Raises `ConfigError` if it has no value, which the message calls `value`, or if it is given twice.
     """
     places = [i for i, argument in enumerate(arguments) if argument.partition("=")[0] == f"--{name}"]
     if len(places) > 1:
@@ -83,13 +81,13 @@ def take_option(arguments: list[str], name: str, value: str) -> str | None:
     if not places:
         return None
     i = places[0]
-    _, equals, said = arguments[i].partition("=")
+    _, equals, given = arguments[i].partition("=")
     if not equals:
-        said = "".join(arguments[i + 1 : i + 2])
-    if not said or (not equals and said.startswith("--")):
+        given = "".join(arguments[i + 1 : i + 2])
+    if not given or (not equals and given.startswith("--")):
         raise ConfigError(f"--{name} needs a value: --{name} {value}", key=f"--{name}")
     del arguments[i : i + (1 if equals else 2)]
-    return said
+    return given
 
 
 def describe(cls: Any, prefix: str = "") -> str:
@@ -107,8 +105,8 @@ def describe(cls: Any, prefix: str = "") -> str:
 
 
 def parse(cls: type[C], tree: Mapping[str, Any], *, to_train: bool = True) -> C:
-    """The mapping as a checked config; raises `ConfigError` on the first thing that is wrong. Without `to_train`,
-    `check_trainable` is left out."""
+    """The mapping as a checked config. Raises `ConfigError` for the first error. Without `to_train`, `check_trainable`
+    is skipped."""
     if not isinstance(tree, Mapping):
         raise ConfigError(f"expected a mapping of sections, found {short(tree)}")
     _refuse_unknown_keys(cls, tree, "", key_names(cls))
@@ -127,16 +125,12 @@ def parse(cls: type[C], tree: Mapping[str, Any], *, to_train: bool = True) -> C:
 
 
 def to_yaml(config: Any) -> str:
-    """The resolved config as YAML that `load` reads back."""
+    """The config as YAML, which `load` reads back."""
     tree = _plain(asdict(config))
     text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-    # PyYAML leaves U+0085 as it is, and reads it back as a space, and a console shows other control characters as their
-    # codes: in ASCII both are escaped so that they are read back.
+    # PyYAML writes U+0085 as it is and reads it back as a space, and a console shows other control characters as their
+    # codes. In ASCII both are escaped, so that they are read back unchanged.
     return text if visible(text) == text else yaml.safe_dump(tree, sort_keys=False)
-
-
-def recipe_names() -> list[str]:
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def read_yaml(source: str | Path) -> dict[str, Any]:
@@ -170,16 +164,16 @@ def read_yaml(source: str | Path) -> dict[str, Any]:
 
 
 def _read_text(path: Path) -> str:
-    """Of a file, or of a pipe that the shell made; of a device without end only so much."""
+    """The text of a file, or of a pipe that the shell made; reads only so much of an endless device."""
     if stat.S_ISFIFO(path.stat().st_mode) and not str(path).startswith(("/dev/", "/proc/")):
-        raise files.Malformed("a pipe, which nobody may write to")
+        raise files.Malformed("a named pipe, which may have no writer")
     with path.open("rb") as file:
         content = file.read(_MOST_YAML + 1)
     return files.whole(content, _MOST_YAML).decode("utf-8")
 
 
 def parse_yaml(text: str) -> Any:
-    """The tree in a YAML text. Raises `yaml.YAMLError` for whatever is wrong, also for aliases without end."""
+    """The tree in a YAML text. Raises `yaml.YAMLError` for any error, including endless aliases."""
     try:
         return files.bounded(_safe_load(text), _MOST_YAML_PARTS)
     except files.Malformed as error:
@@ -211,7 +205,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
 
 
 def _refuse_unknown_keys(cls: Any, tree: Mapping[Any, Any], prefix: str, known: Sequence[str]) -> None:
-    """`known` are all dotted keys of the whole config: a key may stand in the wrong section."""
+    """`known` are all dotted keys of the config, since a key may be in the wrong section."""
     hints = get_type_hints(cls)
     names = [field.name for field in fields(cls)]
     for key, value in tree.items():
@@ -239,7 +233,7 @@ def _set(tree: dict[str, Any], dotted: str, value: Any, cls: Any) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, of which YAML would keep the last without a word."""
+    """YAML in which a key that is given twice is an error; PyYAML would silently keep the last one."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -252,22 +246,22 @@ class _Loader(yaml.SafeLoader):
 
 
 def _safe_load(text: str) -> Any:
-    """Raises `yaml.YAMLError` for whatever is wrong, also where PyYAML raises something else."""
+    """Raises `yaml.YAMLError` for any error, even if PyYAML raises another exception."""
     try:
         return yaml.load(text, Loader=_Loader)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        # A date or a number that Python refuses, a tag that does not fit its value, brackets without end.
+        # A date or a number that Python rejects, a tag that does not match its value, endless brackets.
         raise yaml.YAMLError(str(error)) from error
 
 
 def _message(error: Mapping[str, Any]) -> str:
-    """What pydantic found, in the words of a YAML file."""
+    """The message of pydantic, in the words of a YAML file."""
     if error["type"] == "missing":
         return "too few items"
     message: str = error["msg"].removeprefix("Value error, ").replace(" after validation", "")
     message = (message[0].lower() + message[1:]).replace("tuple", "list")
     if error["type"] in ("string_type", "tuple_type") and not isinstance(error["input"], (Mapping, list)):
-        return f"{message}; put a text that YAML reads otherwise in quotes of its own"
+        return f"{message}; put a text that YAML would read as another type in quotes"
     return message
 
 

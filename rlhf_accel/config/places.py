@@ -1,5 +1,5 @@
-"""Where a config's local paths lead, settled once at the start: neither a reward that changes the working folder nor a
-command from another one moves them. Knows the config and the disk."""
+"""Absolute paths for a config's local ones, resolved once at the start, so that they stay the same if a reward changes
+the working folder or a command runs in another one. Knows the config and the disk."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Name = TypeVar("Name", str, "str | None")
 
 
 def absolute(config: Config) -> Config:
-    """The config with absolute paths where they are relative and lead to something; hub ids and the like stay.
+    """The config with relative paths that exist made absolute; hub ids and the like stay as they are.
 
-    A folder of the name of a hub id comes first, as in transformers and datasets. `reward.import_from` becomes the
-    working folder, unless it is set or there is nothing to import.
+    A folder with the name of a hub id takes precedence, as in transformers and datasets. `reward.import_from` becomes
+    the working folder, unless it is set or there is nothing to import.
     """
     run, reward, here = config.run, config.reward, os.getcwd()
     imports = here if reward.import_from is None and (reward.function or reward.gold) else reward.import_from

@@ -1,6 +1,6 @@
-"""Which keys contradict each other, and which of them a resumed run may change.
+"""Which keys contradict each other, and which of them may change when a run is resumed.
 
-Every rule needs the config alone, so a run that cannot work fails before any model loads.
+Each rule needs only the config, so a run that cannot work fails before any model is loaded.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from rlhf_accel.system.errors import ConfigError
 if TYPE_CHECKING:  # the schema calls these rules when a config is made
     from rlhf_accel.config.schema import Config, RewardConfig, RewardTrainingConfig
 
-# Keys of local paths: a run keeps them absolute, older versions kept them as they were given.
+# Keys of local paths: a run records them as absolute paths, older versions recorded them as they were given.
 _PATHS = ("model.name_or_path", "lora.adapter", "data.source", "data.eval_split", "reward.model")
 
 
-# Keys that a run which goes on may change: what it has learnt and will learn does not depend on them but for rounding,
-# except that total_steps is part of the learning rate's schedule, which people mean when they raise it.
+# Keys that may change when a run is resumed: results depend on them only by rounding. The exception is total_steps,
+# which is part of the learning rate's schedule; users who raise it expect that.
 MAY_CHANGE = frozenset(
     [
         *("run.output_dir", "run.name", "run.total_steps", "run.save_every", "run.keep_checkpoints", "run.checkpoint"),
@@ -47,32 +47,32 @@ def reward_contradictions(config: RewardTrainingConfig) -> Iterator[ConfigError]
     run, data, model = config.run, config.data, config.model
     if data.eval_split in (data.split, data.source):
         yield ConfigError(
-            f"data.eval_split={data.eval_split} is what training reads; name another", key="data.eval_split"
+            f"data.eval_split={data.eval_split} is the training data; name another split", key="data.eval_split"
         )
     if data.tuning_split is not None and data.tuning_split in (data.split, data.source, data.eval_split):
         yield ConfigError(
-            f"data.tuning_split={data.tuning_split} is what training or the report reads; name another, or remove it "
-            "for half of data.eval_split",
+            f"data.tuning_split={data.tuning_split} is the training or the evaluation data; name another split, or "
+            "remove it to use half of data.eval_split",
             key="data.tuning_split",
             others=("data.eval_split",),
         )
     if run.eval_every > 1 and run.eval_every != int(run.eval_every):
         yield ConfigError(
-            f"run.eval_every={run.eval_every:g} is no number of steps; use a whole one, or a share below 1",
+            f"run.eval_every={run.eval_every:g} is not a number of steps; use a whole number, or a fraction below 1",
             key="run.eval_every",
         )
     if data.objective != "pairs":
         given = [key for key in ("choice_field", "margin_field") if getattr(data, key) is not None]
         if given:
             yield ConfigError(
-                f"data.{given[0]} is set, which is for pairs; remove it, or set data.objective=pairs",
+                f"data.{given[0]} is set, which only applies to pairs; remove it, or set data.objective=pairs",
                 key=f"data.{given[0]}",
                 others=("data.objective",),
             )
         if model.normalize not in ("auto", "none"):
             yield ConfigError(
-                f"model.normalize={model.normalize} would change what the scores of data.objective={data.objective} "
-                "mean; remove it",
+                f"model.normalize={model.normalize} would change the scale of the scores of data.objective="
+                f"{data.objective}; remove it",
                 key="model.normalize",
                 others=("data.objective",),
             )
@@ -84,23 +84,25 @@ def reward_contradictions(config: RewardTrainingConfig) -> Iterator[ConfigError]
         )
     if data.pair_fields[0] == data.pair_fields[1]:
         yield ConfigError(
-            f"data.pair_fields={list(data.pair_fields)} names one column twice; name two", key="data.pair_fields"
+            f"data.pair_fields={list(data.pair_fields)} names one column twice; name two columns",
+            key="data.pair_fields",
         )
 
 
 def check_trainable(config: Config) -> None:
-    """Raises `ConfigError` for what older versions trained with and no run may, as it gives wrong results.
+    """Raises `ConfigError` for settings that older versions allowed and that give wrong results.
 
-    As a reward an estimator c(y) has the gradient E[c grad log pi], not that of its mean. For k1 the two are equal. For
-    k3 it is grad KL(pi || ref) - grad KL(ref || pi), for k2 that of log-ratios squared, whatever their sign: near the
-    reference both vanish to first order, so nothing pulls back, and what is left pushes away (arXiv 2512.21852).
+    In the reward, an estimator c(y) has the gradient E[c grad log pi], which is not that of its mean. For k1 the two
+    are equal. For k3 it is grad KL(pi || ref) - grad KL(ref || pi), and for k2 that of squared log-ratios of either
+    sign: near the reference both vanish to first order, so nothing pulls the policy back, and the rest pushes it away
+    (arXiv 2512.21852).
     """
     ppo = config.ppo
     if ppo.kl_estimator != "k1" and ppo.kl_coef > 0:
         raise ConfigError(
-            f"ppo.kl_estimator={ppo.kl_estimator} in the reward drives the policy away from the reference (its "
-            "gradient is not that of the KL; arXiv 2512.21852); set ppo.kl_estimator=k1, and to resume a run of an "
-            "older version with it, run.changes=[ppo.kl_estimator]",
+            f"ppo.kl_estimator={ppo.kl_estimator} in the reward pushes the policy away from the reference (its "
+            "gradient is not that of the KL; arXiv 2512.21852); set ppo.kl_estimator=k1, and also "
+            "run.changes=[ppo.kl_estimator] to resume a run of an older version that has it",
             key="ppo.kl_estimator",
             found=ppo.kl_estimator,
             expected="k1",
@@ -108,7 +110,7 @@ def check_trainable(config: Config) -> None:
 
 
 def changed_keys(before: Config, now: Config) -> list[str]:
-    """Keys whose values differ, but for those that may, each as `key (was X, is Y)`."""
+    """Keys whose values differ and may not, each as `key (was X, is Y)`."""
     allowed = MAY_CHANGE | set(now.run.changes)
     was, is_now = flatten(asdict(before)), flatten(asdict(now))
     return [
@@ -119,7 +121,7 @@ def changed_keys(before: Config, now: Config) -> list[str]:
 
 
 def _leads_to(relative: str | None, path: str | None) -> bool:
-    """Whether a relative path, from whatever folder it was given, may be this absolute one.
+    """Whether a relative path may be this absolute one, seen from some working folder.
 
     >>> _leads_to("./models/a", "/home/me/models/a"), _leads_to("a", "/home/me/models/b"), _leads_to("/a", "/b/a")
     (True, False, False)
@@ -148,17 +150,17 @@ def contradictions(config: Config) -> Iterator[ConfigError]:
         )
     if not run.project.strip(". ") or set(run.project) & set("/\\#?%:"):
         yield ConfigError(
-            f"run.project={short(run.project)} is no name for trackers; use none of / \\ # ? % :",
+            f"run.project={short(run.project)} is not a valid name for trackers; avoid / \\ # ? % :",
             key="run.project",
         )
     if not all(rollout.stop):
         yield ConfigError(
-            "rollout.stop holds an empty text, which every response contains; remove it", key="rollout.stop"
+            "rollout.stop contains an empty text, which is part of every response; remove it", key="rollout.stop"
         )
     if data.eval_split is not None and data.eval_split in (data.split, data.source):
         yield ConfigError(
-            f"data.eval_split={data.eval_split} is what training reads; name another, or leave it out to hold out a "
-            "tenth of data.split",
+            f"data.eval_split={data.eval_split} is the training data; name another split, or remove it to hold out "
+            "a tenth of data.split",
             key="data.eval_split",
             others=("data.split",),
         )
@@ -171,8 +173,8 @@ def contradictions(config: Config) -> Iterator[ConfigError]:
             )
         if high > rollout.max_prompt_tokens:
             yield ConfigError(
-                f"data.prompt_tokens=[{low}, {high}] goes above rollout.max_prompt_tokens="
-                f"{rollout.max_prompt_tokens}; raise the latter",
+                f"data.prompt_tokens=[{low}, {high}] exceeds rollout.max_prompt_tokens="
+                f"{rollout.max_prompt_tokens}; raise rollout.max_prompt_tokens",
                 key="data.prompt_tokens",
                 others=("rollout.max_prompt_tokens",),
             )
@@ -192,21 +194,22 @@ def _ppo_contradictions(config: Config) -> Iterator[ConfigError]:
         )
     if ppo.kl_target is not None and ppo.kl_coef == 0:
         yield ConfigError(
-            "ppo.kl_target is set and ppo.kl_coef=0, which could never rise; set ppo.kl_coef above 0",
+            "ppo.kl_target is set, but ppo.kl_coef=0 can never rise; set ppo.kl_coef above 0",
             key="ppo.kl_target",
             others=("ppo.kl_coef",),
         )
-    # The controller changes its coefficient by at most 0.2 x batch / horizon of it, which has to stay below all of it.
+    # In one step the controller changes its coefficient by at most a fraction of 0.2 x batch / horizon, which must stay
+    # below 1.
     if ppo.kl_target is not None and ppo.kl_horizon <= 0.2 * rollout.batch_size:
         yield ConfigError(
-            f"ppo.kl_horizon={ppo.kl_horizon:g} could turn the coefficient to 0 in a step of rollout.batch_size="
+            f"ppo.kl_horizon={ppo.kl_horizon:g} could set the coefficient to 0 in one step of rollout.batch_size="
             f"{rollout.batch_size}; raise it above {0.2 * rollout.batch_size:g}",
             key="ppo.kl_horizon",
             others=("rollout.batch_size",),
         )
     if run.resume in ("latest", "auto") and run.output_dir is None:
         yield ConfigError(
-            f"run.resume={run.resume} needs run.output_dir, the folder of the run to go on with",
+            f"run.resume={run.resume} needs run.output_dir, the folder of the run to resume",
             key="run.resume",
             others=("run.output_dir",),
         )
@@ -232,16 +235,17 @@ def _scoring_contradictions(config: Config) -> Iterator[ConfigError]:
     patience = (reward.timeout or 0.0) * (reward.retries + 1) + reward.retry_wait * (2**reward.retries - 1)
     if reward.timeout is not None and patience >= config.run.collective_timeout:
         yield ConfigError(
-            f"reward.timeout={reward.timeout:g} with reward.retries={reward.retries} may take {patience:g} s, and "
-            f"others wait for run.collective_timeout={config.run.collective_timeout:g} s; raise the latter",
+            f"reward.timeout={reward.timeout:g} with reward.retries={reward.retries} may take {patience:g} s, but "
+            f"the other processes wait for run.collective_timeout={config.run.collective_timeout:g} s; raise "
+            "run.collective_timeout",
             key="reward.timeout",
             others=("reward.retries", "run.collective_timeout"),
         )
     if reward.partial_every and config.ppo.whiten_rewards:
         yield ConfigError(
-            f"reward.partial_every={reward.partial_every} needs rewards in the unit of the scores, and "
-            "ppo.whiten_rewards=true scales them; leave the latter out (reward.calibrate=true scales scores), or set "
-            "the former to 0",
+            f"reward.partial_every={reward.partial_every} needs rewards in the unit of the scores, but "
+            "ppo.whiten_rewards=true scales them; remove ppo.whiten_rewards (reward.calibrate=true scales scores), or "
+            "set reward.partial_every to 0",
             key="reward.partial_every",
             others=("ppo.whiten_rewards",),
         )
@@ -265,7 +269,7 @@ def _scoring_contradictions(config: Config) -> Iterator[ConfigError]:
         )
     if reward.format == "plain" and reward.chat_field is not None:
         yield ConfigError(
-            "reward.chat_field is set, and reward.format=plain reads no turns; remove one of them",
+            "reward.chat_field is set, but reward.format=plain does not use turns; remove one of them",
             key="reward.chat_field",
             others=("reward.format",),
         )
@@ -276,20 +280,20 @@ def _gold_problems(reward: RewardConfig) -> Iterator[ConfigError]:
     for name in names:
         if names.count(name) > 1:
             yield ConfigError(
-                f"reward.gold names {name} twice; figures go by the callable's name, so rename one or remove it",
+                f"reward.gold names {name} twice; metrics are named after the callable, so rename one or remove it",
                 key="reward.gold",
             )
     for target in reward.gold:
         if target in reward.function:
             yield ConfigError(
-                f"reward.gold={target} is also in reward.function, and training must not see it; remove one of them",
+                f"reward.gold={target} is also in reward.function, but training must not use it; remove one of them",
                 key="reward.gold",
                 others=("reward.function",),
             )
 
 
 def _url_problems(url: str) -> Iterator[ConfigError]:
-    """Only the server's name is repeated: what stands before or behind it may be a secret."""
+    """The messages repeat only the name of the server, since the rest of the address may be a secret."""
     expected = "expected http://HOST:PORT/PATH or https://…"
     try:
         parts = urlsplit(url)
@@ -301,8 +305,8 @@ def _url_problems(url: str) -> Iterator[ConfigError]:
         yield ConfigError(f"reward.url is not an address; {expected}", key="reward.url")
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         yield ConfigError(
-            f"reward.url to {parts.hostname} holds more than scheme, host, port and path, and config.yaml would keep "
-            "it; put a secret into the environment variable RLHF_ACCEL_REWARD_TOKEN",
+            f"reward.url to {parts.hostname} contains more than scheme, host, port and path, which config.yaml "
+            "would record; put a secret into the environment variable RLHF_ACCEL_REWARD_TOKEN",
             key="reward.url",
         )
 
@@ -317,7 +321,7 @@ def _model_contradictions(config: Config) -> Iterator[ConfigError]:
         )
     if lora.modules_to_save and model.dtype in ("bf16", "fp16"):
         yield ConfigError(
-            f"lora.modules_to_save learn in full, and in model.dtype={model.dtype} would lose small updates to "
+            f"lora.modules_to_save are fully trainable, and model.dtype={model.dtype} would lose small updates to "
             "rounding; use model.dtype=fp32 with run.precision=bf16",
             key="lora.modules_to_save",
             others=("model.dtype",),
@@ -336,26 +340,26 @@ def _model_contradictions(config: Config) -> Iterator[ConfigError]:
         )
     if model.load_in_4bit and model.critic == "separate":
         yield ConfigError(
-            "model.load_in_4bit=true holds one base; use model.critic=adapter or head",
+            "model.load_in_4bit=true supports only one base; set model.critic to adapter or head",
             key="model.load_in_4bit",
             others=("model.critic",),
         )
     unused = [key for key in ("modules_to_save", "use_rslora", "use_dora") if getattr(lora, key)]
     if lora.r == 0 and unused:
         yield ConfigError(
-            f"lora.{unused[0]} is set and lora.r=0 is full fine-tuning; set lora.r above 0",
+            f"lora.{unused[0]} is set, but lora.r=0 is full fine-tuning; set lora.r above 0",
             key=f"lora.{unused[0]}",
             others=("lora.r",),
         )
     if lora.adapter is not None and lora.r == 0:
         yield ConfigError(
-            "lora.adapter is set and lora.r=0 is full fine-tuning; set lora.r to the adapter's rank",
+            "lora.adapter is set, but lora.r=0 is full fine-tuning; set lora.r to the adapter's rank",
             key="lora.adapter",
             others=("lora.r",),
         )
     if lora.adapter is not None and lora.modules_to_save:
         yield ConfigError(
-            "lora.modules_to_save is set beside lora.adapter, which brings its own; remove the former",
+            "lora.modules_to_save is set together with lora.adapter, which has its own; remove lora.modules_to_save",
             key="lora.modules_to_save",
             others=("lora.adapter",),
         )
@@ -369,7 +373,7 @@ def _model_contradictions(config: Config) -> Iterator[ConfigError]:
 
 
 def gold_name(target: str) -> str:
-    """What the figures of a gold reward go by: the callable's name.
+    """The name of a gold reward in metrics: that of the callable.
 
     >>> gold_name("rlhf_accel.reward:vader")
     'vader'

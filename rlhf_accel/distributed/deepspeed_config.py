@@ -14,6 +14,7 @@ from typing import Any
 from accelerate import DeepSpeedPlugin
 from accelerate.utils import is_deepspeed_available
 
+from rlhf_accel.distributed.launch_files import find_deepspeed_file
 from rlhf_accel.system.errors import ConfigError
 
 Owned = Mapping[str, tuple[Any, str]]  # a key that the run decides: its value, and the setting of the run behind it
@@ -39,6 +40,7 @@ def deepspeed_plugin(precision: str, max_grad_norm: float | None, minibatch: int
         "bf16.enabled": (False, f"run.precision={precision}, which is autocast over fp32 weights"),
         "torch_autocast.enabled": (precision == "bf16", f"run.precision={precision}"),
     }
+    find_deepspeed_file()
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     try:
         # Without a file, the sizes in the plugin are Accelerate's own defaults, which need not agree with the run.

@@ -6,7 +6,6 @@ and the files of an export. Knows no model and no rank.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import tempfile
@@ -18,15 +17,12 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from rlhf_accel.config.loading import load_run
 from rlhf_accel.config.schema import Config
-from rlhf_accel.runs import records
-from rlhf_accel.runs.cards import base_model, is_hub_id
-from rlhf_accel.system import terminal
+from rlhf_accel.runs.cards import base_model
 from rlhf_accel.system.errors import ConfigError, RunFailed
-from rlhf_accel.system.files import Malformed, read_json
+from rlhf_accel.system.files import read_json
 
-_ADAPTER = "adapter_config.json"
+ADAPTER = "adapter_config.json"
 
 
 class PushError(RunFailed):
@@ -44,10 +40,10 @@ def check(config: Config) -> None:
             "machine; name it by its hub id, or push later with python -m rlhf_accel push RUN USER/NAME --base ID",
             key="run.push_to_hub",
         )
-    _check_access(subject, "run.push_to_hub", repo_id)
+    check_access(subject, "run.push_to_hub", repo_id)
 
 
-def _check_access(subject: str, key: str | None, repo_id: str) -> None:
+def check_access(subject: str, key: str | None, repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
         if "/" not in repo_id:
@@ -122,7 +118,7 @@ def _shown(folder: Path, repo_id: str, base: str | None) -> Iterator[Path]:
             place = Path(work) / path.relative_to(folder)
             if path.is_dir():
                 place.mkdir(parents=True)
-            elif path.name == _ADAPTER and base is not None:
+            elif path.name == ADAPTER and base is not None:
                 settings = read_json(path)
                 place.write_text(json.dumps(settings | {"base_model_name_or_path": base}, indent=2), encoding="utf-8")
             elif path.name == "README.md":
@@ -137,33 +133,3 @@ def _reason(error: Exception) -> str:
     """The error in one line, without the request id and the addresses that the client appends."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines[:2])}" if lines else type(error).__name__
-
-
-def main(arguments: list[str]) -> None:
-    """The command. Raises `ConfigError` if the folder holds no model, or if the hub cannot be written to."""
-    parser = argparse.ArgumentParser(prog="rlhf_accel push", description=__doc__)
-    parser.add_argument("model", type=Path, help="a run's folder, or an exported model's")
-    parser.add_argument("repo_id", help="USER/NAME on the hub; created if needed")
-    parser.add_argument("--which", choices=("final", "best"), default="final", help="which model of a run's folder")
-    parser.add_argument("--private", action="store_true", help="create a new repository as private")
-    parser.add_argument("--base", help="hub id of an adapter's base, if the run loaded it from a local folder")
-    options = parser.parse_args(arguments)
-    folder, base = options.model, options.base
-    if (folder / "config.yaml").is_file():
-        base = base or base_model(load_run(folder / "config.yaml"))
-        folder = folder / options.which
-    if not (folder / "config.json").is_file() and not (folder / _ADAPTER).is_file():
-        raise ConfigError(f"{folder} holds no model; name a run's folder, or that of a model")
-    if base is None and (folder / _ADAPTER).is_file():
-        try:
-            named = records.read(folder / _ADAPTER, records.Adapter)["base_model_name_or_path"]
-        except (OSError, Malformed) as error:
-            raise ConfigError(
-                f"{folder / _ADAPTER} does not have the form that peft writes ({records.why(error)})"
-            ) from None
-        if named is None or not is_hub_id(named):
-            raise ConfigError(
-                f"{folder}: the adapter's base, {named}, is not a hub id; name it with --base", key="--base"
-            )
-    _check_access(f"push {options.repo_id}", None, options.repo_id)
-    terminal.say(push(folder, options.repo_id, private=options.private, base=base))

@@ -10,18 +10,16 @@ from pathlib import Path
 import transformers
 
 from rlhf_accel.algorithm.calibration import Reliability
-from rlhf_accel.config.loading import from_command_line
 from rlhf_accel.config.schema import RewardTrainingConfig
 from rlhf_accel.data import feedback as preferences
 from rlhf_accel.data import wheels
-from rlhf_accel.data.embedded import REWARD_RECIPE
 from rlhf_accel.data.feedback import Sets
 from rlhf_accel.distributed.accelerator import release_accelerate
+from rlhf_accel.distributed.launch_files import find_deepspeed_file
 from rlhf_accel.models import classifier as classifiers
 from rlhf_accel.runs import reward_card
-from rlhf_accel.system import console, files
+from rlhf_accel.system import files
 from rlhf_accel.system.errors import ConfigError
-from rlhf_accel.system.process import quiet_libraries, tune_process
 from rlhf_accel.system.terminal import say
 from rlhf_accel.training.feedback_trainer import FeedbackTrainer, training_arguments
 from rlhf_accel.training.reward_evaluation import figures, normalization, write_record
@@ -44,6 +42,7 @@ class RewardTrainer:
         Raises `ConfigError` before any training if the output folder is in use, the data cannot be used or the model
         cannot be loaded; `RunFailed` if the model diverges or the disk refuses the folder.
         """
+        find_deepspeed_file()
         output = free_folder(self.config)
         try:
             with locked(output):
@@ -117,13 +116,3 @@ class RewardTrainer:
 def train_reward(config: RewardTrainingConfig) -> dict[str, float]:
     """`RewardTrainer(config).fit()`."""
     return RewardTrainer(config).fit()
-
-
-def main(arguments: list[str]) -> None:
-    """The command `train-reward`: `[--config RECIPE_OR_FILE] [--print_config] [--section.key value …]`."""
-    config = from_command_line(RewardTrainingConfig, arguments, REWARD_RECIPE)
-    console.may_fail()
-    tune_process()
-    quiet_libraries()
-    transformers.utils.logging.set_verbosity_error()  # it would warn about the new head
-    train_reward(config)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_accel.commands import evaluate
+from rlhf_accel.commands import evaluate, parsers
 from rlhf_accel.config.loading import parse
 from rlhf_accel.config.schema import Config
 from rlhf_accel.training.ppo_trainer import PPOTrainer
@@ -28,7 +28,7 @@ def test_two_processes_under_zero3_say_what_one_says(gpt2_folder: Path, prompts_
     PPOTrainer(parse(Config, tree(gpt2_folder, prompts_file, settings))).fit()
     names = ("evaluation.json", "frontier.json")
     arguments = ["--which", "final", "--frontier", "5", "--trust_code"]
-    evaluate.main([str(folder), *arguments])
+    evaluate.main(parsers.evaluate([str(folder), *arguments]))
     alone = [json.loads((folder / name).read_text(encoding="utf-8")) for name in names]
     for name in names:
         (folder / name).unlink()

@@ -6,7 +6,6 @@ a run that has not ended too.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import hashlib
 import math
@@ -36,7 +35,6 @@ from rlhf_accel.runs.report.run_data import (
 )
 from rlhf_accel.system.errors import ConfigError
 from rlhf_accel.system.files import replace_text
-from rlhf_accel.system.terminal import say
 from rlhf_accel.system.version import __version__
 
 if TYPE_CHECKING:
@@ -46,18 +44,6 @@ PAGE = "report.html"
 MOST_RUNS = 7  # as many as there are colours
 _MOST_SAMPLES = 600  # rows that a phone can sort fast
 _TEMPLATE = Path(__file__).with_name("page.html")
-
-
-def main(arguments: list[str]) -> None:
-    """The command. Raises `ConfigError` if a folder is not a run, or if matplotlib is missing."""
-    parser = argparse.ArgumentParser(prog="rlhf_accel report", description=__doc__, allow_abbrev=False)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder; several are overlaid")
-    parser.add_argument("--output", type=Path, help=f"the page (default: {PAGE} in the first run's folder)")
-    options = parser.parse_args(arguments)
-    page, notes = write(options.runs, options.output)
-    for note in notes:
-        say(f"note: {note}")
-    say(f"wrote {page} and {page.with_suffix('')}/*.png")
 
 
 def after_training(folder: Path, say: Callable[[str], None]) -> None:
