@@ -20,7 +20,6 @@ from pydantic import ValidationError
 from rlhf_accel.config.keys import key_names
 from rlhf_accel.config.loading import (
     describe,
-    for_a_look,
     from_command_line,
     load,
     load_run,
@@ -495,22 +494,6 @@ def test_no_file_breaks_the_reader(text: str, tmp_path_factory: pytest.TempPathF
     refused_at_most(load, Config, path)
 
 
-def test_a_look_at_a_run_tells_nobody(tmp_path: Path) -> None:
-    """Neither the hub nor a tracker, and goes on from nothing; what it looks at is the same."""
-    run = {"push_to_hub": "nobody/model", "trackers": ["wandb"], "resume": "latest", "output_dir": "there", "seed": 3}
-    config = parse(
-        Config,
-        {
-            **{"run": run, "model": {"critic": "separate", "critic_init": "reward"}},
-            "reward": {"model": "x", "partial_every": 1},
-        },
-    )
-    look = for_a_look(config, tmp_path / "look")
-    told = {"seed": 3, "trackers": [], "output_dir": str(tmp_path / "look")}
-    assert look == parse(Config, {"run": told, "model": {"critic": "separate"}, "reward": {"model": "x"}})
-    assert not (tmp_path / "look").exists()
-
-
 def test_an_estimator_that_drives_the_policy_away_is_refused_and_old_runs_with_it_are_read(tmp_path):
     for estimator in ("k2", "k3"):
         with pytest.raises(ConfigError, match="away from the reference") as refused:
@@ -523,7 +506,6 @@ def test_an_estimator_that_drives_the_policy_away_is_refused_and_old_runs_with_i
     assert written.ppo.kl_estimator == "k3"
     with pytest.raises(ConfigError, match=r"ppo\.kl_estimator=k3"):
         check_trainable(written)  # as PPOTrainer does, whoever made the config
-    check_trainable(for_a_look(written, tmp_path))
     resumed = load(Config, None, ["--run.changes", "ppo.kl_estimator"])
     assert changed_keys(written, resumed) == []
     assert changed_keys(written, Config()) == ["ppo.kl_estimator (was 'k3', is 'k1')"]
