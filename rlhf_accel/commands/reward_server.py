@@ -18,7 +18,6 @@ import json
 import os
 import queue
 import socket
-import sys
 import threading
 import time
 from concurrent.futures import Future
@@ -38,6 +37,7 @@ from rlhf_accel.runs.metrics import finite_or_none
 from rlhf_accel.system.arithmetic import has_gpu
 from rlhf_accel.system.errors import ConfigError
 from rlhf_accel.system.process import quiet_libraries, tune_process
+from rlhf_accel.system.terminal import say
 
 
 class BadRequest(Exception):
@@ -196,8 +196,8 @@ def main(options: argparse.Namespace) -> None:
             f"--host {options.host} --port {options.port}: cannot listen there ({error})", key="--host"
         ) from None
     host, port = server.server_address[:2]
-    print(f"reward.url: http://{host!s}:{port}/", flush=True)
+    say(f"reward.url: http://{host!s}:{port}/")
     if options.host not in LOOPBACK and not os.environ.get(TOKEN_VARIABLE):
-        print(f"warning: anyone who can reach {options.host} may send requests; set {TOKEN_VARIABLE}", file=sys.stderr)
+        say(f"warning: anyone who can reach {options.host} may send requests; set {TOKEN_VARIABLE}", error=True)
     with server:
         server.serve_forever()

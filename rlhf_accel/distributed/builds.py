@@ -8,7 +8,6 @@ processes of this machine; knows no DeepSpeed.
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -16,6 +15,8 @@ from pathlib import Path
 
 import psutil
 from filelock import FileLock
+
+from rlhf_accel.system.terminal import say
 
 _EXTENSIONS = ("cpu_adam", "deepspeed_shm_comm", "fused_adam", "utils")
 _OTHER_MACHINE = 300.0  # seconds that a process of another machine, in a shared home, is given for a build
@@ -31,10 +32,10 @@ def remove_abandoned_locks(patience: float = _OTHER_MACHINE) -> None:
                 _remove(lock, patience)
                 break
             if not told:
-                print(
+                say(
                     f"{lock}: an unfinished build of DeepSpeed's, by no process of this machine; waiting up to "
                     f"{patience - age:.0f} s in case another machine that shares the folder is building",
-                    file=sys.stderr,
+                    error=True,
                 )
                 told = True
             time.sleep(1.0)
@@ -77,5 +78,5 @@ def _remove(lock: Path, patience: float) -> None:
     with FileLock(lock.with_name("abandoned.lock")):
         age = _abandoned_for(lock)
         if age is not None and age > patience:
-            print(f"{lock}: removed, left by a build that was killed", file=sys.stderr)
+            say(f"{lock}: removed, left by a build that was killed", error=True)
             lock.unlink(missing_ok=True)
