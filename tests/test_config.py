@@ -1,4 +1,4 @@
-"""Every choice of a run can be written, read back and refused with one line that names the key."""
+"""Configs are written and read back, and errors are one line that names the key."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_an_unknown_key_like_no_other_lists_the_known_ones() -> None:
     assert "zzz" in message and "rollout.batch_size" in message
 
 
-def test_a_section_is_no_key() -> None:
+def test_a_section_is_not_a_key() -> None:
     message = command_line_error("--lora", "8")
     assert message.startswith("lora is a section") and "lora.r, lora.alpha" in message
 
@@ -282,7 +282,7 @@ def test_a_contradiction_names_key_and_fix(tree: dict, parts: list[str]) -> None
     assert {key, *found.value.facts.get("others", ())} <= set(key_names(Config))
 
 
-def test_what_just_fits_is_no_contradiction() -> None:
+def test_limits_are_not_contradictions() -> None:
     tree = {
         "run": {"resume": "latest", "output_dir": "x"},
         "rollout": {"min_new_tokens": 32, "stop": ["a"]},
@@ -314,7 +314,7 @@ def test_what_just_fits_is_no_contradiction() -> None:
         (bytes(range(256)), "not a text file"),
     ],
 )
-def test_a_file_that_is_no_config(tmp_path: Path, content: bytes, part: str) -> None:
+def test_a_file_that_is_not_a_config(tmp_path: Path, content: bytes, part: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_bytes(content)
     assert f"--config {path}: {part}" in command_line_error("--config", str(path))
@@ -330,7 +330,7 @@ def test_a_name_that_cannot_be_a_file(name: str) -> None:
     assert command_line_error("--config", name).startswith("--config ")
 
 
-def test_a_folder_is_no_config(tmp_path: Path) -> None:
+def test_a_folder_is_not_a_config(tmp_path: Path) -> None:
     assert command_line_error("--config", str(tmp_path)) == f"--config {tmp_path}: cannot be read (Is a directory)"
 
 
@@ -354,7 +354,7 @@ def test_both_forms_of_an_override() -> None:
 
 
 @pytest.mark.parametrize("value", ["[[", "*x", "%", "2024-99-99", "[" * 1200, "!!timestamp x", "{[1]: 2}", "\x00"])
-def test_a_value_that_is_no_yaml_is_a_text(value: str) -> None:
+def test_a_value_that_is_not_yaml_is_a_text(value: str) -> None:
     assert parse_overrides(["--rollout.stop", value]) == [("rollout.stop", value)]
 
 
@@ -494,7 +494,7 @@ def test_no_file_breaks_the_reader(text: str, tmp_path_factory: pytest.TempPathF
     refused_at_most(load, Config, path)
 
 
-def test_an_estimator_that_drives_the_policy_away_is_refused_and_old_runs_with_it_are_read(tmp_path):
+def test_only_k1_is_allowed_in_the_reward_and_old_configs_are_read(tmp_path):
     for estimator in ("k2", "k3"):
         with pytest.raises(ConfigError, match="away from the reference") as refused:
             load(Config, None, ["--ppo.kl_estimator", estimator])
@@ -566,7 +566,7 @@ def test_each_error_of_the_package_has_a_key_and_names_it() -> None:
     assert keyless <= KEYLESS, keyless - KEYLESS
 
 
-def test_an_error_keeps_its_key_and_facts_where_pydantic_or_another_process_hands_it_on() -> None:
+def test_an_error_keeps_its_key_and_facts_through_pydantic_and_pickle() -> None:
     with pytest.raises(ConfigError) as found:
         parse(Config, {"ppo": {"num_minibatches": 3}})
     sent = pickle.loads(pickle.dumps(found.value))  # as Runtime.from_main sends it
@@ -585,7 +585,7 @@ def test_an_error_keeps_its_key_and_facts_where_pydantic_or_another_process_hand
         ({"ppo": 3}, "ppo"),
     ],
 )
-def test_what_a_tree_has_wrong_is_a_key_of_the_tree(tree: dict, key: str) -> None:
+def test_the_key_of_an_error_is_in_the_tree(tree: dict, key: str) -> None:
     with pytest.raises(ConfigError) as found:
         parse(Config, tree)
     assert found.value.key == key

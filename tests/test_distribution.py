@@ -1,4 +1,4 @@
-"""What responses are drawn from, in words."""
+"""The sampling distribution in words."""
 
 import pytest
 
@@ -20,6 +20,6 @@ from rlhf_accel.config.schema import RolloutConfig
         ),
     ],
 )
-def test_a_distribution_is_named_and_a_truncated_one_is_told(config, words, keys):
+def test_a_distribution_is_named_with_a_caution_if_truncated(config, words, keys):
     assert in_words(distribution(config)) == words
     assert (truncated(config) or "").startswith(keys or "") and (truncated(config) is None) == (keys is None)

@@ -1,4 +1,4 @@
-"""Each planted fault is found at toy size, what is sound is not blamed, and nothing is written."""
+"""Each planted fault is found at toy size, a healthy run has no problem, and nothing is written."""
 
 import json
 import re
@@ -48,7 +48,7 @@ def dislikes_what_people_like(prompts, responses, **columns):
 
 
 def anything(prompts, responses, **columns):
-    """Scores that vary, and of which one says nothing about another."""
+    """Scores that vary and are independent of each other."""
     return [zlib.crc32(response.encode()) / 2**32 for response in responses]
 
 
@@ -62,8 +62,8 @@ def per_character_of_the_longest(prompts, responses, **columns):
 
 @pytest.fixture
 def examined(tiny, tmp_path, monkeypatch):
-    """A function that examines a toy run with these changes and overrides; gives the findings as (level, check) with
-    what was said, and sees to it that nothing was written."""
+    """A function that examines a toy run with these changes and overrides; returns the messages by (level, check),
+    and checks that nothing was written."""
     monkeypatch.chdir(tmp_path)
 
     def examine(*overrides, processes=1, **sections):
@@ -107,7 +107,7 @@ def test_swapped_label(examined, classifier_folder):
 
 
 def test_pad_is_eos_and_nothing_stops(examined):
-    """With the five likeliest tokens only, this model never says EOS."""
+    """With the five most likely tokens only, this model never samples EOS."""
     findings = examined(rollout={"top_k": 5})
     assert problems(findings) == set()
     assert "0% of 64 responses end" in findings["warning", "stops"]
@@ -143,7 +143,7 @@ def test_adapter_on_the_head_only(examined):
 def test_batch_that_does_not_divide(examined):
     findings = examined("--ppo.num_minibatches", "3")
     assert "ppo.num_minibatches=3 does not divide" in findings["problem", "config"]
-    assert ("ok", "gradient") in findings  # the rest was looked at nevertheless
+    assert ("ok", "gradient") in findings  # the other checks ran nevertheless
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_batch_that_does_not_divide(examined):
         ({"ppo": {"num_minibatches": 3, "gamma": 2}}, ["ppo.gamma", "ppo.num_minibatches"]),
     ],
 )
-def test_the_key_that_cannot_stay_goes_back_to_its_default(tmp_path, tree, dropped):
+def test_a_wrong_key_is_reset_to_its_default(tmp_path, tree, dropped):
     (tmp_path / "config.yaml").write_text(json.dumps(tree))
     findings = Findings(lambda _: None)
     assert read(findings, tmp_path / "config.yaml") is not None
@@ -179,25 +179,25 @@ def test_wrong_chat_template(examined, tmp_path):
     rows = [{"text": f"<|im_start|>user\n{text}<|im_end|>"} for text in TEXTS * 5]
     path = tmp_path / "chat.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said = examined(data={"source": str(path)})["problem", "chat template"]
-    assert "<|im_start|>" in said
-    assert "40 of 40 prompts" in said
+    message = examined(data={"source": str(path)})["problem", "chat template"]
+    assert "<|im_start|>" in message
+    assert "40 of 40 prompts" in message
 
 
 def test_stop_texts_are_tokens_or_texts(gpt2_folder):
     tokenizer = AutoTokenizer.from_pretrained(gpt2_folder)
     tokenizer.add_tokens([AddedToken("<|eot_id|>", special=True)])
     tokens = Tokens(tokenizer)
-    said = f"a response ends at '<|eot_id|>' (token {len(tokens) - 1}) and '.'"
-    assert check_stops([".", "<|eot_id|>"], tokens) == ("ok", said)
-    level, said = check_stops(["<|im_end|>"], tokens)
-    assert level == "warning" and "no token for <|im_end|>, so the policy may never write it" in said
+    message = f"a response ends at '<|eot_id|>' (token {len(tokens) - 1}) and '.'"
+    assert check_stops([".", "<|eot_id|>"], tokens) == ("ok", message)
+    level, message = check_stops(["<|im_end|>"], tokens)
+    assert level == "warning" and "no token for <|im_end|>, so the policy may never write it" in message
     with pytest.raises(ConfigError, match=r"^rollout\.stop holds '<\|eot_id\|> '"):
         check_stops(["<|eot_id|> "], tokens)
 
 
 def test_a_marker_that_is_an_added_token_is_not_foreign(tiny, tmp_path):
-    """Also where a tokenizer puts a space before every text, and so makes two tokens of the marker."""
+    """Even if a tokenizer adds a space before every text and so splits the marker into two tokens."""
     tokens = llama2_tokens()
     (tmp_path / "a.jsonl").write_text('{"text": "<|im_start|>good"}')
     rows = load_rows(str(tmp_path / "a.jsonl"), "train")
@@ -215,7 +215,7 @@ def test_prompt_longer_than_the_context(examined):
 
 @pytest.fixture
 def overflowing(classifier_folder, tmp_path_factory):
-    """A reward model whose numbers fp16 cannot hold, and fp32 can."""
+    """A reward model with values that fp16 cannot represent and fp32 can."""
     folder = tmp_path_factory.mktemp("overflowing")
     model = AutoModelForSequenceClassification.from_pretrained(classifier_folder)
     with torch.no_grad():
@@ -231,7 +231,7 @@ def test_fp16_overflow(examined, overflowing):
     reward = {"model": str(overflowing), "label": "POSITIVE", "function": [], "dtype": "fp16"}
     findings = examined(reward=reward)
     assert "not finite in float16" in findings["problem", "reward in fp16"]
-    assert "reward" not in problems(findings)  # in fp32 it works, so it is looked at further
+    assert "reward" not in problems(findings)  # it works in fp32, so the other checks run
     assert ("ok", "gradient") in findings
 
 
@@ -243,7 +243,7 @@ def test_fp16_that_auto_means_overflows(examined, overflowing, monkeypatch):
     )
     findings = examined(reward={"model": str(overflowing), "label": "POSITIVE", "function": [], "dtype": "auto"})
     assert "not finite in float16" in findings["problem", "reward in fp16"]
-    assert ("ok", "gradient") in findings, "the rest is looked at in fp32"
+    assert ("ok", "gradient") in findings, "the other checks run in fp32"
 
 
 def test_fp16_overflow_of_the_policy(examined, gpt2_folder, tmp_path_factory):
@@ -265,7 +265,7 @@ def test_reward_model_without_its_tokenizer(examined, classifier_folder, tmp_pat
     assert ("ok", "gradient") in findings
 
 
-# What else is looked at
+# Other checks
 
 
 def test_a_tokenizer_of_another_model(examined, classifier_folder, gpt2_folder, tmp_path_factory):
@@ -285,8 +285,8 @@ def test_all_problems_show_at_once(examined, tmp_path):
         *("--data.source", str(tmp_path / "absent.jsonl")),
     )
     assert {"config", "data"} <= problems(findings)
-    said = " ".join(findings.values())
-    assert "optim.lr=-1" in said or "does not divide" in said
+    message = " ".join(findings.values())
+    assert "optim.lr=-1" in message or "does not divide" in message
 
 
 def test_labels_that_the_ratings_contradict(examined):
@@ -294,7 +294,7 @@ def test_labels_that_the_ratings_contradict(examined):
         data={"source": "embedded:movie_reviews", "prompt_tokens": [2, 6]},
         reward={"function": "tests.test_doctor:dislikes_what_people_like"},
     )
-    assert "-1.00" in findings["warning", "reward label"]  # a function may mean to
+    assert "-1.00" in findings["warning", "reward label"]  # a function may intend this
 
 
 def test_no_reward_at_all(examined):
@@ -314,7 +314,7 @@ def test_a_folder_that_holds_a_run(examined, tmp_path, tiny):
 
 
 def test_a_folder_that_cannot_be_made(examined, tmp_path):
-    """Of a run that names none."""
+    """For a run without run.output_dir."""
     (tmp_path / "saved_models").write_text("")
     findings = examined(run={"output_dir": None})
     assert "saved_models is a file" in findings["problem", "run folder"]
@@ -327,13 +327,13 @@ def test_a_hub_that_cannot_be_written_to(examined):
     assert ("ok", "gradient") in findings
 
 
-def test_a_reward_that_fails_in_words_is_no_overflow(examined):
+def test_a_reward_that_raises_is_not_an_overflow(examined):
     findings = examined(reward={"function": "tests.test_doctor:uninformed", "dtype": "fp16"})
     assert "no information" in findings["problem", "reward"]
     assert ("problem", "reward in fp16") not in findings
 
 
-def test_a_constant_reward_is_not_set_beside_the_ratings(examined):
+def test_a_constant_reward_is_not_compared_with_the_ratings(examined):
     findings = examined(
         data={"source": "embedded:movie_reviews", "prompt_tokens": [2, 6]},
         reward={"function": "tests.test_doctor:always_one"},
@@ -350,7 +350,7 @@ def test_partial_scores(examined):
 
 @pytest.mark.parametrize("every", [1, 64])
 @pytest.mark.parametrize("function", ["anything", "constant_until_long", "always_one"])
-def test_partial_scores_that_say_nothing(examined, function, every):
+def test_partial_scores_that_predict_nothing(examined, function, every):
     findings = examined(reward={"function": f"tests.test_doctor:{function}", "partial_every": every})
     assert f"reward.partial_every={every}" in findings["warning", "partial scores"]
     assert "ppo.lam" in findings["warning", "partial scores"]
@@ -359,7 +359,7 @@ def test_partial_scores_that_say_nothing(examined, function, every):
 def test_a_reward_that_cannot_read_an_empty_response(examined):
     findings = examined(reward={"function": "tests.test_doctor:per_character_of_the_longest", "partial_every": 2})
     assert "empty response" in findings["problem", "partial scores"]
-    assert "64 reference samples" in findings["warning", "reward"], "the whole ones are looked at all the same"
+    assert "64 reference samples" in findings["warning", "reward"], "complete responses are checked nevertheless"
 
 
 def test_scores_that_are_not_finite(examined):
@@ -400,14 +400,14 @@ def test_prompts_left_out_and_uneven_batches(examined):
 # The command
 
 
-def test_the_command_says_what_is_wrong_and_plans_memory(tiny, tmp_path, monkeypatch, capsys):
+def test_the_command_prints_problems_and_plans_memory(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.yaml").write_text(to_yaml(tiny()))
     command_line.main(["doctor", "--config", "config.yaml", "--num_processes", "2", "--zero_stage", "2"])
-    said = capsys.readouterr().out
-    assert "ok      memory: 2 process(es), ZeRO-2" in said
-    assert "smallest that fits as configured: 1 process(es), no ZeRO" in said
-    assert "0 problem(s)" in said
+    output = capsys.readouterr().out
+    assert "ok      memory: 2 process(es), ZeRO-2" in output
+    assert "smallest that fits as configured: 1 process(es), no ZeRO" in output
+    assert "0 problem(s)" in output
     with pytest.raises(SystemExit) as stopped:
         command_line.main(["doctor", "--config", "config.yaml", "--gpu_memory", "100MiB"])
     assert stopped.value.code == 2

@@ -1,4 +1,4 @@
-"""The command that judges a run's folder: the run's own figures again, and samples of its reference."""
+"""The command that evaluates a run's folder: the run's own metrics again, and samples of its reference."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GOLD = {"calibrate": True, "calibrate_samples": 32, "gold": "tests.test_ppo_trai
 
 @pytest.fixture
 def fitted(tiny):
-    """A function that makes the folder of a run which has learnt something, and gives its trainer."""
+    """A function that makes the folder of a trained run and returns its trainer."""
 
     def make(**sections) -> PPOTrainer:
         tree = {"reward": GOLD, "optim": {"lr": 0.02}, **sections, "run": {**RUN, **sections.get("run", {})}}
@@ -64,8 +64,8 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_command_says_of_each_model_what_the_run_said(fitted, llama_folder, capsys, monkeypatch, kind) -> None:
-    """Bit for bit: the same weights, prompts, random numbers and scale, read from what the run left."""
+def test_the_command_reproduces_the_metrics_of_the_run(fitted, llama_folder, capsys, monkeypatch, kind) -> None:
+    """Bit for bit: the same weights, prompts, random numbers and scale, read from the run's folder."""
     sections = {name: dict(values) for name, values in KINDS[kind].items()}
     if sections.get("model", {}).get("name_or_path") == "llama":
         sections["model"]["name_or_path"] = str(llama_folder)
@@ -143,8 +143,8 @@ def test_the_frontier_is_that_of_the_runs_reference_on_its_own_scale(fitted) -> 
     base = PPOTrainer(load(Config, run / "config.yaml", ["--run.output_dir", str(run / "x")]))
     scores = []
     for number in range(6):
-        said = base.collector.sample(base.setup.held_out.fixed(4), Seeds(EVALUATION_SEED, FRONTIER_STEP + number))
-        raw = [text.count("o") / max(len(text), 1) for text in said.texts]
+        responses = base.collector.sample(base.setup.held_out.fixed(4), Seeds(EVALUATION_SEED, FRONTIER_STEP + number))
+        raw = [text.count("o") / max(len(text), 1) for text in responses.texts]
         scores.append([(score - trainer.reward.mean) / trainer.reward.std for score in raw])
     expected = np.array(scores)
     assert told["reference"]["score"] == pytest.approx(expected.mean(), abs=1e-5)
@@ -167,8 +167,8 @@ def test_the_frontier_is_that_of_the_runs_reference_on_its_own_scale(fitted) -> 
     assert points[3]["gain"] - points[3]["low"] == pytest.approx(half, abs=1e-5)
 
 
-def test_another_distribution_may_be_judged_and_is_named(fitted, capsys) -> None:
-    """Also that of a run which was trained with a truncated one, whose own KL is that of no policy."""
+def test_another_sampling_distribution_is_allowed_and_named(fitted, capsys) -> None:
+    """Also for a run that was trained with a truncated one, whose KL is not that of any policy."""
     run = fitted(rollout={"top_k": 3}).folder
     options = [str(run), "--trust_code", "--which", "final"]
     evaluate.main(parsers.evaluate([*options, "--frontier", "3"]))
@@ -181,13 +181,14 @@ def test_another_distribution_may_be_judged_and_is_named(fitted, capsys) -> None
     assert plain["sampling"]["top_k"] == 0 and plain["models"]["final"]["kl"] != told["models"]["final"]["kl"]
     assert [point["name"] for point in curves["points"]] == ["final"]  # those of training were drawn otherwise
     assert "do not show their upper tail" in curves["no_share"]
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
-        "evaluations during training sampled with temperature 1, top_k 3" in said and "no share of the optimum" in said
+        "evaluations during training sampled with temperature 1, top_k 3" in output
+        and "no share of the optimum" in output
     )
 
 
-def test_other_prompts_than_the_runs_are_not_set_beside_its_evaluations(fitted, capsys) -> None:
+def test_evaluations_on_other_prompts_are_not_compared(fitted, capsys) -> None:
     run = fitted().folder
     evaluate.main(parsers.evaluate([str(run), "--trust_code", "--frontier", "3", "--prompts", "2"]))
     told = tree(run / "frontier.json")
@@ -195,8 +196,8 @@ def test_other_prompts_than_the_runs_are_not_set_beside_its_evaluations(fitted, 
     assert "evaluations during training used other prompts (run.eval_samples=4)" in capsys.readouterr().out
 
 
-def test_a_run_that_goes_on_is_judged_by_its_checkpoint(fitted) -> None:
-    """Before it has ended there is no summary, and no final/."""
+def test_a_run_in_progress_is_evaluated_by_its_checkpoint(fitted) -> None:
+    """Before it ends there is no summary and no final/."""
     run = fitted().folder
     scale = tree(run / "summary.json")["calibration"]
     (run / "summary.json").unlink()
@@ -210,7 +211,7 @@ def test_a_run_that_goes_on_is_judged_by_its_checkpoint(fitted) -> None:
     assert models["best"]["step"] is None
 
 
-def test_golds_may_be_asked_for_afterwards(fitted) -> None:
+def test_gold_rewards_can_be_added_afterwards(fitted) -> None:
     run = fitted(reward={"function": "tests.conftest:share_of_o"}).folder
     options = ["--which", "final", "--reward.gold", "tests.test_ppo_trainer:length", "--batch", "2"]
     evaluate.main(parsers.evaluate([str(run), "--trust_code", *options]))
@@ -249,7 +250,7 @@ REFUSED = [
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, gpt2_folder, prompts_file):
-    """A run, one that only began, one that holds out nothing, and one whose reward fails by now."""
+    """A run, one that has just started, one without held-out prompts, and one whose reward fails now."""
     made: dict[str, Path] = {}
 
     def make(tiny) -> dict[str, Path]:
@@ -297,7 +298,7 @@ def test_what_cannot_be_evaluated_ends_in_one_line(folders, tiny, capfd, options
     assert {name: on_disk(folder) for name, folder in named.items()} == before
 
 
-def test_a_run_meant_for_the_hub_is_judged_without_it(folders, tiny) -> None:
+def test_a_run_with_push_to_hub_is_evaluated_without_the_hub(folders, tiny) -> None:
     run = folders(tiny)["RUN"]
     config = load(Config, run / "config.yaml", ["--run.push_to_hub", "nobody/model"])
     assert len(Judge.of(run, config).prompts)

@@ -67,7 +67,7 @@ VALUES = [
 
 @contextmanager
 def in_time():
-    """Fails after so many seconds of the CPU, or of the clock ten times as many: the machine may be busy."""
+    """Fails after so many seconds of CPU time, or ten times as many by the clock, since the machine may be busy."""
 
     def late(*_):
         raise AssertionError(f"more than {SECONDS} s")
@@ -85,7 +85,7 @@ def in_time():
 
 
 def outcome(command, *arguments):
-    """What it says, in one line; "" where it does its work."""
+    """The one-line message of its error, or "" if it succeeds."""
     with in_time():
         try:
             command(*arguments)
@@ -100,7 +100,7 @@ def outcome(command, *arguments):
 
 @pytest.fixture(scope="module")
 def a_run(gpt2_folder, prompts_file, tmp_path_factory):
-    """A run with every file that one may have."""
+    """A run with every file that a run may have."""
     folder = tmp_path_factory.mktemp("fuzz") / "run"
     config = parse(
         Config,
@@ -135,7 +135,7 @@ def a_run(gpt2_folder, prompts_file, tmp_path_factory):
 
 
 def commands(folder, path, rng):
-    """Of the commands that read a run's folder one, with its arguments."""
+    """A command that reads a run's folder, with its arguments."""
     run = str(folder)
 
     def resume():
@@ -170,7 +170,7 @@ READ_BY = {
 
 
 def damaged(path, rng):
-    """Make something else of a file, and say what."""
+    """Damage a file; returns a description."""
     how = rng.choice(["content", "content", "value", "value", "value", "value", "cut", "flip", "kind"])
     whole = path.read_bytes()
     if how == "value" and path.suffix in (".json", ".jsonl", ".yaml"):
@@ -198,7 +198,7 @@ def damaged(path, rng):
 
 
 def _other_value(path, whole, rng):
-    """Another value, or none, somewhere in a tree; of a manifest the digest follows."""
+    """Change or remove a value somewhere in a tree; the digest of a manifest is updated."""
     text = whole.decode()
     rows = [json.loads(line) for line in text.split("\n") if line] if path.suffix == ".jsonl" else []
     tree = rng.choice(rows) if rows else yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)

@@ -1,4 +1,4 @@
-"""Continuing prompts with what a run left behind: where prompts come from, the base beside it, scores, bad input."""
+"""Continuing prompts with the model of a run: sources of prompts, the base beside it, scores, bad input."""
 
 import io
 import re
@@ -27,7 +27,7 @@ def wide(monkeypatch):
 
 @pytest.fixture
 def run_folder(tiny, wide):
-    """A function that makes the folder of a run which has learnt something."""
+    """A function that makes the folder of a trained run."""
 
     def make(**sections):
         run = {"total_steps": 1, "eval_samples": 4, **sections.pop("run", {})}
@@ -158,19 +158,19 @@ def test_best_and_final(run_folder):
         generate._writers(parsers.generate([str(folder)]))
 
 
-def test_a_model_that_is_no_run(gpt2_folder, wide, capsys):
+def test_a_model_without_a_run(gpt2_folder, wide, capsys):
     generate.main(parsers.generate([str(gpt2_folder), "The film", "--max_new_tokens", "3"]))
     assert [row[0] for row in cells(capsys)] == ["prompt", "The film"]
 
 
-def test_options_stand_above_the_runs(run_folder):
+def test_options_override_those_of_the_run(run_folder):
     folder = run_folder(rollout={"temperature": 0.7}).folder
     _, (writer,) = generate._writers(parsers.generate([str(folder), "--top_k", "1", "--max_new_tokens", "3"]))
     assert writer.rollout.temperature == 0.7
     assert (writer.rollout.top_k, writer.rollout.max_new_tokens) == (1, 3)
 
 
-def test_scores_are_on_the_runs_own_scale(run_folder):
+def test_scores_are_on_the_scale_of_the_run(run_folder):
     trainer = run_folder(reward={"calibrate": True})
     config, _ = generate._writers(parsers.generate([str(trainer.folder), "--score", "--trust_code"]))
     reward = generate._reward(config, trainer.folder)

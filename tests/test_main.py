@@ -1,4 +1,4 @@
-"""The command line: what is bad ends in one line that names the key, with status 2, and leaves the disk as it was."""
+"""The command line: bad input ends in one line that names the key, with status 2, and leaves the disk unchanged."""
 
 import hashlib
 import json
@@ -361,8 +361,8 @@ def test_a_run_in_the_way_of_the_output(refused, place, tiny, capfd):
 
 
 @pytest.mark.parametrize("save_every", ["1", "50"])
-def test_auto_is_content_with_a_run_that_is_finished(place, tiny, refused, capfd, save_every):
-    """Also with one that was too short to leave a checkpoint."""
+def test_auto_accepts_a_finished_run(place, tiny, refused, capfd, save_every):
+    """Also one that was too short to write a checkpoint."""
     options = ["train", "--config", "in/config.yaml", "--run.total_steps", "1", "--run.save_every", save_every]
     command_line.main([*options, "--run.resume", "auto"])
     before = on_disk(place)
@@ -374,14 +374,14 @@ def test_auto_is_content_with_a_run_that_is_finished(place, tiny, refused, capfd
     assert on_disk(place) == before
 
 
-def test_what_is_written_others_may_read(place, tiny, refused):
+def test_files_of_a_run_have_the_usual_permissions(place, tiny, refused):
     command_line.main(["train", "--config", "in/config.yaml", "--run.total_steps", "1", "--run.save_every", "1"])
     modes = {path.stat().st_mode & 0o777 for path in (place / "out" / "run").rglob("*") if path.is_file()}
     assert modes == {(place / "in" / "config.yaml").stat().st_mode & 0o777}
 
 
 def test_a_bad_config_as_seen_from_outside(place, tiny):
-    """In a process of its own: no warning of a library stands beside the line."""
+    """In its own process: no library prints a warning beside the line."""
     config = yaml.safe_load(to_yaml(tiny(run={"output_dir": str(place / "out" / "run")})))
     config["reward"]["function"] = ["tests.test_main:too_few"]
     (place / "in" / "config.yaml").write_text(yaml.safe_dump(config))
@@ -487,17 +487,17 @@ def leave(capsys):
 
 
 @pytest.mark.parametrize(("rank", "waited"), [("0", 0), ("1", 1)])
-def test_before_processes_met_the_first_of_a_node_speaks_and_others_wait_for_it(
+def test_before_processes_communicate_the_first_of_a_node_prints_and_others_wait(
     waits, capsys, monkeypatch, rank, waited
 ):
-    """Who waited in vain met an error that the first did not, and says it."""
+    """A process that waited in vain prints its error, since the first process did not meet it."""
     monkeypatch.setenv("LOCAL_RANK", rank)
     assert leave(capsys) == 1
     assert len(waits) == waited
 
 
 @pytest.mark.parametrize("is_first", [True, False])
-def test_after_processes_met_one_speaks(waits, capsys, monkeypatch, is_first):
+def test_after_processes_communicate_one_prints(waits, capsys, monkeypatch, is_first):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(liveness, "first_of_all", lambda event: is_first)
     assert leave(capsys) == int(is_first)

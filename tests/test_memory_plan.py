@@ -1,4 +1,4 @@
-"""The memory plan: what is counted against real passes, what is cut against the ZeRO paper, what fits against hand."""
+"""The memory plan: sizes against real passes, partitions against the ZeRO paper, and fits against sums by hand."""
 
 from dataclasses import replace
 
@@ -70,7 +70,7 @@ def real_pass(config, path, rows):
     ],
 )
 def test_sizes_are_those_of_a_real_pass(tiny, request, model, lora, critic):
-    """Fake tensors choose the same kernels as real ones, so what is kept is the same, but for masks."""
+    """Fake tensors select the same kernels as real ones, so autograd keeps the same tensors, except masks."""
     path = str(request.getfixturevalue(model))
     config = tiny(model={"name_or_path": path, "critic": critic}, lora=lora)
     sizes = model_sizes.measure(config, path)
@@ -104,7 +104,7 @@ def test_a_frozen_base_in_four_bits(tiny, llama_folder):
     assert saved == pytest.approx(numbers * (4 - 4.127 / 8), rel=1e-3)
 
 
-def test_what_the_stages_cut(tiny):
+def test_parts_that_the_stages_partition(tiny):
     """Rajbhandari et al. 2020, figure 1, in fp32: of 4 + 4 + 8 bytes for each number ZeRO-1 cuts the 8, ZeRO-2 the
     gradients too, ZeRO-3 all; DeepSpeed's master copy of the part that a rank steps comes on top in the first two."""
     config = tiny()
@@ -120,7 +120,7 @@ def test_what_the_stages_cut(tiny):
     assert parts(3) == [1000, 1000, 1000, 2000, 0]
 
 
-def test_phases_hold_what_they_use(tiny):
+def test_the_parts_of_each_phase(tiny):
     """Batch 8 in 2 minibatches, 14 tokens a sample, 64 a pass: 8 rows sampled, 4 in a pass."""
     made = plan.plan(tiny(), SIZES, Launch(), base=7)
     assert made.phases["load"] == {"process": 7, "weights": 4000, "reference": 4000, "reward model": 500}
@@ -133,7 +133,7 @@ def test_phases_hold_what_they_use(tiny):
     assert made.peak == max(made.total(phase) for phase in plan.PHASES)
 
 
-def test_of_a_single_pass_activations_and_gradients_are_not_whole_together(tiny):
+def test_a_single_pass_does_not_hold_all_activations_and_all_gradients(tiny):
     large = replace(SIZES, activations_row=6000)
     for sizes, held in ((SIZES, {"gradients": 4000}), (large, {"activations": 24000, "logits": 640, "gradients": 400})):
         update = plan.plan(tiny(), sizes, Launch(), base=0).phases["update"]
@@ -179,7 +179,7 @@ def test_the_smallest_launch_that_fits(tiny):
 
 
 def test_advice_comes_cheapest_first(tiny, gpt2_folder):
-    """In the order micro-batches, checkpointing, LoRA, stage and offload, and nothing that brings nothing."""
+    """In the order micro-batches, checkpointing, LoRA, stage and offload, without steps that save nothing."""
     config = tiny(ppo={"num_minibatches": 1, "micro_batch_tokens": 4096}, rollout={"batch_size": 256})
     launch = Launch(processes=2, device="cuda")
     paths = (str(gpt2_folder), None)
@@ -210,7 +210,7 @@ def test_tables_add_up(tiny):
 
 
 @pytest.mark.parametrize("text", ["", "80", "GiB", "-1GiB", "nanGB", "eighty GiB", "infGB"])
-def test_a_size_that_is_none(text):
+def test_a_text_that_is_not_a_size(text):
     with pytest.raises(ConfigError, match="--gpu_memory"):
         plan.parse_memory(text)
 

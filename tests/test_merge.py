@@ -24,7 +24,7 @@ from rlhf_accel.training.ppo_trainer import PPOTrainer
 
 @pytest.fixture
 def trained(tiny, tmp_path: Path) -> Path:
-    """The folder of a run with an adapter that moved."""
+    """The folder of a run with a trained adapter."""
     lora = {"r": 4, "target_modules": ["c_attn", "c_fc"]}
     PPOTrainer(tiny(lora=lora, model={"critic": "adapter"}, optim={"lr": 0.05}, run={"eval_samples": 0})).fit()
     return tmp_path / "run"
@@ -52,8 +52,8 @@ def test_the_merged_model_is_the_base_with_the_adapter(
     assert ids[0] == ids[1]
 
 
-def test_a_scale_goes_part_of_the_way(trained: Path, gpt2_folder: Path, tmp_path: Path) -> None:
-    """Weights add up, so with a quarter of the adapter they lie at a quarter of the line from the base."""
+def test_a_scale_interpolates_the_weights(trained: Path, gpt2_folder: Path, tmp_path: Path) -> None:
+    """With a quarter of the adapter, the weights are a quarter of the way from the base."""
     for scale in (1.0, 0.25):
         merge.main(parsers.merge([str(trained), str(tmp_path / f"{scale}"), "--scale", str(scale)]))
     base, whole, part = (
@@ -65,7 +65,7 @@ def test_a_scale_goes_part_of_the_way(trained: Path, gpt2_folder: Path, tmp_path
         torch.testing.assert_close(part[name], torch.lerp(base[name], whole[name], 0.25), atol=1e-6, rtol=1e-5)
 
 
-def test_the_critic_goes_with_it(trained: Path, tmp_path: Path) -> None:
+def test_the_critic_is_copied(trained: Path, tmp_path: Path) -> None:
     merge.merge(trained / "final", tmp_path / "merged", dtype="bf16")
     for name in ("value_head.safetensors", "critic/adapter_model.safetensors"):
         one, other = load_file(trained / "final" / name), load_file(tmp_path / "merged" / name)
@@ -84,7 +84,7 @@ def test_the_critic_goes_with_it(trained: Path, tmp_path: Path) -> None:
     ],
     ids=["embedding", "head", "whole embedding", "whole head and DoRA", "neither"],
 )
-def test_tied_embeddings_of_which_one_is_trained_become_two(
+def test_tied_embeddings_are_untied_if_one_is_trained(
     tiny, llama_folder: Path, tmp_path: Path, lora: dict, scale: float
 ) -> None:
     trainer = PPOTrainer(tiny(model={"name_or_path": str(llama_folder)}, lora={"r": 4, **lora}))
@@ -104,7 +104,7 @@ def test_tied_embeddings_of_which_one_is_trained_become_two(
     assert all(torch.equal(weight.bfloat16(), rounded[name]) for name, weight in merged.state_dict().items())
 
 
-def test_a_merge_that_is_not_base_and_adapter_is_no_model(
+def test_a_merged_model_that_differs_is_not_written(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(merge, "_as_loaded", lambda *args: export_is_memory(torch.zeros(1), torch.ones(1), **FP32))
@@ -121,7 +121,9 @@ def test_a_merge_that_is_not_base_and_adapter_is_no_model(
 FP32 = {"dtype": torch.float32, "what": "merged"}
 
 
-def test_a_place_that_takes_no_model_is_named(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_output_that_cannot_be_written_is_named(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"file/merged cannot be written \(.*Not a directory.*\); name another"):
         merge.merge(trained / "final", tmp_path / "file" / "merged")

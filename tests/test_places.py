@@ -1,4 +1,4 @@
-"""Local paths lead to the same places from any working folder, and what leaves the machine does not tell them."""
+"""Local paths stay the same in any working folder, and files that leave the machine do not contain them."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def wandering(prompts, responses, **columns):
 """
 
 
-def test_only_what_leads_somewhere_becomes_absolute(tmp_path, monkeypatch):
+def test_only_paths_that_exist_become_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("gpt2", "test"):
         Path(folder).mkdir()
@@ -81,4 +81,4 @@ def test_a_run_stays_in_one_folder_and_is_read_from_any(tiny, gpt2_folder, promp
     assert changed_keys(relative, config) == []
     old = yaml.safe_load((run / "config.yaml").read_text())
     old["model"]["name_or_path"], old["data"]["source"] = "./base_model", "other/texts.jsonl"
-    assert [said.partition(" ")[0] for said in changed_keys(parse(Config, old), config)] == ["data.source"]
+    assert [change.partition(" ")[0] for change in changed_keys(parse(Config, old), config)] == ["data.source"]

@@ -1,4 +1,4 @@
-"""The recipes, as they are shipped, on tiny models under the real names in a hub cache without a hub."""
+"""The recipes as shipped, with tiny models under the real names in an offline hub cache."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def test_no_recipe_has_scores_that_values_cannot_reach():
             assert config.reward.calibrate or config.reward.output == "probability", name
 
 
-def test_the_reference_job_is_what_the_issue_says():
+def test_the_settings_of_the_reference_job():
     config = load(Config, "imdb_sentiment")
     assert config.model.name_or_path == "lvwerra/gpt2-imdb"
     assert config.reward.model == "siebert/sentiment-roberta-large-english"
@@ -48,7 +48,7 @@ def test_the_reference_job_is_what_the_issue_says():
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory, gpt2_folder, classifier_folder):
-    """Environment variables of a machine that has loaded the three names of the reference job."""
+    """Environment variables of a machine that has the models and the data set of the reference job in its cache."""
     cache = tmp_path_factory.mktemp("hf_home") / "hub"
     put_model(cache, "lvwerra/gpt2-imdb", gpt2_folder)
     put_model(cache, "siebert/sentiment-roberta-large-english", classifier_folder)

@@ -1,4 +1,4 @@
-"""Numbers that are not finite, rewards that fail for good, and what a dump of either says when it is run again."""
+"""Values that are not finite, rewards that keep failing, and the replay of their dumps."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def skipped(folder: Path) -> list[int]:
     return [json.loads(line)["optim/skipped_steps"] for line in (folder / "metrics.jsonl").open()]
 
 
-def test_scores_that_are_not_finite_skip_the_step_and_end_the_run_in_the_end(tiny, tmp_path, capsys) -> None:
+def test_scores_that_are_not_finite_skip_the_step_and_finally_end_the_run(tiny, tmp_path, capsys) -> None:
     config = tiny(
         run={"output_dir": str(tmp_path / "run"), "total_steps": 9, "eval_samples": 0, "max_skipped_steps": 3},
         reward={"function": "tests.test_replay:nan_for_vowels"},
@@ -66,9 +66,9 @@ def test_scores_that_are_not_finite_skip_the_step_and_end_the_run_in_the_end(tin
         f"3 steps in a row were skipped (run.max_skipped_steps); look with python -m rlhf_accel replay {place}"
         in str(stopped.value)
     )
-    said = capsys.readouterr().out
-    assert "warning: scores are not finite in the score of step 1: samples " in said
-    assert "skipped, 1 in a row of run.max_skipped_steps=3" in said
+    output = capsys.readouterr().out
+    assert "warning: scores are not finite in the score of step 1: samples " in output
+    assert "skipped, 1 in a row of run.max_skipped_steps=3" in output
     assert all(torch.equal(before[name], value) for name, value in trainer.runtime.plain_module.state_dict().items())
     assert skipped(tmp_path / "run") == [1, 2]
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-000002"]
@@ -89,7 +89,7 @@ def test_scores_that_are_not_finite_skip_the_step_and_end_the_run_in_the_end(tin
     }
 
 
-def test_a_step_that_is_taken_ends_the_row(tiny, tmp_path) -> None:
+def test_a_step_that_is_not_skipped_resets_the_count(tiny, tmp_path) -> None:
     """Two are bad, one is good, and so on: never three in a row."""
     calls: list[int] = []
 
@@ -102,7 +102,7 @@ def test_a_step_that_is_taken_ends_the_row(tiny, tmp_path) -> None:
     assert skipped(tmp_path / "run") == [1, 2, 2, 3, 4, 4, 5]
 
 
-def test_the_row_outlives_a_stop(tiny, tmp_path) -> None:
+def test_the_count_of_skipped_steps_survives_a_stop(tiny, tmp_path) -> None:
     def nan(prompts: list[str], responses: list[str], **columns: Any) -> list[float]:
         return [math.nan if len(prompts) == 8 else 1.0] * len(prompts)
 
@@ -120,12 +120,12 @@ def test_a_gradient_that_is_not_finite_is_dumped_and_found_again(lora, tiny, tmp
     forward = policy_with_value.PolicyWithValue.forward
 
     def spiked(self: Any, *inputs: torch.Tensor, **settings: Any) -> Any:
-        said = forward(self, *inputs, **settings)
+        result = forward(self, *inputs, **settings)
         if not torch.is_grad_enabled():
-            return said
+            return result
         rows = (inputs[2][:, :2] == bad).all(1).nonzero()[:, 0]
-        values = said.values[rows]
-        return said._replace(values=said.values.index_add(0, rows, (values - values.detach()).abs().sqrt()))
+        values = result.values[rows]
+        return result._replace(values=result.values.index_add(0, rows, (values - values.detach()).abs().sqrt()))
 
     run = {"output_dir": str(tmp_path / "run"), "total_steps": 2, "eval_samples": 0, "max_skipped_steps": 1}
     trainer = PPOTrainer(tiny(run=run, ppo={"num_minibatches": 1}, **lora))
@@ -149,8 +149,8 @@ def test_a_gradient_that_is_not_finite_is_dumped_and_found_again(lora, tiny, tmp
     assert not (place / "replay").exists()
 
 
-def test_logits_that_are_not_finite_while_sampling_are_never_learnt_from(tiny, tmp_path, capsys) -> None:
-    """Though the model is itself again when its log-probabilities are noted."""
+def test_logits_that_are_not_finite_while_sampling_are_never_trained_on(tiny, tmp_path, capsys) -> None:
+    """Even if the model works again when its log-probabilities are computed."""
     run = {"output_dir": str(tmp_path / "run"), "total_steps": 2, "eval_samples": 0}
     trainer = PPOTrainer(tiny(run=run))
     calls: list[int] = []
@@ -176,7 +176,7 @@ def test_weights_that_went_bad_are_found_again(tiny, tmp_path, capsys) -> None:
     assert "reproduced: 8 of 8 samples" in capsys.readouterr().out
 
 
-def test_a_reward_that_fails_for_good_leaves_a_checkpoint_and_its_inputs(tiny, tmp_path, capsys) -> None:
+def test_a_reward_that_keeps_failing_leaves_a_checkpoint_and_its_inputs(tiny, tmp_path, capsys) -> None:
     config = tiny(
         run={"output_dir": str(tmp_path / "run"), "eval_samples": 0},
         reward={"function": "tests.test_replay:needs_a_number", "retries": 1, "retry_wait": 0.01},
@@ -197,21 +197,21 @@ def test_a_reward_that_fails_for_good_leaves_a_checkpoint_and_its_inputs(tiny, t
     (place / "dump.json").write_text(json.dumps(dump.facts))
     capsys.readouterr()
     command_line.main(["replay", str(place), "--trust_code"])
-    said = capsys.readouterr().out
-    assert "reproduced: 1 of 8 samples" in said
-    assert "KeyError: 'minus one'" in said
+    output = capsys.readouterr().out
+    assert "reproduced: 1 of 8 samples" in output
+    assert "KeyError: 'minus one'" in output
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", "[1]"])
-def test_what_is_no_dump(content, tmp_path, capsys) -> None:
+def test_a_folder_that_is_not_a_dump(content, tmp_path, capsys) -> None:
     if content is not None:
         (tmp_path / "dump.json").write_text(content)
     with pytest.raises(SystemExit) as left:
         command_line.main(["replay", str(tmp_path), "--trust_code"])
     assert left.value.code == 2
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     reason = "it holds no dump.json; failed runs write theirs to RUN/dumps" if content is None else ""
-    assert said.startswith(f"error: {tmp_path} is not a dump of a run: {reason}")
+    assert output.startswith(f"error: {tmp_path} is not a dump of a run: {reason}")
 
 
 def test_a_fault_names_the_first_quantity_and_its_samples() -> None:
@@ -270,8 +270,8 @@ def test_a_step_by_itself_writes_nothing_when_it_gives_up(tiny, tmp_path) -> Non
     assert not (tmp_path / "run").exists()
 
 
-def test_a_dump_is_run_again_on_the_device_and_in_the_dtypes_of_the_run(tiny, tmp_path, monkeypatch) -> None:
-    """A run in bf16 on a CPU, looked at where `auto` would be a GPU: precision and dtypes are those of the dump."""
+def test_a_dump_is_replayed_on_the_device_and_in_the_dtypes_of_the_run(tiny, tmp_path, monkeypatch) -> None:
+    """A run in bf16 on a CPU, replayed where `auto` would be a GPU: precision and dtypes are those of the dump."""
     seen: list[tuple[str, torch.dtype]] = []
 
     def noted(module: Any, given: Any) -> None:
@@ -287,7 +287,7 @@ def test_a_dump_is_run_again_on_the_device_and_in_the_dtypes_of_the_run(tiny, tm
     place = tmp_path / "run" / "dumps" / "step-000001"
     dump = read_dump(place)
     assert dump.facts["arithmetic"] == {"device": "cpu", "precision": "bf16", "model_dtype": "fp32"}
-    # As if the config had said auto, on a machine with a GPU.
+    # As if the config had auto, on a machine with a GPU.
     automatic = replace(dump, config=replace(dump.config, run=replace(dump.config.run, precision="auto")))
     monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -305,7 +305,7 @@ def test_a_dump_is_run_again_on_the_device_and_in_the_dtypes_of_the_run(tiny, tm
     assert set(seen) == {("cpu", torch.bfloat16)}
 
 
-def test_a_reward_is_asked_again_on_the_runs_device_and_in_its_dtype(classifier_folder, monkeypatch) -> None:
+def test_a_reward_is_called_again_on_the_runs_device_and_in_its_dtype(classifier_folder, monkeypatch) -> None:
     config = parse(Config, {"reward": {"model": str(classifier_folder), "label": "POSITIVE"}})
     facts = {"arithmetic": {"device": "cuda", "reward_dtype": "fp16"}, "prompts": ["A"], "responses": [" film"]}
     dump = Dump(config=config, facts=facts, experience={}, weights={})

@@ -1,4 +1,4 @@
-"""A run's folder from elsewhere is data: what its config names is called only where the user's own flag says so."""
+"""A run's folder from elsewhere is data: code that its config names runs only with the user's own flag."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ def told(capfd, *arguments) -> str:
     return lines[0]
 
 
-def test_what_looks_at_a_run_calls_nothing_that_only_its_config_names(foreign, tmp_path, capfd) -> None:
+def test_commands_call_no_function_that_only_the_config_names(foreign, tmp_path, capfd) -> None:
     line = told(capfd, "evaluate", foreign)
     assert "would run reward.function=tests.test_trust:leaves_a_mark; reward.gold=tests.test_trust:as_gold;" in line
     assert line.endswith("nothing is run; add --trust_code if you trust it")
@@ -68,7 +68,7 @@ def test_what_looks_at_a_run_calls_nothing_that_only_its_config_names(foreign, t
     assert set(CALLED) == {"reward", "gold"}
 
 
-def test_code_of_a_foreign_runs_models_is_asked_for(foreign, tmp_path, capfd) -> None:
+def test_code_of_the_models_of_a_foreign_run_needs_the_flag(foreign, tmp_path, capfd) -> None:
     path = foreign / "config.yaml"
     path.write_text(path.read_text().replace("trust_remote_code: false", "trust_remote_code: true"))
     for command in (("generate", foreign, "A"), ("merge", foreign, tmp_path / "merged"), ("evaluate", foreign)):
@@ -76,7 +76,7 @@ def test_code_of_a_foreign_runs_models_is_asked_for(foreign, tmp_path, capfd) ->
     assert not CALLED and not (tmp_path / "merged").exists()
 
 
-def test_a_dump_calls_nothing_that_only_its_config_names(foreign, capfd) -> None:
+def test_a_replay_calls_no_function_that_only_the_config_names(foreign, capfd) -> None:
     dump = foreign / "dumps" / "step-000001"
     dump.mkdir(parents=True)
     shutil.copy(foreign / "config.yaml", dump)
