@@ -1,7 +1,7 @@
-"""What a process has once, lent to somebody else's function and put back when it is done with it.
+"""Global settings of torch and of the process, restored after a call of a function from elsewhere.
 
-A reward function that turns gradients off, sets another dtype, closes stdout or changes the folder would change the run
-around it. Knows torch and the process; knows nothing of what is called.
+A reward function that turns gradients off, sets another dtype, closes stdout or changes the working folder would change
+the run around it. Knows torch and the process; knows nothing about the function.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rlhf_accel.system.console import Stream
 logger = logging.getLogger(__name__)
 
 # Variables that this package, torch, the launchers or the hub's client read after the start. A library that is imported
-# late may set others for itself.
+# late may set other variables.
 _VARIABLES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "HOME", "PATH"),
     *("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN"),
@@ -40,7 +40,7 @@ _told: set[tuple[str, str]] = set()
 
 @dataclass(frozen=True)
 class _Setting:
-    """`write(read())` changes nothing; two readings that are equal mean that nothing was changed."""
+    """`write(read())` changes nothing; two equal readings mean that the setting is unchanged."""
 
     name: str
     read: Callable[[], Any]
@@ -49,10 +49,10 @@ class _Setting:
 
 @contextmanager
 def restored_globals(borrower: str) -> Iterator[None]:
-    """Puts back what the block leaves changed of torch's and the process's settings, and logs a warning with `borrower`
-    and the names of these, once for each. Costs 0.2 to 0.4 ms.
+    """Restore the settings of torch and of the process that the block changes. Takes 0.2 to 0.4 ms.
 
-    Threads have some of torch's settings to themselves; what another thread does to those needs no putting back.
+    A warning with `borrower` names each changed setting once. Some of torch's settings belong to a thread; changes by
+    another thread do not need to be restored.
     """
     before = [setting.read() for setting in _SETTINGS]
     changed: list[str] = []
@@ -62,7 +62,7 @@ def restored_globals(borrower: str) -> Iterator[None]:
     finally:
         for setting, value in zip(_SETTINGS, before, strict=True):
             if setting.read() != value:
-                with suppress(Exception):  # what cannot be put back is still named
+                with suppress(Exception):  # a setting that cannot be restored is still named
                     setting.write(value)
                 changed.append(setting.name)
         new = [name for name in changed if (borrower, name) not in _told]
@@ -73,11 +73,13 @@ def restored_globals(borrower: str) -> Iterator[None]:
 
 @contextmanager
 def _descriptors(changed: list[str]) -> Iterator[None]:
-    """stdout and stderr of the process as they were; the name of one that was not is appended to the list. Were one
-    left closed, the next file that is opened would get its number, and all that is printed."""
+    """Restore the file descriptors of stdout and stderr, and append the name of a changed one to the list.
+
+    If one stayed closed, the next file to be opened would get its number, and with it all printed text.
+    """
     kept = {}
     for number in (1, 2):
-        with suppress(OSError):  # closed before
+        with suppress(OSError):  # already closed
             kept[number] = _identity(number), os.dup(number)
     try:
         yield
@@ -99,7 +101,7 @@ def _identity(descriptor: int) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class _RandomState:
-    """Drawing numbers is a reward's own matter; another seed would give each step's dropout the same masks."""
+    """A reward may draw random numbers; if it sets a seed, every step would get the same dropout masks."""
 
     seed: int
     states: tuple[Tensor, ...] = field(compare=False)
@@ -164,7 +166,7 @@ def _write_gpu(device: int | None) -> None:
 def _read_folder() -> str | None:
     try:
         return os.getcwd()
-    except OSError:  # it was removed
+    except OSError:  # the folder was removed
         return None
 
 
@@ -186,7 +188,7 @@ def _write_variables(values: tuple[str | None, ...]) -> None:
 
 
 def _read_signals() -> tuple[Any, ...]:
-    """Handlers, and where signals are noted for threads to read, which only the main thread can ask for."""
+    """Handlers, and the wakeup file descriptor, which only the main thread can read."""
     woken = -1
     if threading.current_thread() is threading.main_thread():
         woken = signal.set_wakeup_fd(-1)
@@ -217,19 +219,19 @@ def _hides_all(entry: tuple[Any, ...]) -> bool:
 
 
 def _read_filters() -> tuple[Any, ...]:
-    """Those that hold for every warning; libraries add others when they are imported."""
+    """Filters that match every warning; libraries add other filters when they are imported."""
     return tuple(entry for entry in warnings.filters if _hides_all(entry))
 
 
 class _Never(Warning):
-    """Of no warning."""
+    """A category that no warning has."""
 
 
 def _write_filters(before: tuple[Any, ...]) -> None:
     kept = [entry for entry in warnings.filters if not _hides_all(entry) or entry in before]
     kept[:0] = [entry for entry in before if entry not in kept]
     warnings.filters[:] = kept  # type: ignore[index]  # typeshed calls it a sequence
-    warnings.simplefilter("default", _Never, append=True)  # has Python forget what it decided by the others
+    warnings.simplefilter("default", _Never, append=True)  # resets Python's cache of decisions
 
 
 def _read_streams() -> tuple[Any, ...]:
@@ -240,7 +242,7 @@ def _write_streams(before: tuple[Any, ...]) -> None:
     for descriptor, name, (stream, was_closed) in zip((1, 2), ("stdout", "stderr"), before, strict=True):
         if getattr(stream, "closed", False) and not was_closed:
             opened = open(descriptor, "w", buffering=1, encoding=stream.encoding, errors=stream.errors, closefd=False)  # noqa: SIM115
-            if isinstance(stream, Stream):  # which stays the guard of what is under it
+            if isinstance(stream, Stream):  # the guard stays in place around the new stream
                 stream.put(opened)
             else:
                 stream = opened
@@ -248,7 +250,7 @@ def _write_streams(before: tuple[Any, ...]) -> None:
 
 
 _SETTINGS = (
-    # First, for it changes whether gradients are on.
+    # First, because it changes whether gradients are on.
     _Setting("torch.inference_mode", torch.is_inference_mode_enabled, _write_inference),
     _Setting("torch.set_grad_enabled", torch.is_grad_enabled, torch.set_grad_enabled),
     _Setting("torch.autocast", _read_autocast, _write_autocast),
