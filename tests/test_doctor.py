@@ -344,7 +344,7 @@ def test_a_constant_reward_is_not_compared_with_the_ratings(examined):
 
 def test_partial_scores(examined):
     findings = examined(reward={"function": "tests.conftest:share_of_o", "partial_every": 2})
-    assert re.search(r"a correlation of 0\.[3-9]", findings["ok", "partial scores"])
+    assert re.search(r"by 0\.[3-9]", findings["ok", "partial scores"])
     assert problems(findings) == set()
 
 

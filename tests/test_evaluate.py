@@ -237,7 +237,7 @@ REFUSED = [
     (["RUN", "--which", "step-000009"], 2, "holds no checkpoint step-000009; those kept: step-000003, step-000002"),
     (["RUN", "--which", "step-000002"], 2, "step-000002 is not a whole checkpoint: progress.json"),
     (["RUN", "--which", "step-000001"], 2, "step-000001 is sharded by rank"),
-    (["RUN", "--rollout.max_new_tokens", "3"], 2, "rollout.max_new_tokens (was 8, is 3): a run is evaluated as it was"),
+    (["RUN", "--rollout.max_new_tokens", "3"], 2, "rollout.max_new_tokens (was 8, is 3): a run is evaluated with"),
     (["RUN", "--reward.gould", "a:b"], 2, "unknown key reward.gould; did you mean reward.gold?"),
     (["RUN", "--reward.gold", "tests.test_evaluate:nobody"], 2, "has no nobody"),
     (["BEGUN"], 2, "has neither best/ nor final/ yet"),

@@ -93,7 +93,7 @@ def test_a_replay_calls_no_function_that_only_the_config_names(foreign, capfd) -
     [
         ({"function": "rlhf_accel.reward:vader", "gold": "rlhf_accel.reward:vader2"}, []),
         ({"function": ["rlhf_accelerator:f", "rlhf_accel:f", "a:b"]}, ["rlhf_accelerator:f", "rlhf_accel:f", "a:b"]),
-        ({"url": "http://example.org/"}, ["http://example.org/ (which gets the texts, and RLHF_ACCEL_REWARD_TOKEN"]),
+        ({"url": "http://example.org/"}, ["http://example.org/ (which receives the texts, and"]),
         ({"model": "someone/classifier"}, []),
     ],
 )

@@ -113,7 +113,7 @@ def _check(adapter: Path, output: Path, scale: float) -> None:
     settings = _settings(adapter)
     if scale != 1 and (settings.use_dora or settings.modules_to_save):
         raise ConfigError(
-            f"--scale {scale:g}: {adapter} has DoRA or fully trained layers, for which no scale leads back to the base",
+            f"--scale {scale:g}: {adapter} has DoRA or fully trainable layers, which cannot be scaled",
             key="--scale",
         )
 
