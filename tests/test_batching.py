@@ -10,9 +10,11 @@ LENGTHS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, 
 
 
 @given(LENGTHS, st.integers(18, 100), st.integers(1, 4))
-def test_every_row_once_and_every_rank_as_often(lengths: list[tuple[int, int]], budget: int, ranks: int) -> None:
+def test_each_row_is_in_one_micro_batch_and_each_rank_has_equally_many(
+    lengths: list[tuple[int, int]], budget: int, ranks: int
+) -> None:
     queries, responses = torch.tensor(lengths).T
-    rows = torch.arange(len(lengths)).flip(0)[::2]  # a minibatch: some rows, in an order of its own
+    rows = torch.arange(len(lengths)).flip(0)[::2]  # a minibatch: some rows in another order
     parts = cut_micro_batches(queries, responses, rows, budget, ranks)
     assert len(parts) == ranks
     assert len({len(batches) for batches in parts}) == 1
@@ -41,13 +43,13 @@ def test_a_long_query_and_a_long_response_do_not_share_a_pass() -> None:
     assert len(parts[0]) == 2
 
 
-def test_ranks_carry_like_loads() -> None:
+def test_ranks_have_similar_loads() -> None:
     responses = torch.tensor([9, 1, 8, 2, 7, 3, 6, 4])
     one, other = cut_micro_batches(torch.ones(8, dtype=torch.int64), responses, torch.arange(8), 1000, 2)
     assert abs(int(responses[one[0]].sum()) - int(responses[other[0]].sum())) <= 4
 
 
-def test_passes_of_very_different_lengths_pad_little() -> None:
+def test_very_different_lengths_need_little_padding() -> None:
     random = torch.Generator().manual_seed(0)
     queries = torch.full((64,), 8)
     responses = torch.randint(1, 30, (64,), generator=random)
@@ -58,7 +60,7 @@ def test_passes_of_very_different_lengths_pad_little() -> None:
     assert sorted(torch.cat(passes).tolist()) == list(range(64))
     assert all(len(rows) * int((queries + responses)[rows].max()) <= 832 for rows in passes)
     assert padded < 1.25 * real
-    assert len(passes) <= 6, "few rows at a time pad nothing, and cost a pass each"
+    assert len(passes) <= 6, "passes of few rows need no padding, but each has a cost"
 
 
 def test_rows_of_one_length_make_the_fewest_passes() -> None:

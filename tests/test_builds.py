@@ -1,4 +1,4 @@
-"""Locks of DeepSpeed's builds: an abandoned one is removed, one that is held is not."""
+"""Locks of DeepSpeed's builds: abandoned ones are removed, held ones stay."""
 
 import os
 import time
@@ -26,13 +26,13 @@ def test_the_lock_of_a_killed_build_is_removed(lock: Path, capfd: pytest.Capture
     assert str(lock) in capfd.readouterr().err
 
 
-def test_a_lock_that_a_process_holds_is_left(lock: Path) -> None:
+def test_a_held_lock_stays(lock: Path) -> None:
     with lock.open():
         remove_abandoned_locks()
     assert lock.exists()
 
 
-def test_a_young_lock_is_waited_for(lock: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_recent_lock_is_removed_after_the_patience(lock: Path, capfd: pytest.CaptureFixture[str]) -> None:
     now = time.time() - 0.5
     os.utime(lock, (now, now))
     remove_abandoned_locks(patience=1.0)
@@ -40,7 +40,7 @@ def test_a_young_lock_is_waited_for(lock: Path, capfd: pytest.CaptureFixture[str
     assert "waiting" in capfd.readouterr().err
 
 
-def test_the_lock_of_another_extension_is_left(lock: Path) -> None:
+def test_the_lock_of_another_extension_stays(lock: Path) -> None:
     other = lock.parent.with_name("flash_attn")
     lock.parent.rename(other)
     remove_abandoned_locks()

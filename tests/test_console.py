@@ -1,4 +1,4 @@
-"""A console that fails ends no run; a command whose output is the console ends with one line."""
+"""A console that fails does not end a run; a command that prints its result there ends with one line."""
 
 import io
 import json
@@ -33,7 +33,7 @@ class Fails(io.StringIO):
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left on device"), BrokenPipeError(32, "Broken pipe"), ValueError("closed")]
 )
-def test_a_stream_that_fails_is_given_up_and_a_strict_one_says_why(error):
+def test_a_stream_that_fails_discards_the_rest_and_a_strict_one_raises(error):
     broken = Fails(error)
     stream = console.Stream(lambda: broken)
     for _ in range(3):
@@ -48,7 +48,7 @@ def test_a_stream_that_fails_is_given_up_and_a_strict_one_says_why(error):
     assert console.Stream(lambda: None).write("text") == 4
 
 
-def test_what_an_encoding_lacks_is_written_as_a_question_mark():
+def test_characters_that_the_encoding_lacks_become_question_marks():
     raw = io.BytesIO()
     stream = console.Stream(lambda: latin, strict=True)
     latin = io.TextIOWrapper(raw, encoding="latin-1")
@@ -57,7 +57,7 @@ def test_what_an_encoding_lacks_is_written_as_a_question_mark():
     assert raw.getvalue().decode("latin-1") == "naïve ? ??\n"
 
 
-def test_a_progress_line_outlives_its_console(monkeypatch):
+def test_a_progress_line_survives_its_console(monkeypatch):
     monkeypatch.setattr(sys, "stdout", Fails(BrokenPipeError(32, "Broken pipe")))
     with Progressline(3, enabled=True) as line:
         line.say("text")
@@ -67,11 +67,11 @@ def test_a_progress_line_outlives_its_console(monkeypatch):
 
 def run(command, **streams):
     with forks.Forked([sys.executable, *command], cwd=ROOT, env=environment(), text=True, **streams) as process:
-        _, said = process.communicate(timeout=120)
-    return process.returncode, said
+        _, errors = process.communicate(timeout=120)
+    return process.returncode, errors
 
 
-def test_a_command_whose_output_is_the_console_fails_in_one_line():
+def test_a_command_that_prints_its_result_fails_in_one_line():
     with open("/dev/full", "w") as full:
         for streams, reason in (
             ({"stdout": full}, "No space left on device"),
@@ -81,7 +81,7 @@ def test_a_command_whose_output_is_the_console_fails_in_one_line():
             assert done == (1, f"error: standard output cannot be written ({reason})\n")
 
 
-def test_a_run_without_a_console_is_done_and_whole(gpt2_folder, prompts_file, tmp_path):
+def test_a_run_without_a_console_finishes(gpt2_folder, prompts_file, tmp_path):
     settings = tree(gpt2_folder, prompts_file, {"run": {"total_steps": 2, "eval_samples": 2, "sample_every": 1}})
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     folder = tmp_path / "run"
@@ -89,5 +89,5 @@ def test_a_run_without_a_console_is_done_and_whole(gpt2_folder, prompts_file, tm
     with open("/dev/full", "w") as full:
         assert run(command, stdout=full, closed=[2])[0] == 0
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2]  # and nothing else: no console went into it
+    assert [row["step"] for row in rows] == [1, 2]  # and no text of a console
     assert (folder / "summary.json").exists()

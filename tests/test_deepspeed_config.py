@@ -10,7 +10,7 @@ from rlhf_accel.system.errors import ConfigError
 
 @pytest.fixture
 def deepspeed_file(tmp_path, monkeypatch):
-    """A function that writes a file and gives what a launch of two processes with it makes of it."""
+    """A function that writes a file and returns the config of a launch of two processes with it."""
 
     def filled(changes, *, precision="fp32", max_grad_norm=1.0, minibatch=7):
         tree = {"zero_optimization": {"stage": 2}, **changes}
@@ -28,24 +28,23 @@ AUTO = dict.fromkeys(
 )
 
 
-@pytest.mark.parametrize("said", [AUTO, {}], ids=["auto", "absent"])
-def test_deepspeed_sizes_come_from_the_run(deepspeed_file, said):
-    config = deepspeed_file(said)
+@pytest.mark.parametrize("sizes", [AUTO, {}], ids=["auto", "absent"])
+def test_deepspeed_sizes_come_from_the_run(deepspeed_file, sizes):
+    config = deepspeed_file(sizes)
     # Seven samples on two ranks are four at most; DeepSpeed wants the product.
-    sizes = [config[key] for key in AUTO]
-    assert sizes == [8, 4, 1, 1.0]
+    assert [config[key] for key in AUTO] == [8, 4, 1, 1.0]
     assert not config["torch_autocast"]["enabled"]
-    assert deepspeed_file(said, max_grad_norm=None)["gradient_clipping"] == 0.0
+    assert deepspeed_file(sizes, max_grad_norm=None)["gradient_clipping"] == 0.0
     autocast = {"dtype": "bfloat16", "enabled": True, "lower_precision_safe_modules": []}
-    assert deepspeed_file(said, precision="bf16")["torch_autocast"] == autocast
+    assert deepspeed_file(sizes, precision="bf16")["torch_autocast"] == autocast
 
 
-def test_a_deepspeed_file_that_agrees_is_taken(deepspeed_file):
+def test_a_deepspeed_file_that_agrees_is_accepted(deepspeed_file):
     config = deepspeed_file({"train_batch_size": 7, "gradient_clipping": 1.0, "bf16": {"enabled": False}})
     assert (config["train_batch_size"], config["gradient_clipping"]) == (8, 1.0)
 
 
-def test_sizes_of_buckets_that_are_auto_are_deepspeeds_own(deepspeed_file):
+def test_buckets_of_size_auto_have_the_default_of_deepspeed(deepspeed_file):
     zero = {"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": 1000}
     config = deepspeed_file({"zero_optimization": zero})["zero_optimization"]
     assert "reduce_bucket_size" not in config and config["stage3_prefetch_bucket_size"] == 1000

@@ -1,4 +1,4 @@
-"""A file is the old one or the new one."""
+"""Files and folders are replaced atomically."""
 
 import os
 
@@ -15,20 +15,20 @@ def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path):
     assert [*tmp_path.iterdir()] == [path]
 
 
-def test_a_disk_that_refuses_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     files.replace_text(path, "old")
 
-    def refuses(handle):
+    def full(handle):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", refuses)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         files.replace_text(path, "new")
     assert path.read_text() == "old"
 
 
-def test_the_disk_holds_the_text_before_its_name_and_the_name_before_the_end(tmp_path, monkeypatch):
+def test_the_text_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
     done = []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(
@@ -39,7 +39,7 @@ def test_the_disk_holds_the_text_before_its_name_and_the_name_before_the_end(tmp
     assert done == [str(tmp_path / ".a.new"), "replace", str(tmp_path)]
 
 
-def test_a_work_folder_takes_its_place_and_touches_nothing_that_it_did_not_make(tmp_path):
+def test_a_work_folder_replaces_its_place_and_touches_no_other_folder(tmp_path):
     place = tmp_path / "git"
     for name in (".git", ".git.work-notes", "git.old"):
         (tmp_path / name).mkdir()
@@ -58,7 +58,7 @@ def test_a_work_folder_takes_its_place_and_touches_nothing_that_it_did_not_make(
     assert all((tmp_path / name / "kept").exists() for name in (".git", ".git.work-notes", "git.old"))
 
 
-def test_work_folders_of_killed_processes_are_removed_where_asked(tmp_path):
+def test_work_folders_of_killed_processes_are_removed_by_name(tmp_path):
     left = files.name_work_folder(tmp_path / "final")
     for folder in (left, tmp_path / ".final", files.name_work_folder(tmp_path / "best")):
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""One process holds a folder: others are told who, and a holder that is dead is taken over from."""
+"""One process at a time holds a folder: others get its name, and a dead one loses the lock."""
 
 import json
 import os
@@ -26,7 +26,7 @@ time.sleep(600)
 
 
 class Clock:
-    """Time that passes while somebody waits; `meanwhile` is told how late it is."""
+    """A clock that advances in `sleep`, and then calls `meanwhile` with the time."""
 
     def __init__(self):
         self.now, self.meanwhile = 0.0, lambda now: None
@@ -47,12 +47,12 @@ def clock(monkeypatch):
     return clock
 
 
-def take(path, said=None):
-    return lock.hold(path, "run.output_dir=x", "run.output_dir", [].append if said is None else said.append)
+def take(path, messages=None):
+    return lock.hold(path, "run.output_dir=x", "run.output_dir", [].append if messages is None else messages.append)
 
 
 def elsewhere(path, **changes):
-    """What a process of another machine would have written."""
+    """Write the file as a process of another machine would."""
     holder = replace(lock._this_process(), host="node7", machine="another", **changes)
     path.touch()
     handle = os.open(path, os.O_RDWR)
@@ -62,26 +62,26 @@ def elsewhere(path, **changes):
 
 
 @pytest.mark.parametrize("system", ["posix", "none"])
-def test_a_second_process_is_told_who_holds_it_and_a_killed_one_is_taken_over(tmp_path, monkeypatch, clock, system):
+def test_a_second_process_gets_the_holder_and_a_killed_holder_loses_the_lock(tmp_path, monkeypatch, clock, system):
     if system == "none":  # as on a network disk without locks
         monkeypatch.setattr(lock, "_system_lock", lambda handle: None)
     path = tmp_path / ".lock"
     other = subprocess.Popen([sys.executable, "-c", HOLD, path, system], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "held\n"
-        before, said = json.loads(path.read_text()), []
+        before, messages = json.loads(path.read_text()), []
         with pytest.raises(ConfigError) as refused:
-            take(path, said)
+            take(path, messages)
         assert f"run.output_dir=x is in use by another run (process {other.pid} on {before['host']}, since" in str(
             refused.value
         )
         assert (refused.value.key, refused.value.facts["pid"]) == ("run.output_dir", other.pid)
-        assert len(said) == 1
+        assert len(messages) == 1
         assert 10 <= clock.now < 11
         assert json.loads(path.read_text())["token"] == before["token"]
     finally:
         other.kill()
-    os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)  # all of its threads have ended; it stays a zombie
+    os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)  # its threads have ended, and it remains a zombie
     late = clock.now
     held = take(path)
     assert clock.now == late
@@ -91,7 +91,7 @@ def test_a_second_process_is_told_who_holds_it_and_a_killed_one_is_taken_over(tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_holder_on_another_machine_is_known_by_its_heartbeat(tmp_path, clock):
+def test_a_holder_on_another_machine_is_alive_while_its_heart_beats(tmp_path, clock):
     path = tmp_path / ".lock"
 
     def beats_until(end):
@@ -111,7 +111,7 @@ def test_a_holder_on_another_machine_is_known_by_its_heartbeat(tmp_path, clock):
     held.release()
 
 
-def test_who_was_taken_for_dead_notices_and_leaves_the_file_alone(tmp_path, monkeypatch):
+def test_a_holder_that_was_presumed_dead_notices_and_leaves_the_file_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "BEAT", 0.01)
     path = tmp_path / ".lock"
     held = take(path)
@@ -123,7 +123,7 @@ def test_who_was_taken_for_dead_notices_and_leaves_the_file_alone(tmp_path, monk
     assert json.loads(path.read_text())["token"] == "theirs"
 
 
-def test_it_passes_on_within_a_process_and_ends_with_its_owner(tmp_path):
+def test_a_lock_passes_on_within_a_process_and_ends_with_its_owner(tmp_path):
     path = tmp_path / ".lock"
     first = take(path)
     (tmp_path / "link").symlink_to(tmp_path)
@@ -133,7 +133,7 @@ def test_it_passes_on_within_a_process_and_ends_with_its_owner(tmp_path):
     first.release()
     assert path.exists()
     child = os.fork()
-    if child == 0:  # leaves as a process does, through what runs at its end
+    if child == 0:  # which also runs the finalizers at its end
         second.release()
         os._exit(0)
     os.waitpid(child, 0)
@@ -146,7 +146,7 @@ def test_it_passes_on_within_a_process_and_ends_with_its_owner(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"pid": 1}', b"\xff\xfe", b"[" * 1024])
-def test_a_file_that_says_nobody_is_free(tmp_path, content):
+def test_a_file_without_a_holder_is_free(tmp_path, content):
     path = tmp_path / ".lock"
     path.write_bytes(content)
     take(path).release()
@@ -158,13 +158,13 @@ def test_a_run_whose_folder_was_taken_over_ends_and_writes_nothing_more(tiny, tm
     trainer = PPOTrainer(tiny(run={"total_steps": 3, "save_every": 1, "eval_samples": 0}))
     step = trainer.step
 
-    def stands_still(prompts):
+    def loses_the_folder(prompts):
         metrics = step(prompts)
         if metrics["step"] == 2:
             elsewhere(trainer.folder / ".lock", token="theirs")
         return metrics
 
-    monkeypatch.setattr(trainer, "step", stands_still)
+    monkeypatch.setattr(trainer, "step", loses_the_folder)
     with pytest.raises(RunFailed, match=r"was taken over by process \d+ on node7, since .*writes nothing more"):
         trainer.fit()
     assert [path.name for path in (trainer.folder / "checkpoints").glob("step-*")] == ["step-000001"]

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from rlhf_accel.config.loading import to_yaml
 from rlhf_accel.config.schema import Config
 from rlhf_accel.distributed import liveness
-from rlhf_accel.system import signals as vigil
+from rlhf_accel.system import signals
 from rlhf_accel.system.errors import RunFailed
 from rlhf_accel.training.ppo_trainer import PPOTrainer
 from tests import forks
@@ -214,7 +214,7 @@ def test_a_signal_in_any_phase_ends_with_a_checkpoint_and_nothing_is_lost(
     run = {"total_steps": 4, "save_every": 2, "eval_every": 2, "sample_every": 1}
     if not whole_run.exists():
         PPOTrainer(tiny(run={**run, "output_dir": str(whole_run)})).fit()
-    before = [signal.getsignal(number) for number in vigil.SIGNALS]
+    before = [signal.getsignal(number) for number in signals.SIGNALS]
     signalled(phase, number)
     with pytest.raises(SystemExit) as left:
         PPOTrainer(tiny(run={**run, "output_dir": str(tmp_path / "run")})).fit()
@@ -222,7 +222,7 @@ def test_a_signal_in_any_phase_ends_with_a_checkpoint_and_nothing_is_lost(
     output = capsys.readouterr()
     assert f"stopped by {signal.Signals(number).name} after step" in output.out
     assert "--run.resume latest" in output.out
-    assert [signal.getsignal(number) for number in vigil.SIGNALS] == before
+    assert [signal.getsignal(number) for number in signals.SIGNALS] == before
     if phase == "update of step 2":  # the evaluation that is due then waits for the run to go on
         assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 1
     PPOTrainer(tiny(run={**run, "output_dir": str(tmp_path / "run"), "resume": "latest"})).fit()
@@ -259,7 +259,7 @@ def test_the_status_as_seen_from_outside(gpt2_folder: Path, prompts_file: Path, 
     _, said = process.communicate()
     assert (process.returncode, said.decode().splitlines()[-1]) == (
         143,
-        "SIGTERM: finishing this phase, then saving and leaving; once more leaves at once",
+        "SIGTERM: finishing this phase, then saving and exiting; a second signal exits at once",
     )
     latest = (tmp_path / "run" / "checkpoints" / "latest").read_text()
     assert latest == f"step-{len(lines(metrics)):06d}"
@@ -282,7 +282,7 @@ with StopRequest() as request:
 """
     done = forks.run([sys.executable, "-c", script], cwd=ROOT, timeout=60)
     assert (done.returncode, done.stdout) == (143, "still here\n")
-    assert done.stderr.splitlines()[-1] == "SIGTERM again: leaving at once"
+    assert done.stderr.splitlines()[-1] == "SIGTERM again: exiting at once"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What a run says it ran on."""
+"""The recorded environment of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlhf_accel import __version__
-from rlhf_accel.system import provenance as environment
+from rlhf_accel.system import provenance
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def test_versions_machine_and_processes_are_named() -> None:
-    facts = environment.environment(3, torch.device("cpu"))
+    facts = provenance.environment(3, torch.device("cpu"))
     assert (facts["processes"], facts["device"]) == (3, "cpu")
     assert facts["versions"]["rlhf_accel"] == __version__
     assert facts["versions"]["torch"] == torch.__version__
@@ -35,32 +35,32 @@ def test_versions_machine_and_processes_are_named() -> None:
 
 
 def test_a_package_that_is_not_installed_is_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "_PACKAGES", ("torch", "no-such-package"))
-    assert environment.environment(1, torch.device("cpu"))["versions"].keys() == {"rlhf_accel", "python", "torch"}
+    monkeypatch.setattr(provenance, "_PACKAGES", ("torch", "no-such-package"))
+    assert provenance.environment(1, torch.device("cpu"))["versions"].keys() == {"rlhf_accel", "python", "torch"}
 
 
-def test_the_commit_is_that_of_the_checkout_and_says_what_was_changed_since(checkout: Path) -> None:
-    commit = environment._commit(checkout)
+def test_the_commit_is_that_of_the_checkout_and_marks_changes(checkout: Path) -> None:
+    commit = provenance._commit(checkout)
     assert commit is not None and len(commit) == 40 and int(commit, 16)
-    (checkout / "notes.txt").write_text("of nobody's concern", encoding="utf-8")
-    assert environment._commit(checkout) == commit
+    (checkout / "notes.txt").write_text("not tracked", encoding="utf-8")
+    assert provenance._commit(checkout) == commit
     (checkout / "code.py").write_text("changed = True\n", encoding="utf-8")
-    assert environment._commit(checkout) == f"{commit}, changed"
+    assert provenance._commit(checkout) == f"{commit}, changed"
 
 
-def test_an_installed_package_does_not_take_the_commit_of_what_it_lies_in(checkout: Path) -> None:
+def test_an_installed_package_has_no_commit_of_the_repository_around_it(checkout: Path) -> None:
     (checkout / "site-packages").mkdir()
-    assert environment._commit(checkout / "site-packages") is None
+    assert provenance._commit(checkout / "site-packages") is None
 
 
-def test_without_git_or_with_one_that_hangs_there_is_no_commit(
+def test_there_is_no_commit_if_git_is_missing_or_hangs(
     checkout: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tools = tmp_path_factory.mktemp("tools")
     monkeypatch.setenv("PATH", str(tools))
-    assert environment._commit(checkout) is None
+    assert provenance._commit(checkout) is None
     git = tools / "git"
     git.write_text("#!/bin/sh\nexec /bin/sleep 60\n", encoding="utf-8")
     git.chmod(0o755)
-    monkeypatch.setattr(environment, "_PATIENCE", 0.2)
-    assert environment._commit(checkout) is None
+    monkeypatch.setattr(provenance, "_TIMEOUT", 0.2)
+    assert provenance._commit(checkout) is None

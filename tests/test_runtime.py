@@ -14,15 +14,15 @@ from rlhf_accel.distributed.runtime import Runtime
 from rlhf_accel.system.errors import ConfigError, RunFailed
 
 
-def test_an_accelerator_of_another_precision_is_named_and_not_the_trackers() -> None:
+def test_an_accelerator_of_another_precision_is_refused() -> None:
     Accelerator(mixed_precision="bf16", cpu=True)
     with pytest.raises(ConfigError, match=r"already has an Accelerator\(mixed_precision='bf16'\)") as found:
         Runtime(parse(Config, {}).run)
     assert found.value.facts == {"mixed_precision": "bf16"} and "run.trackers" not in str(found.value)
 
 
-def test_a_gradient_is_applied_whatever_another_accelerator_left() -> None:
-    """Accelerate skips optimizer steps while gradients accumulate, by one flag of the whole process."""
+def test_a_gradient_is_applied_after_another_accelerator_accumulated() -> None:
+    """Accelerate skips optimizer steps while gradients accumulate, and has one flag for the whole process."""
     runtime = Runtime(parse(Config, {}).run)
     module = torch.nn.Linear(2, 1)
     runtime.prepare(module, torch.optim.SGD(module.parameters(), lr=1.0))

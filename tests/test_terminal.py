@@ -1,4 +1,4 @@
-"""Escape sequences in what models, data and files hold are shown on a terminal and never obeyed."""
+"""Escape sequences in texts of models, data and files are shown on a terminal, never obeyed."""
 
 import ast
 import io
@@ -36,8 +36,7 @@ def test_control_characters_are_shown_and_letters_stay() -> None:
     assert visible("\udc80") == "\\udc80"
 
 
-def test_every_print_goes_through_one_place() -> None:
-    """No other can forget it."""
+def test_all_printing_goes_through_terminal_py() -> None:
     found = set()
     for path in Path(rlhf_accel.__file__).parent.rglob("*.py"):
         if path.name == "terminal.py":
@@ -51,7 +50,7 @@ def test_every_print_goes_through_one_place() -> None:
 
 
 @pytest.mark.parametrize("tty", [False, True])
-def test_whatever_rich_prints_is_shown_and_its_own_colours_work(tty) -> None:
+def test_text_in_rich_is_escaped_and_its_own_colours_work(tty) -> None:
     out = io.StringIO()
     console = Terminal(file=out, force_terminal=tty, width=200)
     table = Table(title=EVIL)
@@ -65,7 +64,7 @@ def test_whatever_rich_prints_is_shown_and_its_own_colours_work(tty) -> None:
     assert ("\x1b[31m" in text) == tty
 
 
-def test_a_runs_live_line(capsys) -> None:
+def test_the_progress_line_is_escaped(capsys) -> None:
     with Progressline(2, enabled=True) as line:
         line.say(f"warning: {EVIL}")
         line.advance(1, EVIL)
@@ -73,7 +72,7 @@ def test_a_runs_live_line(capsys) -> None:
     assert not obeyed(capsys.readouterr().out)
 
 
-def test_errors_warnings_logs_and_tracebacks(capsys, monkeypatch) -> None:
+def test_errors_warnings_logs_and_tracebacks_are_escaped(capsys, monkeypatch) -> None:
     for kind in (ConfigError, RunFailed):
         assert not obeyed(str(kind(f"prompt {EVIL} is too long")))
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
@@ -95,14 +94,14 @@ def test_errors_warnings_logs_and_tracebacks(capsys, monkeypatch) -> None:
     finally:
         logging.setLogRecordFactory(factory)
     say(EVIL)
-    said = capsys.readouterr()
-    assert said.out == f"{SHOWN}\n"
-    assert said.err.count(SHOWN) == 3 and "Traceback" in said.err
-    assert not obeyed(said.err)
+    output = capsys.readouterr()
+    assert output.out == f"{SHOWN}\n"
+    assert output.err.count(SHOWN) == 3 and "Traceback" in output.err
+    assert not obeyed(output.err)
 
 
-def test_a_dump_from_elsewhere(tiny, tmp_path, capsys) -> None:
-    """Its message, its traceback, its prompts and what its reward raises."""
+def test_replaying_a_downloaded_dump_is_escaped(tiny, tmp_path, capsys) -> None:
+    """Its message, its traceback, its prompts and the error of its reward."""
     PPOTrainer(tiny(run={"total_steps": 1, "output_dir": str(tmp_path / "run"), "eval_samples": 0})).fit()
     dump = tmp_path / "run" / "dumps" / "step-000001"
     dump.mkdir(parents=True)
@@ -114,7 +113,7 @@ def test_a_dump_from_elsewhere(tiny, tmp_path, capsys) -> None:
     output = capsys.readouterr()
     assert r"\x1b]0;owned" in output.out
     assert not obeyed(output.out + output.err)
-    # And a file that is not read.
+    # And a config that cannot be parsed.
     (dump / "config.yaml").write_text(f"run: {{'{EVIL[:2]}': 1}}")
     with pytest.raises(SystemExit):
         command_line.main(["replay", str(dump)])
@@ -123,6 +122,6 @@ def test_a_dump_from_elsewhere(tiny, tmp_path, capsys) -> None:
 
 @pytest.fixture(autouse=True)
 def unguarded(monkeypatch):
-    """Commands that run in this process guard its messages for good."""
+    """Commands in this process would guard its messages permanently."""
     monkeypatch.setattr(command_line, "guard_messages", lambda: None)
     assert terminal.visible is visible

@@ -1,4 +1,4 @@
-"""Trackers: TensorBoard for real, the others' libraries stood in for; what fails is said once and ends nothing."""
+"""Trackers: the real TensorBoard, stand-ins for the other libraries; a failure is reported once and ends nothing."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ ROWS = [{"prompt": "The | film", "response": "a\nb<i>", "score": 0.5, "kl": 1.25
 
 
 class Broken:
-    """A tracker whose server is gone: everything that it is told fails."""
+    """A tracker whose server is gone: every call fails."""
 
     name = "broken"
 
@@ -32,18 +32,18 @@ class Broken:
     tracker = None
 
 
-def test_a_tracker_that_fails_is_said_once_and_ends_nothing(tiny, monkeypatch, capsys):
+def test_a_tracker_that_fails_is_reported_once_and_ends_nothing(tiny, monkeypatch, capsys):
     trainer = PPOTrainer(tiny(run={"total_steps": 3, "eval_samples": 0, "sample_every": 1}))
     monkeypatch.setattr(trainer.runtime.trackers, "_start", lambda *_: None)
     trainer.runtime._accelerator.trackers = [Broken()]
     assert trainer.fit()["steps"] == 3
-    said = " ".join(capsys.readouterr().out.split())
-    assert said.count("broken failed") == 1
-    assert "warning: run.trackers: broken failed (RuntimeError: the server is gone); printed once" in said
+    message = " ".join(capsys.readouterr().out.split())
+    assert message.count("broken failed") == 1
+    assert "warning: run.trackers: broken failed (RuntimeError: the server is gone)" in message
     assert len((trainer.folder / "metrics.jsonl").read_text().splitlines()) == 3
 
 
-def test_a_tracker_that_fails_only_at_the_end_is_said_too(tiny, monkeypatch, capsys):
+def test_a_tracker_that_fails_only_at_the_end_is_reported(tiny, monkeypatch, capsys):
     trainer = PPOTrainer(tiny(run={"total_steps": 1, "eval_samples": 0}))
     broken = Broken()
     broken.log = lambda values, step=None: None
@@ -68,13 +68,13 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_loads(tiny, 
 
 
 @pytest.mark.parametrize("project", ["a/b", "..", "what?"])
-def test_a_project_that_is_no_name_is_refused(tiny, project):
+def test_a_project_that_is_not_a_name_is_refused(tiny, project):
     with pytest.raises(ConfigError, match=r"run\.project="):
         tiny(run={"project": project})
 
 
 def test_tensorboard_shows_each_step_once_after_a_resume_with_samples_and_the_config(tiny, tmp_path):
-    """Stopped after step 3 with a checkpoint of step 2, as by a crash: step 3 is logged twice."""
+    """A crash after step 3 with a checkpoint of step 2: step 3 is logged twice."""
     run = {"trackers": ["tensorboard"], "total_steps": 4, "save_every": 2, "eval_samples": 0, "sample_every": 1}
     trainer = PPOTrainer(tiny(run=run))
     step = trainer.step
@@ -98,13 +98,13 @@ def test_tensorboard_shows_each_step_once_after_a_resume_with_samples_and_the_co
     assert sorted(texts) == [1, 2, 3, 4]
     assert texts[1].startswith("| prompt | response | score | kl |\n| --- | --- | --- | --- |\n")
     assert len(texts[1].splitlines()) == 2 + 4
-    assert len(list(place.glob("*/hparams.yml"))) == 1, "the config is listed anew each time the run goes on"
+    assert len(list(place.glob("*/hparams.yml"))) == 1, "the config is listed again each time the run is resumed"
     assert "optim.lr: 0.001" in next(place.glob("*/hparams.yml")).read_text()
 
 
-def test_a_run_that_goes_on_is_the_same_run_for_each_tracker(tmp_path):
-    """W&B by id, MLflow by run id, trackio by name; TensorBoard forgets what is logged again. MLflow keeps the config
-    that it has; trackio would be left without one."""
+def test_a_resumed_run_is_the_same_run_for_each_tracker(tmp_path):
+    """W&B by id, MLflow by run id, trackio by name; TensorBoard drops the steps that are logged again. MLflow keeps
+    its config; trackio would have none."""
     started = trackers.settings("mine", tmp_path, None)
     assert started["tensorboard"] == {}
     assert (started["wandb"]["id"], started["mlflow"]["run_id"]) == (None, None)
@@ -116,7 +116,7 @@ def test_a_run_that_goes_on_is_the_same_run_for_each_tracker(tmp_path):
         "aim": object(),
     }
     trackers.remember(natives, tmp_path)
-    assert not trackers.has_settings("mlflow", tmp_path, None), "a run that starts anew in this folder"
+    assert not trackers.has_settings("mlflow", tmp_path, None), "a new run in this folder"
     assert trackers.has_settings("mlflow", tmp_path, 5)
     assert not trackers.has_settings("tensorboard", tmp_path, 5)
     assert not trackers.has_settings("trackio", tmp_path, 5)
@@ -127,8 +127,8 @@ def test_a_run_that_goes_on_is_the_same_run_for_each_tracker(tmp_path):
     assert resumed["trackio"] == {"name": "mine", "resume": "allow"}
 
 
-def test_tables_as_each_library_takes_them(monkeypatch):
-    """At the border of libraries that are not installed here."""
+def test_each_library_gets_its_kind_of_table(monkeypatch):
+    """By stand-ins for libraries that are not installed."""
     calls = []
     run = types.SimpleNamespace(
         log=lambda values, step: calls.append((values, step)), info=types.SimpleNamespace(run_id="m1")
@@ -154,5 +154,5 @@ def test_tables_as_each_library_takes_them(monkeypatch):
     ]
 
 
-def test_a_text_cannot_leave_its_cell():
+def test_a_text_stays_in_its_cell():
     assert trackers.markdown_rows(ROWS).splitlines()[2] == r"| The \| film | a⏎b&lt;i> | +0.50 | +1.25 |"

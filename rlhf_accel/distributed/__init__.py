@@ -1,4 +1,4 @@
-"""Processes: the only importer of accelerate and deepspeed.
+"""This process among others: ranks, collectives, data parallelism and ZeRO, portable checkpoints, trackers.
 
-Knows ranks, collectives and sharding; knows no PPO, no text and no reward.
+The only importer of accelerate and deepspeed. Knows no PPO, no text and no reward.
 """

@@ -1,8 +1,8 @@
-"""Locks of DeepSpeed's extensions, which torch compiles at first use: one that a killed process left is removed.
+"""Locks of DeepSpeed's extensions, which torch compiles at first use: a lock that a killed process left is removed.
 
-torch guards a build with a file beside it and waits, without a limit, for that file to go. A process that is killed
-while it builds leaves the file, and every later run on the machine would wait for ever. Knows that file and the
-processes of this machine; knows no DeepSpeed.
+torch protects a build with a lock file beside it and waits without a limit for its removal. A process that is killed
+during a build leaves the file, and every later run on the machine would wait forever. Knows that file and the
+processes of this machine; does not import DeepSpeed.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from filelock import FileLock
 from rlhf_accel.system.terminal import say
 
 _EXTENSIONS = ("cpu_adam", "deepspeed_shm_comm", "fused_adam", "utils")
-_OTHER_MACHINE = 300.0  # seconds that a process of another machine, in a shared home, is given for a build
+_OTHER_MACHINE = 300.0  # seconds that another machine with the same home folder may need for a build
 
 
 def remove_abandoned_locks(patience: float = _OTHER_MACHINE) -> None:
-    """Remove each lock of a DeepSpeed extension that no process of this machine holds and that is older than
-    `patience` seconds; a younger one is waited for. Every rank calls this before DeepSpeed may build."""
+    """Remove each lock of a DeepSpeed extension that no process of this machine holds, once it is `patience` seconds
+    old. Every rank calls this before DeepSpeed may build."""
     for lock in _locks():
-        told = False
+        announced = False
         while (age := _abandoned_for(lock)) is not None:
             if age > patience:
                 _remove(lock, patience)
                 break
-            if not told:
+            if not announced:
                 say(
-                    f"{lock}: an unfinished build of DeepSpeed's, by no process of this machine; waiting up to "
+                    f"{lock}: an unfinished DeepSpeed extension that no process here builds; waiting up to "
                     f"{patience - age:.0f} s in case another machine that shares the folder is building",
                     error=True,
                 )
-                told = True
+                announced = True
             time.sleep(1.0)
 
 
 def _locks() -> Iterator[Path]:
-    """The lock files of DeepSpeed's extensions, where torch builds them."""
+    """The lock files in the folders where torch builds DeepSpeed's extensions."""
     named = os.environ.get("TORCH_EXTENSIONS_DIR")
     if named is None:
         from torch.utils.cpp_extension import get_default_build_root  # slow to import
@@ -55,7 +55,7 @@ def _locks() -> Iterator[Path]:
 
 
 def _abandoned_for(lock: Path) -> float | None:
-    """The age in seconds of a lock that no process here holds open; None if one does, or if the lock is gone."""
+    """The age in seconds of a lock that no process here holds open; None if one does, or if there is no lock."""
     try:
         age = time.time() - lock.stat().st_mtime
     except FileNotFoundError:
@@ -64,7 +64,7 @@ def _abandoned_for(lock: Path) -> float | None:
 
 
 def _is_held(lock: Path) -> bool:
-    """Whether a process of this machine has the file open, as torch's builder has until it is done."""
+    """Whether a process of this machine has the file open, as torch has during the whole build."""
     path = str(lock.resolve())
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
@@ -74,7 +74,7 @@ def _is_held(lock: Path) -> bool:
 
 
 def _remove(lock: Path, patience: float) -> None:
-    # Looked at again under a lock of ours: another rank may have removed it, and be building under a new one.
+    # Checked again under a lock of our own: another rank may have removed it, and be building under a new one.
     with FileLock(lock.with_name("abandoned.lock")):
         age = _abandoned_for(lock)
         if age is not None and age > patience:

@@ -1,7 +1,7 @@
-"""A console that may fail: a full disk under the log, a pipe whose reader has left, a character that an encoding lacks.
+"""A console that may fail: the disk of the log is full, the reader of a pipe has exited, an encoding lacks a character.
 
-A run goes on without its console; a command whose output is the console ends with one line. Knows streams; knows
-nothing of what is printed.
+A run continues without its console; a command that prints its result there ends with one line. Knows streams; knows
+nothing about the text.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from rlhf_accel.system.errors import RunFailed
 
 
 class Stream:
-    """A text stream that is given up at its first failure, after which it goes nowhere.
+    """A text stream that discards everything after its first failure.
 
-    What its encoding lacks is written as `?`. While `strict`, a failure raises `RunFailed` too. `find` gives the stream
-    each time, None where the process was started without one.
+    Characters that its encoding lacks are written as `?`. While `strict`, the failure also raises `RunFailed`. `find`
+    returns the current stream, or None if the process was started without one.
     """
 
     def __init__(self, find: Callable[[], Any], *, strict: bool = False) -> None:
@@ -38,7 +38,7 @@ class Stream:
         self._try(lambda stream: stream.flush())
 
     def put(self, stream: Any) -> None:
-        """Write to this one from now on."""
+        """Write to this stream from now on."""
         self._find = lambda: stream
 
     def isatty(self) -> bool:
@@ -61,7 +61,7 @@ class Stream:
             if stream is None:
                 raise OSError("the process has none")
             work(stream)
-        except (OSError, ValueError) as error:  # ValueError: it was closed
+        except (OSError, ValueError) as error:  # ValueError: it is closed
             self.given_up = True
             _to_nowhere(stream)
             if self.strict:
@@ -79,8 +79,8 @@ def _write(stream: Any, text: str) -> None:
 
 
 def _to_nowhere(stream: Any) -> None:
-    """Let what the stream still holds, which Python writes when it ends, go to the null device: else the status would
-    be 120, whatever the command did."""
+    """Redirect the stream's buffer, which Python writes at exit, to the null device: otherwise the exit status would be
+    120, whatever the command did."""
     with suppress(OSError, ValueError, AttributeError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
@@ -88,13 +88,13 @@ def _to_nowhere(stream: Any) -> None:
 
 
 def standard_output() -> Any:
-    """sys.stdout as it is now, also below a progress bar of rich, which puts itself in its place."""
+    """The current sys.stdout, or the stream below it while a progress bar of rich has replaced sys.stdout."""
     return getattr(sys.stdout, "rich_proxied_file", sys.stdout)
 
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """With both standard streams as such a `Stream`: errors always given up quietly, output strict until `may_fail`."""
+    """Make both standard streams a `Stream`: standard error is never strict, standard output until `may_fail`."""
     _open_standard_files()
     out, err = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = Stream(lambda: out, strict=True), Stream(lambda: err)
@@ -108,14 +108,14 @@ def guarded() -> Iterator[None]:
 
 
 def may_fail() -> None:
-    """From here on the command's result is not what it prints: standard output may fail."""
+    """From here on standard output may fail: the command's result is not what it prints."""
     if isinstance(sys.stdout, Stream):
         sys.stdout.strict = False
 
 
 def _open_standard_files() -> None:
-    """Have 0, 1 and 2 be open files: else the next that is opened, metrics.jsonl say, gets such a number, and with it
-    what libraries write to their console."""
+    """Make sure that the file descriptors 0, 1 and 2 are open: otherwise the next opened file, such as metrics.jsonl,
+    gets one of them and receives what libraries write to their console."""
     with suppress(OSError):
         while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
             pass

@@ -1,4 +1,4 @@
-"""What stops a command: one line for its user, with the key to change and the facts as fields."""
+"""Errors that end a command with one line for its user; the key to change and the facts are fields."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ class ConfigError(ValueError):
     """A config or an input that cannot work: one line with what was found, what was expected and the key to change.
 
     The commands print it and exit with status 2. Line breaks in the message, such as a library's, become spaces.
-    `key` is what to change: a key of the config or of the launch's files, a command-line option or an environment
-    variable; None where no single one is at fault. `facts` holds what was found, by name, for code that reacts to the
-    error: numbers and strings, never parts of the message. Where keys contradict each other, the fact `others` names
-    those beside `key`.
+    `key` is the setting to change: a key of the config or of the launch's files, a command-line option or an
+    environment variable; None if no single one is at fault. `facts` are named numbers and strings for code that reacts
+    to the error, never parts of the message. If keys contradict each other, the fact `others` names the other keys.
     """
 
     def __init__(self, message: str, *, key: str | None = None, **facts: Any) -> None:
@@ -24,11 +23,12 @@ class ConfigError(ValueError):
 
 
 class Finished(ConfigError):
-    """There is nothing left to do: the commands print it and exit with status 0."""
+    """Nothing is left to do: the commands print the message and exit with status 0."""
 
 
 class RunFailed(RuntimeError):
-    """A run that cannot go on, after what could be saved was saved: one line with what happened and how to go on.
+    """A run that cannot continue, raised after everything was saved that could be: one line with what happened and how
+    to resume.
 
     The commands print it and exit with status 1. Line breaks become spaces.
     """
@@ -38,7 +38,7 @@ class RunFailed(RuntimeError):
 
 
 def key_in(named: str) -> str:
-    """The key of `key=value` or `--option value`, with which a message begins.
+    """The key in `key=value` or `--option value`, the beginning of a message.
 
     >>> key_in("reward.model=gpt2"), key_in("--base gpt2"), key_in("data.pair_fields: row 1")
     ('reward.model', '--base', 'data.pair_fields')

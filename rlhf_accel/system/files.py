@@ -1,7 +1,7 @@
-"""Files that are there whole or not at all, whenever the process or the machine stops; and files from elsewhere, read
-within bounds: of size, depth and number of parts.
+"""Writing files and folders atomically, and reading untrusted files within limits of size, depth and number of parts.
 
-Knows the disk; knows nothing of what is written.
+A file is there whole or not at all, whenever the process or the machine stops. Knows the disk; knows nothing about the
+content.
 """
 
 from __future__ import annotations
@@ -18,48 +18,48 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-MOST_BYTES = 64 << 20  # of a JSON file
-_DEEPEST, _MOST_PARTS, _MOST_DIGITS = 32, 2_000_000, 40
+MAX_BYTES = 64 << 20  # of a JSON file
+_MAX_DEPTH, _MAX_PARTS, _MAX_DIGITS = 32, 2_000_000, 40
 
 
 class Malformed(ValueError):
-    """A file is not what it should be: one line that says why, without the file's name."""
+    """A file that is not as expected; the message is one line with the reason, without the file's name."""
 
 
-def read_bounded(path: Path, most: int = MOST_BYTES) -> bytes:
-    """What a plain file holds. Raises `Malformed` for a device, a pipe or a folder, and for more than `most` bytes;
-    `OSError` if it cannot be read."""
+def read_bounded(path: Path, limit: int = MAX_BYTES) -> bytes:
+    """The content of a regular file. Raises `Malformed` for a device, a pipe or a folder, and for more than `limit`
+    bytes; `OSError` if it cannot be read."""
     about = path.stat()
     if not stat.S_ISREG(about.st_mode):
-        raise Malformed("not a plain file")
+        raise Malformed("not a regular file")
     with path.open("rb") as file:
-        return whole(file.read(min(about.st_size, most) + 1), most)
+        return whole(file.read(min(about.st_size, limit) + 1), limit)
 
 
-def read_tail(path: Path, most: int) -> bytes:
-    """The last `most` bytes of a plain file, or all of it; raises as `read_bounded`."""
+def read_tail(path: Path, limit: int) -> bytes:
+    """The last `limit` bytes of a regular file, or all of it; raises as `read_bounded`."""
     about = path.stat()
     if not stat.S_ISREG(about.st_mode):
-        raise Malformed("not a plain file")
+        raise Malformed("not a regular file")
     with path.open("rb") as file:
-        file.seek(max(about.st_size - most, 0))
-        return file.read(most)
+        file.seek(max(about.st_size - limit, 0))
+        return file.read(limit)
 
 
-def whole(content: bytes, most: int) -> bytes:
-    """The content, which is all of it if it is no longer than `most`; else raises `Malformed`."""
-    if len(content) > most:
-        raise Malformed(f"more than {most} bytes")
+def whole(content: bytes, limit: int) -> bytes:
+    """The same content; raises `Malformed` if it is longer than `limit`."""
+    if len(content) > limit:
+        raise Malformed(f"more than {limit} bytes")
     return content
 
 
-def read_json(path: Path, most: int = MOST_BYTES) -> Any:
+def read_json(path: Path, limit: int = MAX_BYTES) -> Any:
     """The tree in a JSON file; raises as `read_bounded` and `parse_json`."""
-    return parse_json(read_bounded(path, most))
+    return parse_json(read_bounded(path, limit))
 
 
 def parse_json(content: str | bytes) -> Any:
-    """The tree in a text; raises `Malformed` as `bounded`, or if it is not JSON."""
+    """The tree in a JSON text; raises `Malformed` as `bounded`, or if it is not JSON."""
     try:
         return bounded(json.loads(content, parse_int=_integer))
     except RecursionError:
@@ -70,18 +70,18 @@ def parse_json(content: str | bytes) -> Any:
         raise Malformed(f"not JSON: {' '.join(str(error).split())}") from None
 
 
-def bounded(tree: Any, most: int = _MOST_PARTS) -> Any:
-    """The tree, whose parts are counted as often as they are referred to (YAML has aliases).
+def bounded(tree: Any, limit: int = _MAX_PARTS) -> Any:
+    """The same tree, of dicts, lists and scalars. A part with several references (aliases in YAML) counts each time.
 
-    Raises `Malformed` if it has more than `most` parts, is too deep, or holds text that cannot be written.
+    Raises `Malformed` if it has more than `limit` parts, is nested too deeply, or holds text that cannot be encoded.
     """
-    left, rest = most, [(tree, 0)]
+    left, rest = limit, [(tree, 0)]
     while rest:
         part, depth = rest.pop()
         left -= 1
-        if left < 0 or len(rest) > most:
-            raise Malformed(f"more than {most} parts")
-        if depth > _DEEPEST:
+        if left < 0 or len(rest) > limit:
+            raise Malformed(f"more than {limit} parts")
+        if depth > _MAX_DEPTH:
             raise Malformed("nested too deeply")
         if isinstance(part, str) and not part.isascii():
             try:
@@ -93,18 +93,18 @@ def bounded(tree: Any, most: int = _MOST_PARTS) -> Any:
         elif isinstance(part, (list, tuple, set)):
             rest += [(item, depth + 1) for item in part]
         elif isinstance(part, int) and part.bit_length() > 140:
-            raise Malformed("a number of too many digits")
+            raise Malformed("a number with too many digits")
     return tree
 
 
 def _integer(text: str) -> int:
-    if len(text) > _MOST_DIGITS:
-        raise Malformed(f"a number of {len(text)} digits")
+    if len(text) > _MAX_DIGITS:
+        raise Malformed(f"a number with {len(text)} digits")
     return int(text)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all. Raises `OSError`."""
+    """Write a small file atomically. Raises `OSError`."""
     beside = path.with_name(f".{path.name}.new")
     with beside.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -115,16 +115,16 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def name_work_folder(place: Path) -> Path:
-    """A path beside `place` that nothing has, for a folder that is renamed to it once it is whole."""
+    """An unused path beside `place`, for a folder that is renamed to `place` once it is complete."""
     return place.with_name(f".{place.name}.work-{secrets.token_hex(4)}")
 
 
 @contextlib.contextmanager
 def work_folder(place: Path) -> Iterator[Path]:
-    """A new folder beside `place`, to be renamed to it; what is left of it when the block ends is removed. Raises
+    """A new folder beside `place`, to be renamed to it in the block; if it was not, it is removed at the end. Raises
     `OSError`."""
     folder = name_work_folder(place)
-    folder.mkdir(parents=True)  # not tempfile's, which nobody else may read
+    folder.mkdir(parents=True)  # not by tempfile, whose folders other users cannot read
     try:
         yield folder
     finally:
@@ -132,34 +132,34 @@ def work_folder(place: Path) -> Iterator[Path]:
 
 
 def remove_work_folders(parent: Path, name: str = "*") -> None:
-    """Those that killed processes left for folders of such a name: only in a folder that this process alone writes.
-    Raises `OSError`."""
+    """Remove the work folders that killed processes left for folders of this name. Only for a parent that no other
+    process writes to. Raises `OSError`."""
     for left in parent.glob(f".{name}.work-????????"):
         shutil.rmtree(left)
 
 
 def replace_folder(new: Path, place: Path) -> None:
-    """Rename a folder to `place`. A folder that is there goes last, and until then is whole, under its name or
-    `NAME.old`, or under another if somebody has that. Raises `OSError`."""
+    """Rename a folder to `place`. An existing folder is removed last; until then it is complete, under its own name or
+    as `NAME.old`, or under a similar name if that exists. Raises `OSError`."""
     old = place.with_name(f"{place.name}.old")
     if old.exists():
         old = place.with_name(f"{place.name}.old-{secrets.token_hex(4)}")
-    made_way = place.exists()
-    if made_way:
+    moved = place.exists()
+    if moved:
         place.rename(old)
     try:
         new.rename(place)
     except OSError:
-        if made_way:
+        if moved:
             old.rename(place)
         raise
     flush(place.parent)
-    if made_way:
+    if moved:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def flush(path: Path) -> None:
-    """Have the disk hold what a file holds, or the names in a folder. Raises `OSError`."""
+    """Write the content of a file, or the names in a folder, through to the disk. Raises `OSError`."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -168,8 +168,8 @@ def flush(path: Path) -> None:
 
 
 def flush_all(folder: Path, *, like: Path) -> None:
-    """Have the disk hold all below a folder, readable by the same people as `like`, one of its files: safetensors makes
-    files that nobody else may read. Raises `OSError`."""
+    """Write everything below a folder through to the disk, with the permissions of `like`, one of its files: other
+    users cannot read what safetensors writes. Raises `OSError`."""
     for path in (*folder.rglob("*"), folder):
         if path.is_file():
             path.chmod(like.stat().st_mode)

@@ -1,9 +1,10 @@
-"""One process holds a folder at a time: a lock that ends with its holder, also with one on another machine.
+"""A lock file by which one process at a time holds a folder; it ends with its holder, also on another machine.
 
-Two means at once, since each fails somewhere. The system's lock on the file ends with the process, whatever killed it,
-but on a network disk it may reach no further than this machine, or not be there. So the file also says who holds it: a
-process of this machine is looked up, of one elsewhere the heartbeat is watched. A holder that was away so long that it
-was taken for dead finds another name in the file, and has to stop. Knows files, processes and the clock; knows no run.
+It combines two mechanisms, since each fails somewhere. The system's lock on the file ends with the process, however
+that dies, but on a network disk it may not reach other machines, or not exist. So the file also names its holder: a
+process of this machine is looked up, for one on another machine the heartbeat is watched. A holder that was silent for
+so long that it was presumed dead finds another name in the file, and has to stop. Knows files, processes and the clock;
+knows no run.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ import psutil
 from rlhf_accel.system.errors import ConfigError
 
 BEAT = 5.0  # seconds between heartbeats
-SILENT = 30.0  # seconds without one, after which a holder on another machine is taken for dead
-# Seconds to wait for a holder that lives: it may be about to end, as a job that Slurm kills while it is queued again.
+SILENT = 30.0  # seconds without one, after which a holder on another machine is presumed dead
+# Seconds to wait for a live holder, which may be about to end: Slurm requeues a job while it kills its processes.
 HERE, ELSEWHERE = 10.0, 90.0
 _POLL = 0.25
 NEWER_RUN = "a newer run of this process"
-_SIZE = 1024  # bytes of what the file says: always as many, so that one write replaces it and needs no new room
+_SIZE = 1024  # bytes of the file: constant, so that one write replaces the content and needs no new disk space
 
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """Who holds a lock; `machine` tells boots and containers apart, `token` one lock from the next."""
+    """The process that holds a lock. `machine` identifies a boot and a container, `token` this lock."""
 
     host: str
     machine: str
@@ -62,7 +63,7 @@ class _Held:
 
 
 class Lock:
-    """A lock that this process holds, until `release` or until nobody refers to it."""
+    """A lock that this process holds, until `release` or until the object is deleted."""
 
     def __init__(self, held: _Held) -> None:
         self._held = held
@@ -70,7 +71,7 @@ class Lock:
         threading.Thread(target=_repeat, args=(held,), daemon=True, name="lock").start()
 
     def lost_to(self) -> str | None:
-        """Who holds the folder now; None while it is this lock, or after its `release`."""
+        """The holder that has taken over the folder; None while this lock holds it, or after `release`."""
         if self._held.passed_on:
             return NEWER_RUN
         return None if self._held.ended.is_set() else _taken_by(self._held)
@@ -79,12 +80,12 @@ class Lock:
 _held_here: dict[Path, _Held] = {}
 
 
-def hold(path: Path, what: str, key: str, say: Callable[[str], None] = lambda _: None) -> Lock:
-    """Take the lock file at `path`, whose folder exists; `what` it stands for is what messages begin with.
+def hold(path: Path, name: str, key: str, log: Callable[[str], None] = lambda _: None) -> Lock:
+    """Take the lock file at `path`, in an existing folder; messages begin with `name`.
 
-    A holder that lives is waited for, some seconds here and `ELSEWHERE` on another machine; one that is dead is taken
-    over from. A lock that this process holds already passes to the new one. Raises `ConfigError`, naming the holder and
-    `key`, if it does not end, and `OSError` if the file cannot be written.
+    If the holder is alive this waits, for `HERE` seconds on this machine and `ELSEWHERE` on another; a dead one loses
+    the lock. A lock that this process already holds passes to the new one. Raises `ConfigError`, with the holder and
+    `key`, if the holder does not end, and `OSError` if the file cannot be written.
     """
     path = path.resolve()
     before = _held_here.get(path)
@@ -100,19 +101,19 @@ def hold(path: Path, what: str, key: str, say: Callable[[str], None] = lambda _:
         patience = HERE if found is None or found.machine == _machine() else ELSEWHERE
         if watch.seconds() > patience:
             raise ConfigError(
-                f"{what} is in use by another run ({found or 'its process is not known'}); wait for its end, stop it, "
+                f"{name} is in use by another run ({found or 'its process is not known'}); wait for its end, stop it, "
                 "or name another folder",
                 key=key,
                 **({} if found is None else {"host": found.host, "pid": found.pid, "since": found.since}),
             )
         if not watch.announced:
             watch.announced = True
-            say(f"{what} is in use ({found or 'its process is not known'}): waiting up to {patience:.0f} s for its end")
+            log(f"{name} is in use ({found or 'its process is not known'}): waiting up to {patience:.0f} s for its end")
         time.sleep(_POLL)
 
 
 class _Watch:
-    """What was seen of a holder while waiting for it. Its clock is not trusted: beats count by when they are seen."""
+    """Observes a holder while waiting for it. Its clock is not trusted: a beat counts from when it is seen."""
 
     def __init__(self) -> None:
         self.announced = False
@@ -124,21 +125,21 @@ class _Watch:
         return time.monotonic() - self._start
 
     def is_gone(self, holder: Holder, locked: bool | None) -> bool:
-        """`locked`: whether this process got the system's lock, None where there is none."""
+        """Whether the holder is dead. `locked`: whether this process got the system's lock, None if there is none."""
         if holder.machine == _machine():
-            return locked is not False and not _lives(holder)
+            return locked is not False and not _is_alive(holder)
         if (holder.token, holder.beat) != self._seen:
             self._seen, self._since = (holder.token, holder.beat), time.monotonic()
         return time.monotonic() - self._since > SILENT
 
 
 def _attempt(path: Path, watch: _Watch) -> _Held | Holder | None:
-    """The lock, or who holds it: None for somebody who has not written it down yet."""
+    """The lock, or its holder: None for a holder that has not written its name yet."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         locked, holder = _system_lock(handle), _read(handle)
         free = locked is not False if holder is None else watch.is_gone(holder, locked)
-        if not free or not _is_at(path, handle):  # a holder that ends removes the file, and this one may be that
+        if not free or not _is_at(path, handle):  # a holder that ends removes the file, which may be this one
             os.close(handle)
             return holder
         held = _Held(path=path, handle=handle, holder=_this_process())
@@ -151,7 +152,7 @@ def _attempt(path: Path, watch: _Watch) -> _Held | Holder | None:
 
 
 def _repeat(held: _Held) -> None:
-    """A heartbeat, soon after the start for the first time: of two that took over at once, the later one stays."""
+    """Heartbeats, the first soon after the start: if two processes took over at once, the earlier one notices."""
     wait = min(1.0, BEAT)
     while not held.ended.wait(wait):
         wait = BEAT
@@ -163,7 +164,7 @@ def _repeat(held: _Held) -> None:
 
 
 def _taken_by(held: _Held) -> str | None:
-    # By the open file: to close another one on it would end the system's lock (fcntl(2)).
+    # Through the open handle: closing a second one on the same file would end the system's lock (fcntl(2)).
     with suppress(OSError):
         now = _read(held.handle)
         if now is not None and now.token != held.holder.token:
@@ -174,7 +175,7 @@ def _taken_by(held: _Held) -> str | None:
 
 
 def _release(held: _Held) -> None:
-    if held.ended.is_set() or held.holder.pid != os.getpid():  # a forked child ends too
+    if held.ended.is_set() or held.holder.pid != os.getpid():  # a forked child also runs this at its end
         return
     held.ended.set()
     if _held_here.get(held.path) is held:
@@ -187,7 +188,7 @@ def _release(held: _Held) -> None:
 
 
 def _system_lock(handle: int) -> bool | None:
-    """Whether this process has it now; None where the disk knows no locks."""
+    """Whether this process has the lock now; None if the disk does not support locks."""
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -218,15 +219,15 @@ def _is_at(path: Path, handle: int) -> bool:
         return False
 
 
-def _lives(holder: Holder) -> bool:
+def _is_alive(holder: Holder) -> bool:
     try:
         os.kill(holder.pid, 0)
         process = psutil.Process(holder.pid)
-        # The system tells the start to a second or so; a process that ended and is not waited for holds nothing.
+        # The start time is only known to a second or so; a zombie holds nothing.
         return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - holder.started) < 2
     except (ProcessLookupError, OverflowError, ValueError, psutil.NoSuchProcess):
         return False
-    except (PermissionError, psutil.AccessDenied):  # somebody else's
+    except (PermissionError, psutil.AccessDenied):  # another user's process
         return True
 
 
@@ -243,7 +244,7 @@ def _this_process() -> Holder:
 
 @cache
 def _machine() -> str:
-    """This boot of this machine, and this container on it: within them a process is known by its number."""
+    """This boot of this machine, and the container on it, within which a process is identified by its number."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, machine, processes, commit. Knows no run and no file of one."""
+"""The environment of a run: versions, machine, processes, commit. Knows no run and none of its files."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import torch
 from rlhf_accel.system.version import __version__
 
 _PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "datasets", "tokenizers", "numpy")
-_PATIENCE = 5.0  # seconds for git, which may wait for a network file system
+_TIMEOUT = 5.0  # seconds for git, which may wait for a network file system
 
 
 def environment(processes: int, device: torch.device) -> dict[str, Any]:
-    """Versions of what is installed, the machine of this process, and how many processes there are on such devices."""
+    """Versions of the installed packages, the machine of this process, and the number and device of the processes."""
     versions = {"rlhf_accel": __version__, "python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -47,7 +47,7 @@ def environment(processes: int, device: torch.device) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """What the processor calls itself."""
+    """The model name of the processor."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -55,14 +55,14 @@ def cpu_name() -> str:
 
 
 def _commit(checkout: Path) -> str | None:
-    """The commit of a checkout, marked if files of it were changed since; None where the folder is none."""
-    if not (checkout / ".git").exists():  # or git would tell of a repository that the installed package lies in
+    """The commit of a checkout, marked if tracked files have changed since; None if the folder is not a checkout."""
+    if not (checkout / ".git").exists():  # else git would report the repository around an installed package
         return None
     commands = (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
     try:
         commit, changes = (
             subprocess.run(
-                ["git", "-C", str(checkout), *command], capture_output=True, text=True, timeout=_PATIENCE, check=True
+                ["git", "-C", str(checkout), *command], capture_output=True, text=True, timeout=_TIMEOUT, check=True
             ).stdout.strip()
             for command in commands
         )

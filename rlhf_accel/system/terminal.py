@@ -1,7 +1,7 @@
-"""Text on its way to a terminal: what models, data and files hold is shown there and never obeyed.
+"""Printing to a terminal: control characters in texts of models, data and files are shown as escapes, never obeyed.
 
-A response, a prompt or a folder from elsewhere may hold escape sequences, which clear a screen, rename a window or
-write over what stands above. Every print of this package goes through here: `say`, or `Terminal` for what rich draws.
+A response, a prompt or a downloaded file may hold escape sequences, which clear the screen, rename the window or
+overwrite earlier lines. All printing of this package goes through this file: `say`, or `Terminal` for rich.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-_OBEYED = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, directions of writing, halves of pairs, line and paragraph breaks
+_OBEYED = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, formats such as text direction, surrogates, separators
 _KEPT = {"\n", "\t", "\u200c", "\u200d"}  # the last two join letters of Persian and parts of emoji
 
 
 def visible(text: str) -> str:
-    r"""The text with what a terminal would obey, but for line breaks and tabs, as escapes; idempotent.
+    r"""The text with control characters as escapes, except line breaks and tabs; idempotent.
 
     >>> visible("a\x1b[2Jb\r\n\u202e"), visible("naïve 中\u3000文")
     ('a\\x1b[2Jb\\r\n\\u202e', 'naïve 中\u3000文')
@@ -39,12 +39,12 @@ def _escape(character: str) -> str:
 
 
 def say(text: str, *, error: bool = False, end: str = "\n") -> None:
-    """Print a text to standard output, or to standard error, at once."""
+    """Print a text to standard output or standard error, and flush."""
     print(visible(text), end=end, file=sys.stderr if error else sys.stdout, flush=True)
 
 
 class Terminal(Console):
-    """rich's console; the text of whatever is printed is `visible`, and only what rich adds itself is obeyed."""
+    """rich's console, in which all text is made `visible` and only the control codes of rich itself are obeyed."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
@@ -52,18 +52,18 @@ class Terminal(Console):
 
 
 def guard_messages() -> None:
-    """From here on, what Python and its logging print of this process is `visible` too: warnings, log records of any
-    library, and tracebacks. For commands; once."""
+    """Make the messages of Python `visible` too: warnings, tracebacks, and log records of all libraries. For commands;
+    further calls do nothing."""
     if sys.excepthook is _show_traceback:
         return
     sys.excepthook = _show_traceback
-    written = warnings.formatwarning
-    warnings.formatwarning = lambda *args, **kwargs: visible(written(*args, **kwargs))
-    made = logging.getLogRecordFactory()
+    format_warning = warnings.formatwarning
+    warnings.formatwarning = lambda *args, **kwargs: visible(format_warning(*args, **kwargs))
+    make_record = logging.getLogRecordFactory()
 
     def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
-        new = made(*args, **kwargs)
-        with suppress(Exception):  # arguments that do not fit their message, which logging reports itself
+        new = make_record(*args, **kwargs)
+        with suppress(Exception):  # arguments that do not fit the message: logging reports them itself
             new.msg, new.args = visible(new.getMessage()), None
         return new
 
