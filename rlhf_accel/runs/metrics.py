@@ -153,11 +153,14 @@ class Stopwatch:
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
     entering: Callable[[str], None] = lambda _: None
-    """Called with the name of each phase when it starts."""
+    """Called with the name of a phase when it starts, but not where the phase before has the same name."""
+    _phase: str = ""
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        self.entering(phase)
+        if phase != self._phase:
+            self._phase = phase
+            self.entering(phase)
         start = time.perf_counter()
         try:
             yield
