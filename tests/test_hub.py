@@ -102,7 +102,7 @@ def test_an_upload_that_fails_loses_nothing_and_prints_how_to_try_again(tiny, cl
 @pytest.mark.parametrize(
     ("who", "name", "words"),
     [
-        (LocalTokenNotFoundError("none"), "ada/m", ["no token", "hf auth login", "HF_TOKEN"]),
+        (LocalTokenNotFoundError("none"), "ada/m", ["no hub token", "hf auth login", "HF_TOKEN"]),
         (OfflineModeIsEnabled("offline"), "ada/m", ["HF_HUB_OFFLINE"]),
         (TimeoutError("slow"), "ada/m", ["cannot be reached", "slow"]),
         (ME, "bob/m", ["may write to ada, engine, not to bob"]),

@@ -381,9 +381,9 @@ def test_a_folder_that_is_not_a_run_ends_in_one_line(
     (empty / "metrics.jsonl").write_text("")
     (tmp_path / "file").write_text("")
     cases = [
-        ([str(tmp_path / "nowhere")], "no run's folder"),
+        ([str(tmp_path / "nowhere")], "not a run's folder"),
         ([str(empty)], "holds no whole row yet"),
-        ([str(folder), str(tmp_path)], "no run's folder"),
+        ([str(folder), str(tmp_path)], "not a run's folder"),
         ([str(folder)] * 8, "at most 7"),
         ([str(folder), "--output", str(tmp_path / "file" / "page.html")], "--output"),
         ([str(folder), "--output", str(tmp_path / "page")], "page.html"),
