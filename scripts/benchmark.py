@@ -587,7 +587,7 @@ def main(arguments: list[str]) -> None:
         if file and not Path(file).resolve().parent.is_dir():
             raise ConfigError(f"{option} {file}: there is no folder {Path(file).resolve().parent}")
     if options.peer_python and shutil.which(options.peer_python) is None:
-        raise ConfigError(f"--peer-python {options.peer_python} is no program")
+        raise ConfigError(f"--peer-python {options.peer_python} is not a program")
     texts = [name for name in chosen if name in WORKLOADS and WORKLOADS[name].stop]
     if options.against and texts:
         raise ConfigError(f"{', '.join(texts)}: responses end at texts, which trl does not know; leave out --against")

@@ -14,7 +14,7 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
   "${PYTHON:-python3}" -m venv --clear "$venv" ||
     { echo "error: no virtual environment could be made (on Debian: apt-get install python3-venv)" >&2; exit 1; }
 fi
-# Made anew when the pins or the package's needs change, otherwise a matter of milliseconds.
+# Made again when the pins or the package's needs change, otherwise a matter of milliseconds.
 wanted=$(cat constraints.txt setup.cfg pyproject.toml | sha256sum | cut -c1-16)
 stamp=$venv/.installed-$extra
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then

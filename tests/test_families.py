@@ -78,7 +78,7 @@ def gradient_reaches_all(module: policy_with_value.PolicyWithValue, config: Conf
     trainable_parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     shake_zeros(module)
     batch = padding.made_up(IDS, PAD)
-    with trainable.learning(module, config):
+    with trainable.training_mode(module, config):
         outputs = module(*calls.model_inputs(batch))
         (outputs.logprobs.sum() + outputs.values.square().sum()).backward()
     lost = [name for name, p in trainable_parameters.items() if p.grad is None]
@@ -166,7 +166,7 @@ def test_training_mode_is_for_layers_that_are_checkpointed(folder_of: Any) -> No
     for name in ("mixtral", "gemma3n_text", "phimoe"):
         config = config_of(folder_of(name), lora=False, critic="head", gradient_checkpointing=True)
         module = built(config)
-        with trainable.learning(module, config):
+        with trainable.training_mode(module, config):
             in_training_mode = {type(layer).__name__ for layer in module.modules() if layer.training}
         assert len(in_training_mode) == 1 and in_training_mode.pop().endswith("DecoderLayer")
         assert not any(layer.training for layer in module.modules())
@@ -218,7 +218,7 @@ def test_checkpointing_and_merge(name: str, folder_of: Any, tmp_path: Path) -> N
         config = config_of(folder_of(name), lora=True, gradient_checkpointing=checkpointing)
         module = built(config)
         shake_zeros(module)
-        with trainable.learning(module, config):
+        with trainable.training_mode(module, config):
             outputs = module(*calls.model_inputs(padding.made_up(IDS, PAD)))
             (outputs.logprobs.sum() + outputs.values.square().sum()).backward()
         gradients.append({name: p.grad for name, p in module.named_parameters() if p.grad is not None})

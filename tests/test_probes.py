@@ -29,7 +29,7 @@ from rlhf_accel.models.probes import (
     ratio_limits,
     reference_is_policy,
     rounding_limit,
-    sampled_is_learnt,
+    sampled_is_trained,
     values_in_reach,
 )
 from rlhf_accel.rollout import sampling as decoding
@@ -170,7 +170,7 @@ def of_another_pass(sampled: tuple) -> tuple[Finding, torch.Tensor]:
         new = module(*calls.model_inputs(sequences)).logprobs
     log_ratios = (new - logprobs)[sequences.response_mask]
     rms, largest = float(log_ratios.square().mean().sqrt()), float(log_ratios.abs().max())
-    return sampled_is_learnt(rms, largest, limits, recomputed=False), log_ratios
+    return sampled_is_trained(rms, largest, limits, recomputed=False), log_ratios
 
 
 def test_what_rounds_differently_passes(sampled: tuple) -> None:
@@ -214,7 +214,7 @@ def test_the_limits_follow_from_the_spacing_of_logits() -> None:
     half = ratio_limits(logit_spacing(sizes, torch.float16), torch.float16)  # three bits more
     assert (half.rms, half.largest) == pytest.approx((limits.rms / 8, limits.largest / 8))
     # One logit of -100 that two passes round to different neighbours: the ratio is off by 0.65 without any fault.
-    assert math.exp(0.5) - 1 > 0.5 and sampled_is_learnt(0.05, 0.5, limits, recomputed=False).passed
+    assert math.exp(0.5) - 1 > 0.5 and sampled_is_trained(0.05, 0.5, limits, recomputed=False).passed
     assert ratio_limits(None, torch.float32) == RatioLimits(rms=1e-3, largest=1e-3)
     assert ratio_limits(torch.zeros(3), torch.bfloat16).rms == 0.15
 
@@ -223,9 +223,9 @@ def test_one_token_at_fault_is_caught_among_many_and_nothing_finite_is_no_pass()
     limits = ratio_limits(torch.tensor([0.125]), torch.bfloat16)
     for largest in (-5.0, 5.0):  # of 10,000 tokens: the rms is within its limit
         rms = abs(largest) / 100
-        assert rms < limits.rms and not sampled_is_learnt(rms, abs(largest), limits, recomputed=True).passed
-    assert not sampled_is_learnt(math.nan, 0.0, limits, recomputed=True).passed
-    assert "recomputed" not in sampled_is_learnt(9.0, 9.0, limits, recomputed=True).message
+        assert rms < limits.rms and not sampled_is_trained(rms, abs(largest), limits, recomputed=True).passed
+    assert not sampled_is_trained(math.nan, 0.0, limits, recomputed=True).passed
+    assert "recomputed" not in sampled_is_trained(9.0, 9.0, limits, recomputed=True).message
     # 500 tokens in bf16, each off by 0.06 nats rms, have a k3 of 0.9; two different models have more.
     assert reference_is_policy(500 * 0.06**2 / 2, 500.0, limits).passed
     assert not reference_is_policy(8.0, 500.0, limits).passed

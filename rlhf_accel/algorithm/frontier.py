@@ -88,7 +88,7 @@ class Frontier:
     """Curves of gain over the mean score of the reference; intervals are None where there is one prompt only.
 
     `optimum` runs from small KL to `reliable_kl`, the largest KL at which the samples still suffice (0 if none), and
-    `bound` goes on from there.
+    `bound` continues from there.
     """
 
     prompts: int

@@ -85,7 +85,7 @@ class FixedKLController:
         """The controller for the next step, which is this one.
 
         Raises:
-            ValueError: `kl` is not finite; a run that has diverged should not go on for want of anyone looking.
+            ValueError: `kl` is not finite; a run that has diverged must not continue unnoticed.
         """
         _require_measured(kl, num_samples)
         return self

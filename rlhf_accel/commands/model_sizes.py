@@ -136,7 +136,7 @@ def _outline(config: Config, settings: Any, reward_path: str | None, dtype: torc
 
 def _model_config(path: str, key: str, trusted: bool) -> Any:
     try:
-        return pretrained(AutoConfig, path, trust_remote_code=trusted, said=f"{key}={path}")
+        return pretrained(AutoConfig, path, trust_remote_code=trusted, subject=f"{key}={path}")
     except ConfigError:
         raise
     except Exception as error:  # a missing, broken or foreign file raises many kinds

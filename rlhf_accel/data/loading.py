@@ -23,14 +23,14 @@ TRUST_KEY = "model.trust_remote_code"
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}
 
 
-def pretrained(kind: Any, path: Any, *, trust_remote_code: bool, said: str | None = None, **settings: Any) -> Any:
+def pretrained(kind: Any, path: Any, *, trust_remote_code: bool, subject: str | None = None, **settings: Any) -> Any:
     """`kind.from_pretrained(path)`; code that comes with it runs only if `trust_remote_code`.
 
-    Raises `ConfigError`, which begins with `said` or the path, if it needs such code or the hub's cache cannot be
+    Raises `ConfigError`, which begins with `subject` or the path, if it needs such code or the hub's cache cannot be
     written; other errors come from transformers.
     """
     settings["trust_remote_code"] = trust_remote_code
-    return _without_asking(lambda: kind.from_pretrained(path, **settings), said or str(path))
+    return _without_asking(lambda: kind.from_pretrained(path, **settings), subject or str(path))
 
 
 def from_config(kind: Any, config: Any, *, trust_remote_code: bool, **settings: Any) -> Any:
@@ -39,11 +39,11 @@ def from_config(kind: Any, config: Any, *, trust_remote_code: bool, **settings: 
     return _without_asking(lambda: kind.from_config(config, **settings), getattr(config, "_name_or_path", "the model"))
 
 
-def adapter_config(path: str, said: str | None = None) -> PeftConfig:
+def adapter_config(path: str, subject: str | None = None) -> PeftConfig:
     """The settings of the adapter at `path`.
 
-    Raises `ConfigError`, which begins with `said` or the path, if peft would import a module that they name and that is
-    not part of transformers.
+    Raises `ConfigError`, which begins with `subject` or the path, if peft would import a module that they name and
+    that is not part of transformers.
     """
     settings = PeftConfig.from_pretrained(path)
     named = [getattr(settings, "megatron_core", None)] if getattr(settings, "megatron_config", None) else []
@@ -51,7 +51,7 @@ def adapter_config(path: str, said: str | None = None) -> PeftConfig:
     for module in named:
         if module is not None and str(module).partition(".")[0] not in _IMPORTED:
             raise ConfigError(
-                f"{said or path}: adapter_config.json has peft import the module {module!r}; it is not loaded",
+                f"{subject or path}: adapter_config.json has peft import the module {module!r}; it is not loaded",
                 module=str(module),
             )
     return settings
@@ -63,7 +63,7 @@ def adapted(model: Any, path: str, **settings: Any) -> PeftModel:
     return PeftModel.from_pretrained(model, path, **settings)
 
 
-def _name_cache(error: BaseException | None, said: str) -> None:
+def _name_cache(error: BaseException | None, subject: str) -> None:
     """Raises `ConfigError` if the error or one of its causes is that the hub's cache cannot be written."""
     caches = [Path(constants.HF_HOME), Path(constants.HF_HUB_CACHE), Path(dynamic_module_utils.HF_MODULES_CACHE)]
     while error is not None:
@@ -71,7 +71,7 @@ def _name_cache(error: BaseException | None, said: str) -> None:
             place = Path(os.fsdecode(error.filename))
             if any(place.is_relative_to(cache) or cache.is_relative_to(place) for cache in caches):
                 raise ConfigError(
-                    f"{said}: the cache of the Hugging Face hub cannot be written ({place}: {error.strerror}); set "
+                    f"{subject}: the cache of the Hugging Face hub cannot be written ({place}: {error.strerror}); set "
                     "HF_HOME to a writable folder",
                     key="HF_HOME",
                     cache=str(place),
@@ -79,17 +79,17 @@ def _name_cache(error: BaseException | None, said: str) -> None:
         error = error.__cause__ or error.__context__
 
 
-def _without_asking(load: Callable[[], Any], said: str) -> Any:
+def _without_asking(load: Callable[[], Any], subject: str) -> Any:
     try:
         return load()
     except OSError as error:
-        _name_cache(error, said)
+        _name_cache(error, subject)
         raise
     except ValueError as error:
         if isinstance(error, ConfigError) or "trust_remote_code=True" not in str(error):
             raise
         raise ConfigError(
-            f"{said} needs code that comes with it, which is not run; set {TRUST_KEY}=true to run it, only for sources "
-            "that you trust (`generate` and `merge` of a model or adapter: --trust_code)",
+            f"{subject} needs code that comes with it, which is not run; set {TRUST_KEY}=true to run it, only for "
+            "sources that you trust (`generate` and `merge` of a model or adapter: --trust_code)",
             key=TRUST_KEY,
         ) from None

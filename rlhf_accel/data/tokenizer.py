@@ -50,7 +50,7 @@ class Tokens:
                 AutoTokenizer,
                 name_or_path,
                 trust_remote_code=trust_remote_code,
-                said=f"model.name_or_path={name_or_path}",
+                subject=f"model.name_or_path={name_or_path}",
             )
             # For some architectures (GPT-2) transformers makes an empty tokenizer where a folder holds none.
             if len(tokenizer) <= len(set(tokenizer.all_special_ids)):

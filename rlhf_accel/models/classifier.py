@@ -36,7 +36,7 @@ def load_tokenizer(path: str, subject: str, *, trust_remote_code: bool) -> Any:
 
     Raises `ConfigError`, whose message starts with `subject`, if there is none."""
     try:
-        tokenizer = pretrained(AutoTokenizer, path, trust_remote_code=trust_remote_code, said=subject)
+        tokenizer = pretrained(AutoTokenizer, path, trust_remote_code=trust_remote_code, subject=subject)
         # For a folder with a model and no tokenizer, transformers may return a tokenizer of special tokens only.
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
             raise ValueError("its vocabulary is empty")
@@ -66,7 +66,7 @@ def known_labels(config: RewardTrainingConfig) -> tuple[str, ...]:
     path = wheels.resolve_model(config.model.name_or_path)
     with _named(config):
         trusted, subject = config.model.trust_remote_code, f"model.name_or_path={config.model.name_or_path}"
-        found = pretrained(transformers.AutoConfig, path, trust_remote_code=trusted, said=subject).id2label
+        found = pretrained(transformers.AutoConfig, path, trust_remote_code=trusted, subject=subject).id2label
     return tuple(found[i] for i in sorted(found))
 
 

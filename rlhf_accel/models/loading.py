@@ -58,7 +58,7 @@ def load_pretrained(kind: Any, path: str, subject: str, *, trust_remote_code: bo
     settings |= {"trust_remote_code": trust_remote_code, "output_loading_info": True}
     try:
         with without_loading_report():
-            model, report = pretrained(kind, path, said=subject, **settings)
+            model, report = pretrained(kind, path, subject=subject, **settings)
     except ConfigError:
         raise
     except Exception as error:  # a missing, broken or foreign file raises errors of many types

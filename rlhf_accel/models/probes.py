@@ -293,7 +293,7 @@ def logit_spacing(sizes: Float[Tensor, "*shape"], dtype: torch.dtype) -> Float[T
     return torch.finfo(dtype).eps * torch.exp2(exponent)
 
 
-def sampled_is_learnt(rms: float, largest: float, limits: RatioLimits, *, recomputed: bool) -> Finding:
+def sampled_is_trained(rms: float, largest: float, limits: RatioLimits, *, recomputed: bool) -> Finding:
     """Whether the update computes the log-probabilities of the rollout, before the first optimizer step.
 
     `rms` and `largest` are those of the log-ratios of all tokens, in nats. With `recomputed`, the rollout took its
@@ -310,7 +310,7 @@ def sampled_is_learnt(rms: float, largest: float, limits: RatioLimits, *, recomp
         found += "padding, positions or temperature)"
         if not recomputed:
             found += "; try rollout.logprobs=recomputed, which takes both from the same pass"
-    return Finding(probe="sampled = learnt", difference=share, limit=1.0, unit="of the limit", message=found)
+    return Finding(probe="sampled = trained", difference=share, limit=1.0, unit="of the limit", message=found)
 
 
 def reference_is_policy(kl_k3: float, tokens: float, limits: RatioLimits) -> Finding:

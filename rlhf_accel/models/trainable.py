@@ -56,7 +56,7 @@ def _leaves(result: Tensor) -> set[int]:
 
 
 @contextlib.contextmanager
-def learning(module: nn.Module, config: Config) -> Iterator[None]:
+def training_mode(module: nn.Module, config: Config) -> Iterator[None]:
     """Put the layers that need it into training mode inside the context: checkpointed layers and dropout of adapters.
 
     All others stay in evaluation mode, in which responses were sampled: in training mode routers add noise, and other

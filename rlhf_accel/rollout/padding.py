@@ -34,8 +34,8 @@ def problem(look: Callable[[], Finding]) -> str | None:
 
 
 def cannot_run(error: Exception) -> str:
-    said = " ".join(f"{type(error).__name__}: {error}".split())
-    return f"this model cannot be run as a decoder of text ({said:.200}); choose another model"
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"this model cannot be run as a decoder of text ({reason:.200}); choose another model"
 
 
 def made_up(ids: Tensor, pad_id: int) -> Sequences:
@@ -83,10 +83,10 @@ def critic_alone(module: PolicyWithValue, batch: Sequences, dtype: torch.dtype) 
         theirs = trunk(input_ids=ids[None], use_cache=False).last_hidden_state[0, start - 1 : -1].float()
         sizes = theirs.norm(dim=-1).nan_to_num(1.0).clamp(min=1e-6)
         differences = [_apart(states[0, :_SEEN], theirs).norm(dim=-1) / sizes]
-        said = f"{_family(trunk)}: the critic's states in a padded batch and alone"
+        what = f"{_family(trunk)}: the critic's states in a padded batch and alone"
     limit = rounding_limit(torch.ones(1, device=states.device), dtype)
     found = _of_rows("padded = alone", differences, limit, "of their size")
-    return _explained(found, said, "padding or positions reach what it computes")
+    return _explained(found, what, "padding or positions reach what it computes")
 
 
 @torch.no_grad()

@@ -210,7 +210,7 @@ def _gold_scores(
     figure: str,
     say: Callable[[str], None],
 ) -> Float[Tensor, " P"]:
-    """What a reward that nothing learns from says of the responses; NaN throughout if it fails on any rank."""
+    """Scores of the responses by a gold reward, which is not trained on; NaN throughout if it fails on any rank."""
     runtime = collector.runtime
     mine = runtime.share(len(prompts))
     scores, failure = torch.zeros(len(mine)), None

@@ -54,7 +54,7 @@ class FirstStep:
         rms, largest = losses.first_log_ratio_rms, losses.first_log_ratio_max
         if self.setup.config.lora.dropout == 0 and math.isfinite(rms):  # else no minibatch had a finite loss
             recomputed = self.setup.collector.recompute
-            finding = probes.sampled_is_learnt(rms, largest, self.ratios, recomputed=recomputed)
+            finding = probes.sampled_is_trained(rms, largest, self.ratios, recomputed=recomputed)
             found["policy/first_ratio_error"] = finding
         kl, tokens = metrics["objective/kl_k3"], metrics["rollout/response_tokens"]
         found["objective/kl_k3"] = probes.reference_is_policy(kl, tokens, self.references)
@@ -99,7 +99,7 @@ def sampling_again(setup: Setup, prompts: PromptBatch, rollout: Rollout, limits:
     off = (passed.logprobs.float().cpu()[: len(drawn), : mask.shape[1]] - drawn.logprobs)[mask].double()
     total, count = runtime.sum(torch.stack([off.square().sum(), torch.tensor(float(off.numel()))])).tolist()
     largest = float(runtime.max(torch.cat([off.new_zeros(1), off.abs()]).amax()[None])[0])
-    return probes.sampled_is_learnt(math.sqrt(total / max(count, 1.0)), largest, limits, recomputed=True)
+    return probes.sampled_is_trained(math.sqrt(total / max(count, 1.0)), largest, limits, recomputed=True)
 
 
 def values_in_reach(experience: Experience, cliprange_value: float | None) -> probes.Finding | None:

@@ -12,7 +12,7 @@ class Fault:
     """Something that was not finite, for which a step was skipped; the same on every rank.
 
     rows are places in the step's global batch: of the samples that are at fault where that is known (scores, rollout),
-    else of the minibatch that was not learnt from.
+    else of the minibatch that was skipped.
     """
 
     step: int
@@ -39,8 +39,8 @@ def explain(fault: Fault, rollout: Rollout | None) -> str:
     """One line that says what was not finite, where, and for which samples."""
     shown = ", ".join(map(str, fault.rows[:8])) + (", …" if len(fault.rows) > 8 else "")
     verb = "is" if fault.what in ("loss", "gradient", "entropy") else "are"
-    said = f"{fault.what} {verb} not finite in the {fault.phase} of step {fault.step}{fault.where}: samples {shown}"
+    message = f"{fault.what} {verb} not finite in the {fault.phase} of step {fault.step}{fault.where}: samples {shown}"
     if rollout is None or not fault.rows:
-        return said
+        return message
     prompt, response = rollout.prompts[fault.rows[0]], rollout.texts[fault.rows[0]]
-    return f"{said}; the first: {prompt!r:.60} -> {response!r:.60}"
+    return f"{message}; the first: {prompt!r:.60} -> {response!r:.60}"

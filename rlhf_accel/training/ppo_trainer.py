@@ -28,7 +28,7 @@ from rlhf_accel.data.prompts import own_prompts
 from rlhf_accel.distributed.batching import cut_micro_batches
 from rlhf_accel.models.calls import model_inputs
 from rlhf_accel.models.positions import check_prompts
-from rlhf_accel.models.trainable import learning
+from rlhf_accel.models.trainable import training_mode
 from rlhf_accel.reward import RewardFunction
 from rlhf_accel.rollout.engine import Seeds
 from rlhf_accel.rollout.scoring import score, score_parts
@@ -114,7 +114,7 @@ class PPOTrainer:
         """PPO's epochs over the experience; stops early where ppo.target_kl_stop says so."""
         config = self.config.ppo
         totals = UpdateTotals(critic=experience.returns is not None)
-        with learning(self.runtime.module, self.config):
+        with training_mode(self.runtime.module, self.config):
             for epoch in range(config.ppo_epochs):
                 generator = np.random.default_rng((_MINIBATCHES, self.config.run.seed, step, epoch))
                 order = generator.permutation(len(experience))

@@ -17,7 +17,7 @@ from rlhf_accel.models import probes
 from rlhf_accel.models.calls import model_inputs
 from rlhf_accel.models.lora import CRITIC
 from rlhf_accel.models.reference import reference_policy
-from rlhf_accel.models.trainable import learning
+from rlhf_accel.models.trainable import training_mode
 from rlhf_accel.reward import Classifier
 from rlhf_accel.training.first_step import ratio_limits, values_in_reach
 from rlhf_accel.training.losses import loss_of
@@ -139,7 +139,7 @@ def check_ratio(findings: Findings, setup: Setup, rollout: Rollout) -> None:
     some = _few(setup, rollout)
     sequences = some.sequences.trimmed()
     few, length = sequences.to(setup.runtime.device), sequences.response_mask.shape[1]
-    with torch.no_grad(), setup.runtime.autocast(), learning(module, config):
+    with torch.no_grad(), setup.runtime.autocast(), training_mode(module, config):
         new = module(*model_inputs(few)).logprobs.cpu()
     log_ratios = (new - some.logprobs[:, :length])[sequences.response_mask]
     ratio = float(log_ratios.exp().sub(1).abs().max())
@@ -162,7 +162,7 @@ def check_ratio(findings: Findings, setup: Setup, rollout: Rollout) -> None:
     if config.lora.dropout == 0:
         rms, largest = float(log_ratios.square().mean().sqrt()), float(log_ratios.abs().max())
         limits, recomputed = ratio_limits(setup, rollout), setup.collector.recompute
-        finding = probes.sampled_is_learnt(rms, largest, limits, recomputed=recomputed)
+        finding = probes.sampled_is_trained(rms, largest, limits, recomputed=recomputed)
         findings.note("ok" if finding.passed else "problem", "ratio", finding.message)
 
 
@@ -183,7 +183,7 @@ def check_gradient(setup: Setup, rollout: Rollout) -> Verdict:
             for parameter in zeros:
                 parameter.copy_(1e-2 * torch.randn(parameter.shape, generator=generator))
         experience = _random_experience(setup, _few(setup, rollout), generator)
-        with setup.runtime.autocast(), learning(module, setup.config):
+        with setup.runtime.autocast(), training_mode(module, setup.config):
             loss_of(setup.runtime.module, experience, setup.config.ppo).backward()
         missing = [name for name, p in parameters.items() if p.grad is None or not p.grad.any()]
         missing = [name for name in missing if "expert" not in name]  # a mixture does not use all of them
