@@ -81,7 +81,8 @@ class Collector:
         for placed in cut_by_tokens(*lengths, shares, self.pass_tokens)[rank]:
             rows = placed - shares[rank][:1]  # counted from this rank's first
             chunk = (own.select(rows) if len(rows) else sequences.select(torch.tensor([0]))).trimmed()
-            for name, part in self._passes(chunk.to(self.runtime.device)).items() if len(rows) else ():
+            found = self._passes(chunk.to(self.runtime.device))  # by every rank: with ZeRO-3 it is a collective
+            for name, part in found.items() if len(rows) else ():
                 noted[name][rows, : part.shape[1]] = part.cpu()
         # A sample of NaN is never trained on, also if the model is itself again by now.
         noted["logprobs"][~responses.logprobs.isfinite().all(1)] = torch.nan
