@@ -23,7 +23,7 @@ from rlhf_accel.runs.recorder import Recorder
 from rlhf_accel.system.errors import ConfigError, RunFailed
 from rlhf_accel.training import ppo_trainer as trainer_module
 from rlhf_accel.training import run as run_module
-from rlhf_accel.training import setup as setup_module
+from rlhf_accel.training import setup as run_setup
 from rlhf_accel.training.first_step import ratio_limits, sampling_again
 from rlhf_accel.training.ppo_trainer import PPOTrainer, lr_factor
 from tests.conftest import share_of_o
@@ -572,7 +572,7 @@ def test_a_policy_that_reads_other_tokens_than_its_tokenizer_makes_is_refused(ti
 
 
 def test_a_stop_text_that_cannot_be_is_refused_before_a_model_loads(tiny, monkeypatch):
-    monkeypatch.setattr(setup_module, "load_policy", None)
+    monkeypatch.setattr(run_setup, "load_policy", None)
     with pytest.raises(ConfigError, match=r"^rollout\.stop holds '<\|endoftext\|>\\n'"):
         PPOTrainer(tiny(rollout={"stop": ["<|endoftext|>\n"]}))
 
