@@ -66,7 +66,10 @@ def test_prompts_and_models_are_those_of_the_workload(benchmark, tmp_path) -> No
         (["W6", "--ppo.epoch", "2"], "ppo.epoch"),
         (["W6", "W5", "--against", "trl"], "^W5: .*trl"),
         (["W6", "--output", "no_such_folder/figures.json"], "--output no_such_folder/figures.json: there is no folder"),
-        (["W6", "--against", "trl", "--peer-python", "no_such_python"], "--peer-python no_such_python is no program"),
+        (
+            ["W6", "--against", "trl", "--peer-python", "no_such_python"],
+            "--peer-python no_such_python is not a program",
+        ),
     ],
 )
 def test_what_cannot_work_is_said_in_a_line(benchmark, arguments, said) -> None:

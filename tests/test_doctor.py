@@ -192,7 +192,7 @@ def test_stop_texts_are_tokens_or_texts(gpt2_folder):
     assert check_stops([".", "<|eot_id|>"], tokens) == ("ok", message)
     level, message = check_stops(["<|im_end|>"], tokens)
     assert level == "warning" and "no token for <|im_end|>, so the policy may never write it" in message
-    with pytest.raises(ConfigError, match=r"^rollout\.stop holds '<\|eot_id\|> '"):
+    with pytest.raises(ConfigError, match=r"^rollout\.stop contains '<\|eot_id\|> '"):
         check_stops(["<|eot_id|> "], tokens)
 
 

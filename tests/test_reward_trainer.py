@@ -649,7 +649,7 @@ def test_tuning_loss_and_figures_by_hand():
             ["data.margin_field", "embedded:movie_reviews"],
         ),
         ({"data": {"objective": "pairs", "pair_fields": ["a", "a"]}}, ["data.pair_fields=['a', 'a']", "two"]),
-        ({"data": {"tuning_split": "heldout"}}, ["data.tuning_split=heldout", "reads"]),
+        ({"data": {"tuning_split": "heldout"}}, ["data.tuning_split=heldout", "evaluation data"]),
         ({"run": {"eval_every": 2.5}}, ["run.eval_every=2.5", "whole"]),
         ({"data": {"objective": "stars"}}, ["data.objective='stars'", "'pairs'"]),
     ],
