@@ -8,8 +8,8 @@ bin=${VENV:-.venv}/bin
 "$bin/ruff" format --check .
 "$bin/mypy"
 "$bin/lint-imports"
-# Two files at a time, each on a thread of its own: the models are tiny. Groups and their order: tests/conftest.py.
-OMP_NUM_THREADS=1 "$bin/python" -m pytest -n 2 --dist loadgroup --no-loadscope-reorder "$@"
+# Two files at a time, each on a thread of its own: the models are tiny. Their order: tests/conftest.py.
+OMP_NUM_THREADS=1 "$bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
 # A small part again as each kind of CPU: oneDNN without bf16 units, and `auto` as where the CPU has them.
 for kind in ONEDNN_MAX_CPU_ISA=AVX2 RLHF_ACCEL_CPU_BF16=1; do
     echo "$kind"

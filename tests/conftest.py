@@ -47,29 +47,10 @@ LONGEST = [
 ]
 
 
-def launch_of(item: pytest.Item) -> str | None:
-    """The launch that a test of test_world_size.py asks for."""
-    return item.callspec.params.get("config") if hasattr(item, "callspec") else None
-
-
-# First of all: xdist notes the groups in its own hook of this name.
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Each process of pytest-xdist gets a file at a time (--dist loadgroup), but of the one that takes longest, and so
-    comes first, what it asks of a launch."""
+    """The longest files first: each process of pytest-xdist gets a file at a time (--dist loadfile)."""
     order = {name: place for place, name in enumerate(LONGEST)}
-    launches = {name: place for place, name in enumerate(("zero3", "ddp", "zero2", "zero3_offload"))}
-
-    def place(item: pytest.Item) -> tuple[int, int]:
-        of_launch = launches.get(str(launch_of(item)), len(launches)) if "test_world_size" in item.nodeid else 0
-        return order.get(item.path.stem, len(order)), of_launch
-
-    items.sort(key=place)
-    for item in items:
-        group = item.path.name
-        if group == "test_world_size.py":
-            group = f"launch under {launch_of(item)}"
-        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 TEXTS = [
