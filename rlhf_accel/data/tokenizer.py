@@ -5,6 +5,7 @@ Sampled ids stay ids: no response is encoded again. Knows no model and no rank.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,9 @@ class Tokens:
         except ConfigError:
             raise
         except Exception as error:  # transformers raises many types for a missing or broken tokenizer
+            here = "" if os.path.exists(name_or_path) else "there is no such folder here, and "
             raise ConfigError(
-                f"model.name_or_path={name_or_path}: no tokenizer could be loaded; save one beside the model "
+                f"model.name_or_path={name_or_path}: {here}no tokenizer could be loaded; save one beside the model "
                 f"({_first_line(error)})",
                 key="model.name_or_path",
             ) from error
