@@ -143,7 +143,7 @@ def test_a_kl_of_no_policy_and_values_out_of_reach_are_warned_of_once(fit, capsy
     reward = {"function": "tests.test_ppo_trainer:thousandfold"}
     trainer, _ = fit(rollout={"top_p": 0.5}, reward=reward, run={"eval_every": 1, "eval_samples": 4})
     said = capsys.readouterr().out
-    assert said.count("warning: rollout.top_p=0.5: responses are drawn from a part") == 1
+    assert said.count("warning: rollout.top_p=0.5: responses are drawn from a truncated distribution") == 1
     assert said.count("set reward.calibrate=true") == 1 and "ppo.cliprange_value=0.2" in said
     drawn_from = {"temperature": 1.0, "top_k": 0, "top_p": 0.5}
     assert json.loads((trainer.folder / "summary.json").read_text())["sampling"] == drawn_from
@@ -557,7 +557,7 @@ def test_prompts_of_ones_own_are_checked_as_those_of_a_data_set(tiny):
         ),
         (["The film"] * 7 + [""], "^prompt 8 of 8 has no text"),
         ([], "^there are no prompts"),
-        ("The film", "^prompts are a list of texts"),
+        ("The film", "^expected a list of prompts"),
     ):
         with pytest.raises(ConfigError, match=said):
             trainer.step(prompts)
@@ -573,7 +573,7 @@ def test_a_policy_that_reads_other_tokens_than_its_tokenizer_makes_is_refused(ti
 
 def test_a_stop_text_that_cannot_be_is_refused_before_a_model_loads(tiny, monkeypatch):
     monkeypatch.setattr(run_setup, "load_policy", None)
-    with pytest.raises(ConfigError, match=r"^rollout\.stop holds '<\|endoftext\|>\\n'"):
+    with pytest.raises(ConfigError, match=r"^rollout\.stop contains '<\|endoftext\|>\\n'"):
         PPOTrainer(tiny(rollout={"stop": ["<|endoftext|>\n"]}))
 
 
