@@ -163,18 +163,32 @@ def drip(connection: socket.socket, data: bytes) -> None:
             time.sleep(0.05)
 
 
-@pytest.mark.parametrize(("begun", "answer"), [(b"", b""), (HEAD, b"408")], ids=["headers", "body"])
-def test_one_who_drips_bytes_blocks_nobody_and_is_cut_off(serve, begun: bytes, answer: bytes) -> None:
-    url = serve(number_of, deadline=0.6)
+def dripping(connection: socket.socket, count: int) -> threading.Thread:
+    """Sends `count` bytes, one in 0.05 s."""
+    thread = threading.Thread(target=drip, args=(connection, b"POST " + b"x" * (count - 5)), daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("begun", [b"", HEAD], ids=["headers", "body"])
+def test_one_who_drips_bytes_blocks_nobody(serve, begun: bytes) -> None:
+    url = serve(number_of, deadline=60)
     with connect(url) as slow:
         slow.sendall(begun)
-        threading.Thread(target=drip, args=(slow, b"POST " + b"x" * 200), daemon=True).start()
-        start = time.perf_counter()
+        thread = dripping(slow, 200)
         assert remote(url)(["a"], ["b"], {"number": [1.0]}).tolist() == [1.0]
-        assert time.perf_counter() - start < 0.5
+        assert thread.is_alive()
+
+
+@pytest.mark.parametrize(("begun", "answer"), [(b"", b""), (HEAD, b"408")], ids=["headers", "body"])
+def test_one_who_drips_bytes_is_cut_off(serve, begun: bytes, answer: bytes) -> None:
+    with connect(serve(number_of, deadline=0.6)) as slow:
+        slow.sendall(begun)
+        start = time.perf_counter()
+        dripping(slow, 200)  # for 10 s
         with suppress(ConnectionResetError):
             assert answer in slow.recv(1000)
-        assert time.perf_counter() - start < 3
+        assert time.perf_counter() - start < 8
 
 
 def test_many_clients_at_once_are_all_answered_one_after_the_other(serve) -> None:
@@ -272,7 +286,7 @@ def test_a_server_that_drips_bytes_has_as_long_as_any_other(begun: bytes) -> Non
         start = time.perf_counter()
         with pytest.raises(TimeoutError, match=r"no answer within reward\.timeout=0\.3 s"):
             RemoteReward(f"http://127.0.0.1:{server.getsockname()[1]}/", 0.3)(["a"], ["b"])
-        assert time.perf_counter() - start < 2
+        assert time.perf_counter() - start < 4  # of 5
     assert not any(isinstance(thread, threading.Timer) for thread in threading.enumerate())
 
 

@@ -85,6 +85,7 @@ class RemoteReward:
                 raise
         finally:
             timer.cancel()
+            timer.join()  # `cut` may be at work: no thread is left behind
         if late.is_set():
             raise TimeoutError(f"no answer within reward.timeout={self.timeout:g} s")
         return text
