@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from rlhf_accel.system.lazy import lazy
 from rlhf_accel.system.version import __version__
 
 if TYPE_CHECKING:
@@ -17,20 +17,17 @@ if TYPE_CHECKING:
 
 __all__ = ["__version__", "Config", "PPOTrainer", "RewardTrainer", "RewardTrainingConfig", "load"]
 
-_HOMES = {
-    "Config": "rlhf_accel.config",
-    "RewardTrainingConfig": "rlhf_accel.config",
-    "load": "rlhf_accel.config",
-    "PPOTrainer": "rlhf_accel.training.ppo_trainer",
-    "RewardTrainer": "rlhf_accel.training.reward_trainer",
-}
-
-
-def __getattr__(name: str) -> Any:
-    # At first use: torch, transformers and peft take seconds to import, which `--help` need not wait for.
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# At first use: torch, transformers and peft take seconds to import, which `--help` need not wait for.
+__getattr__ = lazy(
+    __name__,
+    {
+        "Config": "rlhf_accel.config",
+        "RewardTrainingConfig": "rlhf_accel.config",
+        "load": "rlhf_accel.config",
+        "PPOTrainer": "rlhf_accel.training.ppo_trainer",
+        "RewardTrainer": "rlhf_accel.training.reward_trainer",
+    },
+)
 
 
 def __dir__() -> list[str]:

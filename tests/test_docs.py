@@ -200,7 +200,7 @@ def test_the_blocks_of_the_page_on_rewards_run(exact_fp32, toy, tmp_path):
 def serve(function: str) -> str:
     """Start the reward server on a free port, for as long as the tests run; returns its address."""
     server = RewardServer(("127.0.0.1", 0), load_reward(RewardConfig(function=(function,)), None, None), 1 << 20)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     return f"http://127.0.0.1:{server.server_address[1]}/"
 
 

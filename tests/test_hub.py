@@ -234,7 +234,7 @@ def server(monkeypatch):
     """A local server that the client uses as the hub."""
     with HTTPServer(("127.0.0.1", 0), _HubHandler) as served:
         served.asked = []
-        threading.Thread(target=served.serve_forever, daemon=True).start()
+        threading.Thread(target=served.serve_forever, args=(0.01,), daemon=True).start()
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         address = f"http://127.0.0.1:{served.server_address[1]}"
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)

@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -645,14 +646,35 @@ def test_other_log_probabilities_in_the_update_are_noticed_at_step_1(tiny):
         trainer.step(["The film", "A dull"] * 4)
 
 
-def test_in_bf16_a_fault_is_told_from_rounding_and_the_message_names_what_to_try(tiny):
+def rounded(trainer: PPOTrainer, monkeypatch, by: float) -> PPOTrainer:
+    """Sampling's log-probabilities are off by `by`, to either side: some CPUs round them as the update does."""
+    engine = type(trainer.collector.engine)
+    generate = engine.generate
+
+    def generated(self, *arguments):
+        found = generate(self, *arguments)
+        return replace(found, logprobs=found.logprobs + by * (1 - torch.arange(found.logprobs.shape[1]) % 2 * 2))
+
+    monkeypatch.setattr(engine, "generate", generated)
+    return trainer
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_in_bf16_a_fault_is_told_from_rounding_and_the_message_names_what_to_try(tiny, monkeypatch, precision):
     """Also with log-probabilities of sampling, which round differently from the update's."""
-    sections = {"run": {"precision": "bf16"}, "rollout": {"logprobs": "sampled"}, "ppo": {"ppo_epochs": 1}}
+    sections = {"run": {"precision": precision}, "rollout": {"logprobs": "sampled"}, "ppo": {"ppo_epochs": 1}}
     prompts = ["The film", "A dull"] * 4
-    assert PPOTrainer(tiny(**sections)).step(prompts)["policy/first_ratio_error"] > 1e-3
+    beyond = r"policy/first_ratio_error .* at step 1: .*; try rollout\.logprobs=recomputed"
+    with monkeypatch.context() as patch:
+        trainer = rounded(PPOTrainer(tiny(**sections)), patch, by=0.01)
+        if precision == "fp32":
+            with pytest.raises(RunFailed, match=beyond):
+                trainer.step(prompts)
+        else:
+            assert trainer.step(prompts)["policy/first_ratio_error"] > 1e-3
     trainer = PPOTrainer(tiny(**sections))
     trainer.runtime.plain_module.temperature = 0.6  # in the update, while sampling has 1
-    with pytest.raises(RunFailed, match=r"policy/first_ratio_error .* at step 1: .*; try rollout\.logprobs=recomputed"):
+    with pytest.raises(RunFailed, match=beyond):
         trainer.step(prompts)
 
 

@@ -39,7 +39,7 @@ def serve() -> Iterator[Callable[..., str]]:
     def start(function: Callable[..., Any], max_bytes: int = 10_000, **settings: Any) -> str:
         reward = Reward(terms=(("served", 1.0, function),))
         server = RewardServer(("127.0.0.1", 0), reward, max_bytes, **settings)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         servers.append(server)
         return f"http://127.0.0.1:{server.server_address[1]}/"
 
@@ -70,7 +70,7 @@ def answering() -> Iterator[Callable[..., str]]:
 
         done = threading.Event()
         server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         servers.append((server, done))
         return f"http://127.0.0.1:{server.server_address[1]}/score"
 

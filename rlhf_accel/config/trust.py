@@ -33,7 +33,7 @@ def add_flag(parser: argparse.ArgumentParser) -> None:
 def is_ours(target: str) -> bool:
     """Whether the target is a function of this package.
 
-    >>> is_ours("rlhf_accel.reward:vader"), is_ours("rlhf_accelerate:f"), is_ours("rlhf_accel.assets:_train_reward")
+    >>> is_ours("rlhf_accel.reward:vader"), is_ours("rlhf_accelerate:f"), is_ours("rlhf_accel.reward:_private")
     (True, False, False)
     """
     module, _, name = target.partition(":")

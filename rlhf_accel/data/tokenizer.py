@@ -130,10 +130,6 @@ class Tokens:
         ids |= {self.added[text] for text in stop if text in self.added}
         # A token that is not special is shown, so its text ends a response even if other tokens spell it.
         texts = tuple(text for text in stop if self.added.get(text) not in self.hidden)
-        if "" in texts:
-            raise ConfigError(
-                "rollout.stop holds an empty text, which every response contains; remove it", key="rollout.stop"
-            )
         hidden = [token for token, i in self.added.items() if i in self.hidden and token]
         for text in texts:
             if inside := [token for token in hidden if token in text]:

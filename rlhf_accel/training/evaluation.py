@@ -20,7 +20,7 @@ from rlhf_accel.algorithm.masked import masked_row_sum
 from rlhf_accel.reward import Reward, RewardError
 from rlhf_accel.rollout.collector import Collector
 from rlhf_accel.rollout.engine import Seeds
-from rlhf_accel.rollout.scoring import score, score_parts
+from rlhf_accel.rollout.scoring import score
 
 # Step number of the sampling stream: training steps count from 1, and the calibration uses 0. The k-th responses are
 # those of the k-th number from here on. The seed is fixed, so that runs with different seeds are compared on the same
@@ -91,8 +91,8 @@ def roll_out(collector: Collector, prompts: PromptBatch, reward: Reward, seeds: 
     with runtime.gathered():
         responses = collector.sample(prompts, seeds)
         scores = score(runtime, responses, reward)
-        unasked = score_parts(runtime, collector.tokens, responses, reward, every=0)
-        return collector.forward(prompts, responses, scores, unasked)
+        no_parts = torch.zeros(responses.sequences.responses.shape)
+        return collector.forward(prompts, responses, scores, no_parts)
 
 
 def measure(

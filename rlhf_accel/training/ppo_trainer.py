@@ -36,7 +36,7 @@ from rlhf_accel.runs.checkpoint import Progress
 from rlhf_accel.runs.metrics import Stopwatch
 from rlhf_accel.system.errors import ConfigError
 from rlhf_accel.system.process import reseed
-from rlhf_accel.training import setup
+from rlhf_accel.training import failures, setup
 from rlhf_accel.training.first_step import FirstStep
 from rlhf_accel.training.losses import Terms, UpdateTotals, loss_terms
 from rlhf_accel.training.nonfinite import Fault, rollout_fault
@@ -185,7 +185,7 @@ class PPOTrainer:
     def _skip_update(self, fault: Fault, experience: Experience) -> LossStats:
         totals = UpdateTotals(critic=experience.returns is not None)
         totals.add_step(math.nan, taken=False)
-        self.run.skip(fault, experience)
+        failures.skip(self.run, fault, experience)
         return totals.stats()
 
     def _update_minibatch(
@@ -224,7 +224,7 @@ class PPOTrainer:
         if taken:
             self.progress = replace(self.progress, skipped_in_a_row=0)
         else:
-            self.run.skip(fault, experience)
+            failures.skip(self.run, fault, experience)
         return True
 
     def _loss(

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlhf_accel.algorithm.batches import Experience
 from rlhf_accel.config.distribution import distribution, truncated
 from rlhf_accel.config.schema import Config
 from rlhf_accel.distributed.liveness import is_lost_contact, missing, who_is_missing
@@ -32,7 +31,6 @@ from rlhf_accel.system.process import reseed
 from rlhf_accel.system.signals import StopRequest
 from rlhf_accel.training import failures
 from rlhf_accel.training.evaluation import Evaluation, compare, evaluate, first_samples, sample_pairs
-from rlhf_accel.training.nonfinite import Fault
 from rlhf_accel.training.setup import Setup
 from rlhf_accel.training.step_metrics import logged_samples
 
@@ -120,10 +118,6 @@ class Run:
             self.line.say(f"{place} holds no scores of the base: evaluations are without eval/win_rate")
         self.line.say(f"resuming after step {progress.step} from {place}")
         return progress
-
-    def skip(self, fault: Fault, experience: Experience) -> None:
-        """Count an optimizer step, or a whole one, that is not taken; raises `RunFailed` at one too many in a row."""
-        failures.skip(self, fault, experience)
 
     def stop_if_asked(self) -> None:
         """Between phases, on all ranks together if any was asked."""
