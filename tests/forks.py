@@ -37,6 +37,8 @@ ROOT = Path(__file__).parents[1]
 ADDRESS = "RLHF_ACCEL_TESTS_FORKS"
 IMPORTS = (
     "accelerate.commands.launch",
+    "deepspeed.runtime.zero.muon.original_muon",  # which compiles as it is imported
+    "deepspeed.runtime.zero.stage3",
     "matplotlib",
     "peft",
     "rlhf_accel.commands.doctor",

@@ -203,6 +203,7 @@ def test_a_section_is_not_a_key() -> None:
         ({"rollout": {"top_p": 1.1}}, "rollout.top_p=1.1"),
         ({"rollout": {"temperature": 0}}, "rollout.temperature=0"),
         ({"rollout": {"stop": None}}, "rollout.stop=None"),
+        ({"rollout": {"stop": ["a", ""]}}, "rollout.stop contains an empty text"),
         ({"rollout": {"stop": ["a", ["b"]]}}, "rollout.stop=['b']"),
         ({"reward": {"weights": ["x"]}}, "reward.weights='x'"),
         ({"reward": {"weights": True}}, "reward.weights=True"),

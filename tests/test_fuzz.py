@@ -28,6 +28,7 @@ from rlhf_accel.training.ppo_trainer import PPOTrainer
 from rlhf_accel.training.run import Run
 
 SECONDS = 10
+SHORT = 50  # cases of the short form
 DEEP = "[" * 100_000
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
@@ -227,13 +228,13 @@ def _other_value(path, whole, rng):
 
 
 @pytest.mark.usefixtures("exact_fp32")
-@pytest.mark.parametrize("count", [300, pytest.param(3000, marks=pytest.mark.long)], ids=["short", "long"])
+@pytest.mark.parametrize("count", [SHORT, pytest.param(3000, marks=pytest.mark.long)], ids=["short", "long"])
 def test_malformed_files_in_a_runs_folder(count, a_run, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "check_access", lambda *_: None)
     monkeypatch.setattr(hub.HfApi, "create_repo", lambda *_, **__: "address")
     monkeypatch.setattr(hub.HfApi, "upload_folder", lambda *_, **__: None)
     monkeypatch.setattr(Run, "_train", lambda self: {})
-    if count == 300:
+    if count == SHORT:
         monkeypatch.setattr(charts, "png", lambda *_: None)
         monkeypatch.setattr(charts, "svg", lambda *_: "")
         monkeypatch.setattr(charts, "draw", lambda chart: chart)
@@ -258,7 +259,7 @@ def test_malformed_files_in_a_runs_folder(count, a_run, tmp_path, monkeypatch):
     assert not found, "\n".join([f"{len(found)} of {count}", *found[:20]])
 
 
-@pytest.mark.parametrize("count", [300, pytest.param(5000, marks=pytest.mark.long)], ids=["short", "long"])
+@pytest.mark.parametrize("count", [SHORT, pytest.param(5000, marks=pytest.mark.long)], ids=["short", "long"])
 def test_malformed_configs(count, a_run, tmp_path):
     rng, path, refused = random.Random(2), tmp_path / "config.yaml", 0
     for number in range(count):

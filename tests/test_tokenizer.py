@@ -360,11 +360,6 @@ def test_rows_are_told_apart() -> None:
     assert tokens.stop_condition([".", "zz"])(rows).tolist() == [True, False, True]
 
 
-def test_an_empty_stop_text_is_refused(gpt2: Tokens) -> None:
-    with pytest.raises(ConfigError, match=r"rollout\.stop.*remove"):
-        gpt2.stop_condition(["a", ""])
-
-
 def config_only(folder: Path) -> str:
     folder.mkdir()
     GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=8, n_embd=4, n_layer=1, n_head=1)).config.save_pretrained(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import cache
 from typing import Any, get_type_hints
 
 
@@ -20,6 +21,12 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+@cache
+def type_hints(cls: Any) -> dict[str, Any]:
+    """The types of a config class's fields. Kept, since resolving them from text takes milliseconds."""
+    return get_type_hints(cls)
+
+
 def key_names(cls: Any, prefix: str = "") -> list[str]:
     """All dotted keys of a config class.
 
@@ -28,7 +35,7 @@ def key_names(cls: Any, prefix: str = "") -> list[str]:
     ['run.seed', 'run.output_dir']
     """
     names = []
-    hints = get_type_hints(cls)
+    hints = type_hints(cls)
     for field in fields(cls):
         kind = hints[field.name]
         names += key_names(kind, f"{prefix}{field.name}.") if is_dataclass(kind) else [prefix + field.name]

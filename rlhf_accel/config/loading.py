@@ -10,12 +10,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from rlhf_accel.config.keys import key_names, short, unknown
+from rlhf_accel.config.keys import key_names, short, type_hints, unknown
 from rlhf_accel.config.recipes import RECIPES, recipe_names
 from rlhf_accel.config.rules import check_trainable
 from rlhf_accel.config.schema import Config
@@ -92,7 +92,7 @@ def take_option(arguments: list[str], name: str, value: str) -> str | None:
 
 def describe(cls: Any, prefix: str = "") -> str:
     """Every key of a config class with its default and its doc line."""
-    hints = get_type_hints(cls)
+    hints = type_hints(cls)
     lines = []
     for field in fields(cls):
         if is_dataclass(hints[field.name]):
@@ -206,7 +206,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
 
 def _refuse_unknown_keys(cls: Any, tree: Mapping[Any, Any], prefix: str, known: Sequence[str]) -> None:
     """`known` are all dotted keys of the config, since a key may be in the wrong section."""
-    hints = get_type_hints(cls)
+    hints = type_hints(cls)
     names = [field.name for field in fields(cls)]
     for key, value in tree.items():
         if key not in names:

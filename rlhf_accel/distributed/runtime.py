@@ -63,6 +63,7 @@ class Runtime:
         self.writes_shards = plugin is not None and run.checkpoint == "sharded"
         self.trackers = Trackers(self._accelerator, run.trackers)
         self._base_lrs: list[float] = []
+        self._plain: nn.Module  # the module without the wrapper, from prepare()
         self._gathered: nn.Module | None = None  # the module with its whole weights, during a rollout with ZeRO-3
 
     @property
@@ -93,11 +94,7 @@ class Runtime:
     @property
     def plain_module(self) -> Any:
         """The same module without the wrapper: for forward passes without gradients, and for its own methods."""
-        return self._gathered if self._gathered is not None else self._unwrapped()
-
-    def _unwrapped(self) -> nn.Module:
-        module: nn.Module = self._accelerator.unwrap_model(self.module)
-        return module
+        return self._gathered if self._gathered is not None else self._plain
 
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer, resume: Path | None = None) -> None:
         """Move the module to the device, and put it under data parallelism or ZeRO.
@@ -111,8 +108,9 @@ class Runtime:
         if resume is not None and is_portable:
             portable.load_weights(module, resume)
         self._engine.prepare(module, optimizer)
+        self._plain = self._accelerator.unwrap_model(self.module)
         if resume is not None and is_portable:
-            portable.load_moments(self._unwrapped(), resume, self._engine.set_moments)
+            portable.load_moments(self._plain, resume, self._engine.set_moments)
         elif resume is not None:
             assert isinstance(self._engine, Zero), "only DeepSpeed writes shards"
             self._engine.load_shards(resume)
@@ -178,7 +176,7 @@ class Runtime:
         """Whole trainable weights and persistent buffers by name, on the CPU of the main process; empty on the others.
         `with_frozen` adds the frozen parameters."""
         return weights.whole_weights(
-            self._unwrapped(),
+            self._plain,
             self._engine.parts,
             lambda weight: weight.to("cpu", copy=True) if self.is_main else None,
             trainable_only=not with_frozen,
@@ -187,7 +185,7 @@ class Runtime:
     def set_weights(self, values: Mapping[str, Tensor]) -> None:
         """Copy whole values into parameters and buffers by name; every rank gives all of them. Raises `ConfigError` if
         the module has no tensor of such a name and shape."""
-        weights.set_weights(self._unwrapped(), self._engine.parts, values)
+        weights.set_weights(self._plain, self._engine.parts, values)
 
     def save_state(self, folder: Path) -> str | None:
         """Write the trainable weights and the optimizer's state, from which `prepare` continues.

@@ -15,28 +15,30 @@ from filelock import FileLock
 from tests.distributed.launch import run_all
 
 LORA = {"lora": {"r": 4, "target_modules": ["c_attn", "c_fc"]}, "model": {"critic": "adapter"}}
-CHECKPOINTED = {**LORA, "model": {"critic": "adapter", "gradient_checkpointing": True}, "run": {"total_steps": 2}}
-SAVED = {"total_steps": 3, "save_every": 2}
+SAVED = {"total_steps": 2, "save_every": 1}
+LONGER = {"total_steps": 3, "save_every": 2}
+CHECKPOINTED = {**LORA, "model": {"critic": "adapter", "gradient_checkpointing": True}, "run": SAVED}
 RUNS: dict[str, dict[str, dict[str, Any]]] = {
-    "full": {},
-    "uneven": {"rollout": {"batch_size": 7}, "ppo": {"num_minibatches": 1}, "reward": {"partial_every": 5}},
+    "full": {"run": SAVED},
+    "longer": {"run": LONGER},
+    "uneven": {
+        **{"rollout": {"batch_size": 7}, "ppo": {"num_minibatches": 1}, "reward": {"partial_every": 5}},
+        "run": SAVED,
+    },
     # Fewer samples than ranks, in training and in evaluation.
     "few": {
         **{"rollout": {"batch_size": 2}, "ppo": {"num_minibatches": 1}, "reward": {"partial_every": 2}},
         "run": {"total_steps": 2, "eval_samples": 1},
     },
-    "in_step": {"rollout": {"gather_parameters": "never"}},
+    "in_step": {"rollout": {"gather_parameters": "never"}, "run": SAVED},
     # Without any of the fast paths, beside one process with all of them.
-    "plain": {"run": {"fast_kernels": False}, "rollout": {"logprobs": "recomputed"}},
-    "separate": {"model": {"critic": "separate"}, "run": {"total_steps": 2}},
-    "classifier": {"reward": {"function": [], "model": "{classifier}", "label": "1"}, "run": {"total_steps": 2}},
-    "lora": LORA,
+    "plain": {"run": {**SAVED, "fast_kernels": False}, "rollout": {"logprobs": "recomputed"}},
+    "separate": {"model": {"critic": "separate"}, "run": SAVED},
+    "classifier": {"reward": {"function": [], "model": "{classifier}", "label": "1"}, "run": SAVED},
+    "lora": {**LORA, "run": SAVED},
+    "lora_portable": {**LORA, "run": SAVED},
     "checkpointed": CHECKPOINTED,
-    "stopped": {"ppo": {"target_kl_stop": 2e-5}, "run": {"total_steps": 3}},
-    "saved": {"run": SAVED},
-    "saved_lora": {**LORA, "run": SAVED},
-    "saved_portable": {"run": {**SAVED, "checkpoint": "portable"}},
-    "saved_lora_portable": {**LORA, "run": {**SAVED, "checkpoint": "portable"}},
+    "stopped": {"ppo": {"target_kl_stop": 2e-5}, "run": SAVED},
     # Goes on from the checkpoint of one process.
     "from_one": {"run": SAVED},
     "from_one_lora": {**LORA, "run": SAVED},
@@ -44,15 +46,19 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
 # The worker makes these not finite, once, on the last rank; and sends SIGTERM there in these phases of step 2.
 POISONS = ("gradient", "reward", "logits")
 PHASES = ("rollout", "score", "update", "saving")
-RUNS["no_room"] = {"run": {**SAVED, "save_every": 1, "keep_checkpoints": 0}}
-RUNS |= {f"poisoned_{what}": {"run": {"total_steps": 2}} for what in POISONS}
-RUNS |= {f"stopped_in_{phase}": {"run": SAVED} for phase in PHASES}
+RUNS["no_room"] = {"run": {**SAVED, "keep_checkpoints": 0}}
+RUNS |= {f"poisoned_{what}": {"run": SAVED} for what in POISONS}
+RUNS |= {f"stopped_in_{phase}": {"run": LONGER} for phase in PHASES}
 # These round to 8 bits, differently in each batch: they only have to run and to stay close. Llama's layers are
 # nn.Linear, which DeepSpeed treats in a way of its own under autocast.
 BF16_BASE = {**LORA, "model": {"critic": "adapter", "dtype": "bf16"}, "run": {"total_steps": 2}}
 ROUNDED: dict[str, dict[str, dict[str, Any]]] = {
     "bf16_base": BF16_BASE,
-    "bf16_base_in_step": {**BF16_BASE, "rollout": {"gather_parameters": "never"}},
+    "bf16_base_in_step": {
+        **BF16_BASE,
+        "rollout": {"gather_parameters": "never"},
+        "run": {"total_steps": 1, "eval_samples": 0},
+    },
     "autocast": {"model": {"name_or_path": "{llama}"}, "run": {"total_steps": 2, "precision": "bf16"}},
 }
 RUNS |= ROUNDED
@@ -69,25 +75,34 @@ GRADIENT: dict[str, dict[str, Any]] = {
 POISONED = [f"poisoned_{what}" for what in POISONS]
 BOTH = ("full", "uneven", "lora", "checkpointed", "stopped", *POISONED, "gradient", "autocast")
 LAUNCHES: dict[tuple[str | None, int], list[str]] = {
-    (None, 1): [*BOTH, "few", "separate", "classifier", "bf16_base", "saved", "saved_lora"],
-    ("ddp", 2): [*BOTH, "plain", "saved", "from_one", *(f"stopped_in_{phase}" for phase in PHASES)],
+    (None, 1): [*BOTH, "longer", "few", "separate", "classifier", "bf16_base"],
+    ("ddp", 2): [*BOTH, "plain", "from_one", *(f"stopped_in_{phase}" for phase in PHASES)],
     ("cpu", 3): ["uneven", "few"],
     ("zero1", 2): ["full", "poisoned_gradient"],
-    ("zero2", 2): [*BOTH, "saved_lora", "saved_portable", "from_one_lora", "no_room", "bf16_base"],
+    ("zero2", 2): [*BOTH, "from_one_lora", "no_room", "bf16_base"],
     ("zero3", 2): [
         *BOTH,
-        *("few", "in_step", "plain", "separate", "classifier", "saved_lora", "bf16_base", "bf16_base_in_step"),
-        *("saved_portable", "saved_lora_portable", "from_one", "stopped_in_update"),
+        *("few", "in_step", "plain", "separate", "classifier", "bf16_base", "bf16_base_in_step"),
+        *("lora_portable", "from_one", "stopped_in_update"),
     ],
-    ("zero3_offload", 2): ["full", "saved_portable"],
+    ("zero3_offload", 2): ["full"],
 }
+# Runs that go on from their checkpoint once more, in a folder of their own; with DeepSpeed some of them are portable.
+RESUMED: dict[tuple[str | None, int], list[str]] = {
+    (None, 1): ["full", "lora"],
+    ("ddp", 2): ["full"],
+    ("zero2", 2): ["full", "lora"],
+    ("zero3", 2): ["full", "lora", "lora_portable"],
+    ("zero3_offload", 2): ["full"],
+}
+PORTABLE = {(config, name) for config in ("zero2", "zero3", "zero3_offload") for name in ("full", "lora_portable")}
 
 
 def tree(gpt2: Path, prompts: Path, *changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The config of a tiny run whose responses end early at very different lengths, with all samples logged."""
     config: dict[str, dict[str, Any]] = {
         "run": {
-            **{"total_steps": 4, "eval_samples": 5, "eval_every": 3, "trackers": [], "report": False},
+            **{"total_steps": 2, "eval_samples": 5, "eval_every": 3, "trackers": [], "report": False},
             **{"sample_every": 1, "sample_count": 8, "precision": "fp32"},
         },
         "model": {"name_or_path": str(gpt2), "critic": "head", "dtype": "fp32"},
@@ -146,26 +161,30 @@ def launched_runs(
 ) -> Callable[[str | None, int], Path]:
     """A function that gives the folder of a launch's results, launching at the first call."""
 
-    def runs_of(name: str, folder: Path) -> list[dict[str, Any]]:
+    def runs_of(name: str, config: str | None, processes: int, folder: Path) -> list[dict[str, Any]]:
         if name != "gradient":
-            out = {"run": {"output_dir": str(folder / name)}}
-            if name.startswith("from_one"):
-                resume = launched(None, 1) / name.replace("from_one", "saved") / "checkpoints" / "step-000002"
-                out["run"]["resume"] = str(resume)
+            own = {"checkpoint": "portable"} if (config, name) in PORTABLE else {}
+
+            def run(**changes: object) -> dict[str, Any]:
+                given = {**RUNS[name].get("run", {}), **own, **changes}
+                return {"config": tree(gpt2_folder, prompts_file, RUNS[name], {"run": given})}
+
+            place = folder / name
+            runs = [run(output_dir=str(place))]
             kind, _, what = name.partition("_")
-            runs: list[dict[str, Any]] = [{"config": tree(gpt2_folder, prompts_file, RUNS[name], out)}]
+            if kind == "from":
+                saved = launched(None, 1) / name.replace("from_one_lora", "lora").replace("from_one", "full")
+                runs = [run(output_dir=str(place), resume=str(saved / "checkpoints" / "step-000001"))]
             if name == "no_room":
                 runs[0]["no_room"] = True
             if kind == "poisoned":
                 runs[0]["poison"] = what
             if what.startswith("in_") and kind == "stopped":
                 runs[0]["stop"] = what.removeprefix("in_")
-                out["run"]["resume"] = "latest"
-                runs.append({"config": tree(gpt2_folder, prompts_file, RUNS[name], out)})
-            if kind == "saved":  # and on from its checkpoint, in a folder of its own
-                resume = str(folder / name / "checkpoints" / "step-000002")
-                out = {"run": {"output_dir": str(folder / f"{name}_resumed"), "resume": resume}}
-                runs.append({"config": tree(gpt2_folder, prompts_file, RUNS[name], out)})
+                runs.append(run(output_dir=str(place), resume="latest"))
+            if name in RESUMED.get((config, processes), ()):
+                resume = str(place / "checkpoints" / "step-000001")
+                runs.append(run(output_dir=str(folder / f"{name}_resumed"), resume=resume))
             return runs
         changes = [
             {"ppo": {"micro_batch_tokens": budget}, "run": {"output_dir": str(folder / f"{budget}")}}
@@ -183,7 +202,9 @@ def launched_runs(
         folder = shared / f"{config}{processes}"
 
         def launch() -> None:
-            text = json.dumps([run for name in LAUNCHES[config, processes] for run in runs_of(name, folder)])
+            text = json.dumps(
+                [run for name in LAUNCHES[config, processes] for run in runs_of(name, config, processes, folder)]
+            )
             text = text.replace("{llama}", str(llama_folder)).replace("{classifier}", str(classifier_folder))
             run_all(json.loads(text), folder, config, processes)
 
