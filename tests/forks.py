@@ -5,7 +5,7 @@ of the process of the tests: it has no thread, no gradient and no patch of a tes
 environment at import (HF_HOME, MALLOC_*) is the server's: a test that sets it needs a `subprocess.Popen`.
 
 Under `accelerate launch`, run by `Forked`, the launcher's ranks are forks too; their environment and their end remain
-the launcher's matter.
+the launcher's matter. `python(folder)` writes a program that stands for the interpreter where a script starts one.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ class Forked(subprocess.Popen):
             "cwd": str(cwd or os.getcwd()),
             "env": dict(os.environ if env is None else env),
             "closed": list(self._closed),
+            "process": os.getpid(),
         }
         streams = [given if given != -1 else own for own, given in enumerate((p2cread, c2pwrite, errwrite))]
         self._connection = connect()
@@ -118,6 +119,15 @@ def run(command: Sequence[object], timeout: float | None = None, **options: Any)
             process.kill()
             raise
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def python(folder: Path) -> Path:
+    """A program in the folder that runs `python WORDS…` as a fork, in the network namespace that it is started in."""
+    program = folder / "python"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -m tests.forks as "$@"\n', encoding="utf-8")
+    program.chmod(0o755)
+    start()
+    return program
 
 
 def receive(connection: socket.socket, size: int) -> bytes:
@@ -279,6 +289,7 @@ def become(
         for own, given in enumerate(streams):
             os.dup2(given, own)
             os.close(given)
+        enter_network(request["process"])
         connection.sendall(struct.pack("i", os.getpid()))
         connection.close()
         for name in request["closed"]:
@@ -293,6 +304,15 @@ def become(
         traceback.print_exc()
     finally:
         os._exit(status)
+
+
+def enter_network(process: int) -> None:
+    """Joins the network namespace of the process that asked for the fork, if it has one of its own."""
+    own, asked = (f"/proc/{name}/ns/net" for name in ("self", process))
+    if os.readlink(own) != os.readlink(asked):
+        with open(asked) as namespace:
+            if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0x40000000) != 0:  # CLONE_NEWNET
+                raise OSError(ctypes.get_errno(), f"cannot enter {asked}")
 
 
 def execute(command: list[str]) -> int:
@@ -344,5 +364,8 @@ def ranks_are_forks() -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "as":
+        with Forked([sys.executable, *sys.argv[2:]]) as asked_for:
+            sys.exit(asked_for.wait())
     ranks_are_forks()
     serve(sys.argv[1], int(sys.argv[2]), build=sys.argv[3:] == ["build"])

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from rlhf_accel.algorithm.logprobs import token_logprobs
 from rlhf_accel.models.calls import response_logits
 from rlhf_accel.system.errors import ConfigError
+from tests import forks
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
 
@@ -79,6 +80,7 @@ def test_what_cannot_work_is_said_in_a_line(benchmark, arguments, said) -> None:
 
 def test_the_command_measures_a_workload(benchmark, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("RLHF_ACCEL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(benchmark.subprocess, "Popen", forks.Forked)
     monkeypatch.setattr(benchmark, "tune_process", lambda: None)  # for the other tests of this process
     file, traces = tmp_path / "figures.json", tmp_path / "traces"
     benchmark.main(

@@ -57,29 +57,40 @@ def hub(tmp_path_factory, gpt2_folder, classifier_folder):
     return offline_environment(cache)
 
 
-@pytest.mark.parametrize("recipe", ["imdb_sentiment", "imdb_sentiment_lora"])
-def test_the_reference_job_runs(recipe, hub, tmp_path):
+JOBS = ("imdb_sentiment", "imdb_sentiment_lora")
+# In an interpreter of its own, since the place of the hub's cache is read at import.
+TRAIN = "import sys; from rlhf_accel.__main__ import main; [main(words.split()) for words in sys.argv[1:]]"
+
+
+@pytest.fixture(scope="module")
+def reference_jobs(hub, tmp_path_factory):
+    """The folder that holds a run of one step of each of the JOBS."""
+    folder = tmp_path_factory.mktemp("jobs")
+    commands = [f"train --config {name} --run.total_steps 1 --run.output_dir {folder / name}" for name in JOBS]
     done = subprocess.run(
-        [
-            *(sys.executable, "-m", "rlhf_accel", "train", "--config", recipe),
-            *("--run.total_steps", "1", "--run.output_dir", str(tmp_path / "run")),
-        ],
+        [sys.executable, "-c", TRAIN, *commands],
         capture_output=True,
         text=True,
-        cwd=tmp_path,
+        cwd=folder,
         env={**os.environ, **hub, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    return folder
+
+
+@pytest.mark.parametrize("recipe", JOBS)
+def test_the_reference_job_runs(recipe, reference_jobs):
+    run = reference_jobs / recipe
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["episodes"] for row in rows] == [256]
     assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
     assert rows[0]["policy/first_ratio_error"] < 1e-4
     assert rows[0]["objective/score_std"] > 0
     assert "eval/score" in rows[0]
     weights = "adapter_model.safetensors" if recipe.endswith("_lora") else "model.safetensors"
-    assert (tmp_path / "run" / "final" / weights).is_file()
-    assert (tmp_path / "run" / "final" / "value_head.safetensors").is_file()
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (run / "final" / weights).is_file()
+    assert (run / "final" / "value_head.safetensors").is_file()
+    summary = json.loads((run / "summary.json").read_text())
     assert summary["base"]["kl"] == pytest.approx(0, abs=1e-5)
     assert summary["samples"]

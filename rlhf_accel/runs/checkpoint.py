@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import re
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from rlhf_accel.data.cache import sha256
 from rlhf_accel.distributed.runtime import Runtime
 from rlhf_accel.runs import records
 from rlhf_accel.runs.metrics import NAMES
+from rlhf_accel.system import provenance
 from rlhf_accel.system.errors import ConfigError, RunFailed
 from rlhf_accel.system.files import (
     Malformed,
@@ -37,7 +36,6 @@ from rlhf_accel.system.files import (
     replace_folder,
     replace_text,
 )
-from rlhf_accel.system.version import __version__
 
 MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"
@@ -256,8 +254,4 @@ def _digest(tree: Mapping[str, Any]) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of this package and of the installed packages that results depend on."""
-    found = {"rlhf_accel": __version__, "python": platform.python_version()}
-    for name in ("torch", "transformers", "accelerate", "peft", "deepspeed"):
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+    return provenance.versions(("torch", "transformers", "accelerate", "peft", "deepspeed"))

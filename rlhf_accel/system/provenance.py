@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,6 @@ _TIMEOUT = 5.0  # seconds for git, which may wait for a network file system
 
 def environment(processes: int, device: torch.device) -> dict[str, Any]:
     """Versions of the installed packages, the machine of this process, and the number and device of the processes."""
-    versions = {"rlhf_accel": __version__, "python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
     machine: dict[str, Any] = {
         "platform": platform.platform(),
         "cpu": cpu_name(),
@@ -41,9 +37,25 @@ def environment(processes: int, device: torch.device) -> dict[str, Any]:
         "processes": processes,
         "device": device.type,
         "machine": machine,
-        "versions": versions,
+        "versions": versions(_PACKAGES),
         **({} if commit is None else {"commit": commit}),
     }
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Versions of this package, of Python, and of those of the packages that are installed."""
+    found = {name: _version(name) for name in packages}
+    installed = {name: number for name, number in found.items() if number is not None}
+    return {"rlhf_accel": __version__, "python": platform.python_version(), **installed}
+
+
+@cache
+def _version(package: str) -> str | None:
+    # Kept, since reading it takes milliseconds and every checkpoint notes it.
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def cpu_name() -> str:

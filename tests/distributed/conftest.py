@@ -43,11 +43,11 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "from_one": {"run": SAVED},
     "from_one_lora": {**LORA, "run": SAVED},
 }
-# The worker makes these not finite, once, on the last rank; and sends SIGTERM there in these phases of step 2.
-POISONS = ("gradient", "reward", "logits")
+# On the last rank the worker makes something not finite in each of steps 1 to 3, or sends SIGTERM in a phase of step 2.
+POISONED = {"run": {"total_steps": 4, "eval_samples": 0}}
 PHASES = ("rollout", "score", "update", "saving")
 RUNS["no_room"] = {"run": {**SAVED, "keep_checkpoints": 0}}
-RUNS |= {f"poisoned_{what}": {"run": SAVED} for what in POISONS}
+RUNS["poisoned"] = POISONED
 RUNS |= {f"stopped_in_{phase}": {"run": LONGER} for phase in PHASES}
 # These round to 8 bits, differently in each batch: they only have to run and to stay close. Llama's layers are
 # nn.Linear, which DeepSpeed treats in a way of its own under autocast.
@@ -72,13 +72,12 @@ GRADIENT: dict[str, dict[str, Any]] = {
     "optim": {"max_grad_norm": None},
 }
 # What each launch runs; None is one process.
-POISONED = [f"poisoned_{what}" for what in POISONS]
-BOTH = ("full", "uneven", "lora", "checkpointed", "stopped", *POISONED, "gradient", "autocast")
+BOTH = ("full", "uneven", "lora", "checkpointed", "stopped", "poisoned", "gradient", "autocast")
 LAUNCHES: dict[tuple[str | None, int], list[str]] = {
     (None, 1): [*BOTH, "longer", "few", "separate", "classifier", "bf16_base"],
     ("ddp", 2): [*BOTH, "plain", "from_one", *(f"stopped_in_{phase}" for phase in PHASES)],
     ("cpu", 3): ["uneven", "few"],
-    ("zero1", 2): ["full", "poisoned_gradient"],
+    ("zero1", 2): ["full", "poisoned"],
     ("zero2", 2): [*BOTH, "from_one_lora", "no_room", "bf16_base"],
     ("zero3", 2): [
         *BOTH,
@@ -177,8 +176,8 @@ def launched_runs(
                 runs = [run(output_dir=str(place), resume=str(saved / "checkpoints" / "step-000001"))]
             if name == "no_room":
                 runs[0]["no_room"] = True
-            if kind == "poisoned":
-                runs[0]["poison"] = what
+            if name == "poisoned":
+                runs[0]["poison"] = True
             if what.startswith("in_") and kind == "stopped":
                 runs[0]["stop"] = what.removeprefix("in_")
                 runs.append(run(output_dir=str(place), resume="latest"))

@@ -54,12 +54,12 @@ def test_one_rank_that_fails_ends_all_with_its_error(config_file: Path) -> None:
 
 def rank_one_hangs(prompts: list[str], responses: list[str], **columns: list) -> list[float]:
     if os.environ["RANK"] == "1" and len(responses) > 2:
-        time.sleep(8)
+        time.sleep(5)
     return [float(len(response)) for response in responses]
 
 
 def test_a_rank_that_hangs_is_named_with_its_phase(config_file: Path) -> None:
-    options = ["--reward.function", "tests.distributed.test_errors:rank_one_hangs", "--run.collective_timeout", "3"]
+    options = ["--reward.function", "tests.distributed.test_errors:rank_one_hangs", "--run.collective_timeout", "2"]
     done = run(launched("ddp", 2, TRAIN, "--config", str(config_file), "--run.eval_samples", "0", *options))
     assert done.returncode != 0
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

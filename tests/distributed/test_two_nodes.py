@@ -6,12 +6,12 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
 
+from tests import forks
 from tests.distributed.conftest import RUNS, tree
 from tests.distributed.launch import ROOT, WORKER, run
 from tests.distributed.test_world_size import assert_same_run, assert_same_weights
@@ -35,7 +35,7 @@ def test_two_nodes_do_what_one_process_does(
     (tmp_path / "runs.json").write_text(json.dumps(runs), encoding="utf-8")
     done = run(
         ["bash", str(ROOT / "scripts" / "two_nodes.sh"), config, str(tmp_path / "runs.json")],
-        PYTHON=sys.executable,
+        PYTHON=str(forks.python(tmp_path)),
         SCRIPT=str(WORKER),
     )
     assert done.returncode == 0, done.stderr[-6000:]

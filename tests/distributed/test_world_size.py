@@ -14,7 +14,7 @@ from rlhf_accel.config.loading import parse
 from rlhf_accel.config.schema import Config
 from rlhf_accel.system.errors import ConfigError
 from rlhf_accel.training.ppo_trainer import PPOTrainer
-from tests.distributed.conftest import BUDGETS, LAUNCHES, PHASES, POISONED, RESUMED, ROUNDED, RUNS, SAVED, tree
+from tests.distributed.conftest import BUDGETS, LAUNCHES, PHASES, RESUMED, ROUNDED, RUNS, SAVED, tree
 from tests.distributed.launch import rows
 
 pytestmark = pytest.mark.usefixtures("exact_fp32")
@@ -102,15 +102,12 @@ def test_stopping_early_stops(launched_runs) -> None:
 
 @pytest.mark.parametrize(("config", "processes"), [(None, 1), ("ddp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2)])
 def test_what_is_not_finite_on_one_rank_is_skipped_on_all(config: str | None, processes: int, launched_runs) -> None:
-    """A gradient costs the step of its minibatch; a score or a log-probability the whole step, counted once."""
-    folder = launched_runs(config, processes)
-    for name in set(LAUNCHES[config, processes]) & set(POISONED):
-        metrics = rows(folder / name / "metrics.jsonl")
-        assert [row["optim/skipped_steps"] for row in metrics] == [1, 1], name
-        learnt_nothing = name != "poisoned_gradient"
-        assert (metrics[1]["objective/kl_k3"] < 1e-9) == learnt_nothing, name
-        assert (metrics[0]["loss/total"] is None) == learnt_nothing, name
-        assert metrics[1]["optim/grad_norm"] > 0
+    """A score or a log-probability costs the whole step, counted once; a gradient the step of its minibatch."""
+    metrics = rows(launched_runs(config, processes) / "poisoned" / "metrics.jsonl")
+    assert [row["optim/skipped_steps"] for row in metrics] == [1, 2, 3, 3]
+    assert [row["loss/total"] is None for row in metrics] == [True, True, False, False]
+    assert metrics[2]["objective/kl_k3"] < 1e-9 < metrics[3]["objective/kl_k3"], "steps 1 and 2 changed nothing"
+    assert all(row["optim/grad_norm"] > 0 for row in metrics[2:])
 
 
 SAVES = [(*launch, name) for launch, names in RESUMED.items() for name in names]

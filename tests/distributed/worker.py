@@ -3,7 +3,7 @@
     accelerate launch … tests/distributed/worker.py RUNS.json
 
 Each run is `{"config": tree}`. With `"gradient": path` the main process leaves its first gradient there and goes no
-further; with `"poison": what`, `"stop": phase` and `"no_room"` something happens to the last rank.
+further; with `"poison"`, `"stop": phase` and `"no_room"` something happens to the last rank.
 """
 
 from __future__ import annotations
@@ -62,21 +62,19 @@ def once_nan(function: Callable[..., Any], when: Callable[[], bool] = lambda: Tr
     return wrapped
 
 
-def poison(trainer: PPOTrainer, what: str) -> None:
-    """Makes something of the first step NaN on the last rank: scores, the logits that the rollout is learnt from, or a
-    gradient."""
+def poison(trainer: PPOTrainer) -> None:
+    """Makes something NaN on the last rank: a score in step 1, in step 2 the logits that the rollout is learnt from, in
+    step 3 a gradient."""
 
-    def in_step_one() -> bool:
-        return trainer.run.recorder.heartbeat.now.endswith("of step 1")
+    def in_step(number: int) -> Callable[[], bool]:
+        return lambda: trainer.run.recorder.heartbeat.now.endswith(f"of step {number}")
 
-    if what == "gradient":
-        trainer.runtime.plain_module.value_head.bias.register_hook(once_nan(lambda gradient: gradient))
-    elif what == "reward":
-        ((name, weight, function),) = trainer.reward.terms
-        bad = once_nan(lambda *args, **columns: torch.tensor(function(*args, **columns)), in_step_one)
-        trainer.reward = replace(trainer.reward, terms=((name, weight, bad),))
-    else:
-        calls.response_logits = once_nan(calls.response_logits, in_step_one)
+    ((name, weight, function),) = trainer.reward.terms
+    bad = once_nan(lambda *args, **columns: torch.tensor(function(*args, **columns)), in_step(1))
+    trainer.reward = replace(trainer.reward, terms=((name, weight, bad),))
+    calls.response_logits = once_nan(calls.response_logits, in_step(2))
+    bias = trainer.runtime.plain_module.value_head.bias
+    bias.register_hook(once_nan(lambda gradient: gradient, in_step(3)))
 
 
 def fill_the_disk(trainer: PPOTrainer) -> None:
@@ -144,7 +142,7 @@ def main() -> None:
             check_that_weights_are_cut(trainer)
         if trainer.runtime.rank == trainer.runtime.world_size - 1:
             if "poison" in run:
-                poison(trainer, run["poison"])
+                poison(trainer)
             if "no_room" in run:
                 fill_the_disk(trainer)
             if "stop" in run:
