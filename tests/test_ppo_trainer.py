@@ -90,6 +90,20 @@ def fit(tiny, tmp_path):
     return run
 
 
+@pytest.fixture
+def step_twice(tiny):
+    """A function that takes both steps of a toy run, without its evaluations and exports; returns as `fit` does."""
+
+    def run(**sections):
+        trainer = PPOTrainer(
+            tiny(**{name: {**BASE.get(name, {}), **sections.get(name, {})} for name in {*BASE, *sections}})
+        )
+        batch = trainer.setup.prompts.batch
+        return trainer, [trainer.step(batch(number, trainer.setup.sizes.rollout)) for number in (1, 2)]
+
+    return run
+
+
 def weights(trainer):
     return trainer.runtime.plain_module.state_dict()
 
@@ -256,10 +270,10 @@ PLAIN_ROWS = []
 
 
 @pytest.fixture
-def plain_rows(fit):
+def plain_rows(step_twice):
     """Metrics of the toy run with no switch turned, made once."""
     if not PLAIN_ROWS:
-        PLAIN_ROWS.append(fit()[1])
+        PLAIN_ROWS.append(step_twice()[1])
     return PLAIN_ROWS[0]
 
 
@@ -311,13 +325,13 @@ SWITCHES = {
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
-def test_a_switch_changes_the_run(fit, plain_rows, llama_folder, classifier_folder, switch):
+def test_a_switch_changes_the_run(step_twice, plain_rows, llama_folder, classifier_folder, switch):
     sections = {name: dict(values) for name, values in SWITCHES[switch].items()}
     folders = {"llama": str(llama_folder), "classifier": str(classifier_folder)}
     for values in sections.values():
         for key in ("name_or_path", "model"):
             values.update({key: folders[values[key]]} if values.get(key) in folders else {})
-    trainer, rows = fit(**sections)
+    trainer, rows = step_twice(**sections)
 
     assert [figures(row) for row in rows] != [figures(row) for row in plain_rows]
     assert all(set(row) == KEYS for row in rows)
