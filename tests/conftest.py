@@ -166,6 +166,11 @@ def share_of_o(prompts: list[str], responses: list[str], **columns: list) -> lis
     return [response.count("o") / max(len(response), 1) for response in responses]
 
 
+def mean_code(prompts: list[str], responses: list[str], **columns: list) -> list[float]:
+    """The mean of the characters' codes, in hundreds: hardly two responses score alike."""
+    return [sum(map(ord, response)) / (100 * max(len(response), 1)) for response in responses]
+
+
 @pytest.fixture
 def tiny(gpt2_folder: Path, prompts_file: Path, tmp_path: Path):
     """A function that makes a config of a tiny run, with changes: `tiny(ppo={"ppo_epochs": 1})`."""

@@ -695,8 +695,12 @@ def test_inputs_are_never_mutated():
         "mean_and_variance": [(b.values, b.mask)],
         "largest": [(b.values.abs(), b.mask)],
         "k3": [(b.values,)],
+        "group_sums": [(b.values[:, 0], torch.tensor([3, 1, 3, 3]))],
+        "on_each_token": [(b.values[:, 0], b.mask)],
     }
-    without_tensors = {"require_positive", "make_experience", "critic_gae"}  # the latter two: test_advantages.py
+    # Those that take rollouts are in test_advantages.py and test_estimators.py.
+    of_rollouts = {"make_experience", "critic_gae", "rloo", "grpo", "dr_grpo", "reinforce_plus_plus"}
+    without_tensors = {"require_positive", *of_rollouts}
     assert calls.keys() == PUBLIC.keys() - without_tensors
     for name, argument_lists in calls.items():
         for arguments in argument_lists:

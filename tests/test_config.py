@@ -293,7 +293,7 @@ def test_limits_are_not_contradictions() -> None:
         "lora": {"r": 1},
         "ppo": {"micro_batch_tokens": 96, "num_minibatches": 64},
     }
-    assert BatchSizes.of(parse(Config, tree)) == BatchSizes(rollout=64, minibatch=1, updates_per_step=256)
+    assert BatchSizes.of(parse(Config, tree)) == BatchSizes(prompts=64, rollout=64, minibatch=1, updates_per_step=256)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Rollout -> Experience: the KL in the reward, advantages and returns, the same on every rank by construction.
 
 An estimator is a pure function `(rewards, rollout, groups, settings) -> (advantages, returns)`; returns are None of one
-that needs no critic. `groups` (B,) int64 numbers the prompt of each response.
+that needs no critic. `groups` (B,) int64 numbers the prompt of each response: responses to one prompt are a group.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from rlhf_accel.algorithm import ppo
 from rlhf_accel.algorithm.batches import Experience, Rollout
 from rlhf_accel.algorithm.kl import kl_estimate
-from rlhf_accel.algorithm.masked import rescale, standardize, where_counted
+from rlhf_accel.algorithm.masked import masked_row_sum, rescale, standardize, where_counted
 from rlhf_accel.config.schema import PPOConfig, RewardConfig
 
 Estimator = Callable[
@@ -24,20 +24,19 @@ Estimator = Callable[
 ]
 
 
-def make_experience(
-    rollout: Rollout, config: PPOConfig, reward: RewardConfig, kl_coef: float, estimator: str = "gae"
-) -> Experience:
+def make_experience(rollout: Rollout, config: PPOConfig, reward: RewardConfig, kl_coef: float) -> Experience:
     """What the update is trained on.
 
     The KL penalty goes into the per-token rewards (Ziegler et al. 2019, equation 2) and the score onto the last token.
+    Advantages that compare the responses of a group have its scale, and are not whitened over the batch.
     """
     mask = rollout.sequences.response_mask
     scores = ppo.penalize_missing_eos(rollout.scores, rollout.finished, reward.missing_eos_penalty)
     kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, config.kl_estimator)
     rewards = ppo.token_rewards(scores, kl, mask, kl_coef)
     scaled = rescale(rewards, mask) if config.whiten_rewards else rewards
-    advantages, returns = ESTIMATORS[estimator](scaled, rollout, rollout.groups, config)
-    if config.whiten_advantages:
+    advantages, returns = ESTIMATORS[config.advantage](scaled, rollout, rollout.groups, config)
+    if config.whiten_advantages and not config.compares_groups:
         advantages = standardize(advantages, mask)
     return Experience(
         sequences=rollout.sequences,
@@ -64,8 +63,87 @@ def critic_gae(
     return advantages, returns - known
 
 
-ESTIMATORS: dict[str, Estimator] = {"gae": critic_gae}
-CRITIC_FREE: frozenset[str] = frozenset()  # those of which no critic is built, trained or saved
+def rloo(
+    rewards: Float[Tensor, "B R"], rollout: Rollout, groups: Int[Tensor, " B"], settings: PPOConfig
+) -> tuple[Float32[Tensor, "B R"], None]:
+    """The return of a response minus the mean return of the others to its prompt, on each of its tokens.
+
+    Source: Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!"; Ahmadian et al. 2024, "Back to
+    Basics" (arXiv 2402.14740), equation 8. As there, the KL of the whole response is a part of its return.
+    """
+    mask = rollout.sequences.response_mask
+    returns = masked_row_sum(rewards, mask)
+    sums, counts = group_sums(returns, groups)
+    others = (sums - returns) / (counts - 1).clamp(min=1)  # 0 where there is no other
+    return on_each_token(returns - others, mask), None
+
+
+def dr_grpo(
+    rewards: Float[Tensor, "B R"], rollout: Rollout, groups: Int[Tensor, " B"], settings: PPOConfig
+) -> tuple[Float32[Tensor, "B R"], None]:
+    """The return of a response minus the mean return of its group, itself included, on each of its tokens.
+
+    Source: Liu et al. 2025, "Understanding R1-Zero-like training" (Dr. GRPO, arXiv 2503.20783): no division by the
+    group's standard deviation, which weighs prompts by how nearly all their responses score alike.
+    """
+    mask = rollout.sequences.response_mask
+    returns = masked_row_sum(rewards, mask)
+    sums, counts = group_sums(returns, groups)
+    return on_each_token(returns - sums / counts, mask), None
+
+
+def grpo(
+    rewards: Float[Tensor, "B R"], rollout: Rollout, groups: Int[Tensor, " B"], settings: PPOConfig
+) -> tuple[Float32[Tensor, "B R"], None]:
+    """`dr_grpo`, divided by the standard deviation of the group's returns (n - 1 in its denominator) plus 1e-4.
+
+    Source: Shao et al. 2024, "DeepSeekMath" (arXiv 2402.03300), section 4.1.2; the 1e-4 is that of TRL. A group whose
+    responses all score alike has advantages of 0.
+    """
+    advantages, _ = dr_grpo(rewards, rollout, groups, settings)
+    mask = rollout.sequences.response_mask
+    squares, counts = group_sums(advantages[:, 0].square(), groups)
+    deviation = (squares / (counts - 1).clamp(min=1)).sqrt()
+    return on_each_token(advantages[:, 0] / (deviation + _GRPO_EPS), mask), None
+
+
+def reinforce_plus_plus(
+    rewards: Float[Tensor, "B R"], rollout: Rollout, groups: Int[Tensor, " B"], settings: PPOConfig
+) -> tuple[Float32[Tensor, "B R"], None]:
+    """The discounted rewards from each token on, to be whitened over the batch (`ppo.whiten_advantages`).
+
+    Source: Hu et al. 2025, "REINFORCE++" (arXiv 2501.03262), equations 5 to 8. It is `gae` with values of 0 and a
+    lambda of 1.
+    """
+    mask = rollout.sequences.response_mask
+    advantages, _ = gae(rewards, torch.zeros_like(rewards), mask, settings.gamma, lam=1.0)
+    return advantages, None
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "gae": critic_gae,
+    "rloo": rloo,
+    "grpo": grpo,
+    "dr_grpo": dr_grpo,
+    "reinforce++": reinforce_plus_plus,
+}
+_GRPO_EPS = 1e-4
+
+
+def group_sums(values: Float[Tensor, " B"], groups: Int[Tensor, " B"]) -> tuple[Float[Tensor, " B"], Int[Tensor, " B"]]:
+    """For each row, the sum of its group's values and the number of its rows.
+
+    >>> group_sums(torch.tensor([1.0, 5.0, 2.0]), torch.tensor([7, 3, 7]))
+    (tensor([3., 5., 3.]), tensor([2, 1, 2]))
+    """
+    _, place, counts = groups.unique(return_inverse=True, return_counts=True)
+    sums = values.new_zeros(len(counts)).index_add(0, place, values)
+    return sums[place], counts[place]
+
+
+def on_each_token(values: Float[Tensor, " B"], mask: Bool[Tensor, "B R"]) -> Float32[Tensor, "B R"]:
+    """A response's number on each of its tokens; 0 where masked out."""
+    return where_counted(values[:, None].expand(mask.shape), mask)
 
 
 def gae(

@@ -71,7 +71,8 @@ def measure(config: Config, policy_path: str, reward_path: str | None = None, *,
     with FakeTensorMode(), _experts_as_shapes():
         module = _on_cpu(outline)
         try:
-            module.value_head = policy_with_value.ValueHead(module.states_width())
+            head = policy_with_value.ValueHead(module.states_width()) if config.ppo.has_critic else None
+            module.value_head = head
             trainable.freeze_unreached(module)
             one, two = (_kept(module, config, rows, autocast) for rows in (1, 2))
         except DataDependentOutputException as error:

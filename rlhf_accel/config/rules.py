@@ -15,7 +15,7 @@ from rlhf_accel.config.keys import flatten, key_names, short, unknown
 from rlhf_accel.system.errors import ConfigError
 
 if TYPE_CHECKING:  # the schema calls these rules when a config is made
-    from rlhf_accel.config.schema import Config, RewardConfig, RewardTrainingConfig
+    from rlhf_accel.config.schema import Config, RewardConfig, RewardTrainingConfig, RolloutConfig
 
 # Keys of local paths: a run records them as absolute paths, older versions recorded them as they were given.
 _PATHS = ("model.name_or_path", "lora.adapter", "data.source", "data.eval_split", "reward.model")
@@ -134,10 +134,9 @@ def _leads_to(relative: str | None, path: str | None) -> bool:
 
 def contradictions(config: Config) -> Iterator[ConfigError]:
     run, data, rollout, ppo = config.run, config.data, config.rollout, config.ppo
-    if rollout.batch_size % ppo.num_minibatches:
+    if rollout.batch_size * rollout.samples_per_prompt % ppo.num_minibatches:
         yield ConfigError(
-            f"ppo.num_minibatches={ppo.num_minibatches} does not divide rollout.batch_size={rollout.batch_size}; "
-            "choose a divisor",
+            f"ppo.num_minibatches={ppo.num_minibatches} does not divide {_responses(rollout)}; choose a divisor",
             key="ppo.num_minibatches",
             others=("rollout.batch_size",),
         )
@@ -181,6 +180,48 @@ def contradictions(config: Config) -> Iterator[ConfigError]:
     yield from _scoring_contradictions(config)
     yield from _model_contradictions(config)
     yield from _ppo_contradictions(config)
+    yield from _advantage_contradictions(config)
+
+
+def _responses(rollout: RolloutConfig) -> str:
+    """The keys that make the number of responses of a step, with their values."""
+    each = f" x rollout.samples_per_prompt={rollout.samples_per_prompt}" if rollout.samples_per_prompt > 1 else ""
+    return f"rollout.batch_size={rollout.batch_size}{each}"
+
+
+def _advantage_contradictions(config: Config) -> Iterator[ConfigError]:
+    ppo, samples = config.ppo, config.rollout.samples_per_prompt
+    named = f"ppo.advantage={ppo.advantage}"
+    if ppo.compares_groups and samples < 2:
+        yield ConfigError(
+            f"{named} compares the responses to one prompt, but rollout.samples_per_prompt={samples}; set it to 2 or "
+            "more",
+            key="rollout.samples_per_prompt",
+            others=("ppo.advantage",),
+        )
+    if ppo.compares_groups and ppo.gamma != 1:
+        yield ConfigError(
+            f"{named} gives all tokens of a response the same advantage, so ppo.gamma={ppo.gamma:g} discounts nothing; "
+            "set ppo.gamma=1",
+            key="ppo.gamma",
+            others=("ppo.advantage",),
+        )
+    if ppo.has_critic:
+        return
+    if config.model.critic != "head":
+        yield ConfigError(
+            f"{named} has no critic, but model.critic={config.model.critic}; remove model.critic, or set "
+            "ppo.advantage=gae",
+            key="model.critic",
+            others=("ppo.advantage",),
+        )
+    if config.reward.partial_every:
+        yield ConfigError(
+            f"reward.partial_every={config.reward.partial_every} is a part of the critic's values, and {named} has no "
+            "critic; set reward.partial_every=0, or ppo.advantage=gae",
+            key="reward.partial_every",
+            others=("ppo.advantage",),
+        )
 
 
 def _ppo_contradictions(config: Config) -> Iterator[ConfigError]:
@@ -200,10 +241,11 @@ def _ppo_contradictions(config: Config) -> Iterator[ConfigError]:
         )
     # In one step the controller changes its coefficient by at most a fraction of 0.2 x batch / horizon, which must stay
     # below 1.
-    if ppo.kl_target is not None and ppo.kl_horizon <= 0.2 * rollout.batch_size:
+    responses = rollout.batch_size * rollout.samples_per_prompt
+    if ppo.kl_target is not None and ppo.kl_horizon <= 0.2 * responses:
         yield ConfigError(
-            f"ppo.kl_horizon={ppo.kl_horizon:g} could set the coefficient to 0 in one step of rollout.batch_size="
-            f"{rollout.batch_size}; raise it above {0.2 * rollout.batch_size:g}",
+            f"ppo.kl_horizon={ppo.kl_horizon:g} could set the coefficient to 0 in one step of {_responses(rollout)}; "
+            f"raise it above {0.2 * responses:g}",
             key="ppo.kl_horizon",
             others=("rollout.batch_size",),
         )

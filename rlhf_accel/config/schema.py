@@ -170,6 +170,8 @@ class DataConfig:
 class RolloutConfig:
     batch_size: PositiveInt = 64
     """Number of prompts per PPO step, over all processes."""
+    samples_per_prompt: PositiveInt = 1
+    """Number of responses to each prompt. Those to one prompt are a group, which ppo.advantage may compare."""
     max_prompt_tokens: PositiveInt = 64
     """Length of the longest prompt in tokens, without those that the tokenizer adds before every text (BOS). Rows with
     a longer prompt are left out, and their number is printed."""
@@ -257,10 +259,13 @@ class RewardConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class PPOConfig:
+    advantage: Literal["gae", "rloo", "grpo", "dr_grpo", "reinforce++"] = "gae"
+    """Estimator of the advantage. `gae` uses a critic; of the others none is built. `rloo`, `grpo` and `dr_grpo`
+    compare the responses to one prompt (rollout.samples_per_prompt above 1)."""
     ppo_epochs: PositiveInt = 4
     """Number of passes over each batch of rollouts."""
     num_minibatches: PositiveInt = 1
-    """Number of optimizer steps per pass; must divide rollout.batch_size."""
+    """Number of optimizer steps per pass; must divide rollout.batch_size times rollout.samples_per_prompt."""
     micro_batch_tokens: PositiveInt = 8192
     """Maximum number of prompt and response tokens, including padding, in one forward and backward pass, and in a pass
     of the reference or a separate critic; affects only memory and speed."""
@@ -288,10 +293,20 @@ class PPOConfig:
     whiten_rewards: bool = False
     """Divide per-token rewards by their standard deviation over the batch."""
     whiten_advantages: bool = True
-    """Shift and scale advantages to mean 0 and variance 1 over the tokens of the batch."""
+    """Shift and scale advantages to mean 0 and variance 1 over the tokens of the batch; those of rloo, grpo and dr_grpo
+    have the scale of their group and stay as they are."""
     target_kl_stop: Positive | None = None
     """Skip the remaining updates of a step once the policy has moved this many nats per token from the one that
     sampled; null never skips."""
+
+    @property
+    def has_critic(self) -> bool:
+        return self.advantage == "gae"
+
+    @property
+    def compares_groups(self) -> bool:
+        """Whether advantages compare the responses to one prompt."""
+        return self.advantage in ("rloo", "grpo", "dr_grpo")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -335,19 +350,22 @@ class Config:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSizes:
-    """Sizes derived from the config: `rollout` responses per step are split into minibatches of `minibatch`
-    responses."""
+    """Sizes derived from the config: `rollout` responses per step, to `prompts` prompts, are split into minibatches of
+    `minibatch` responses."""
 
+    prompts: int
     rollout: int
     minibatch: int
     updates_per_step: int
 
     @classmethod
     def of(cls, config: Config) -> BatchSizes:
-        batch_size, minibatches = config.rollout.batch_size, config.ppo.num_minibatches
+        prompts, minibatches = config.rollout.batch_size, config.ppo.num_minibatches
+        responses = prompts * config.rollout.samples_per_prompt
         return cls(
-            rollout=batch_size,
-            minibatch=batch_size // minibatches,
+            prompts=prompts,
+            rollout=responses,
+            minibatch=responses // minibatches,
             updates_per_step=config.ppo.ppo_epochs * minibatches,
         )
 

@@ -19,7 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from rlhf_accel.config.distribution import in_words
 from rlhf_accel.config.keys import flatten
-from rlhf_accel.config.schema import Config
+from rlhf_accel.config.schema import BatchSizes, Config
 from rlhf_accel.data.wheels import WHEELS
 
 _LABELS = {
@@ -69,6 +69,14 @@ _CITATIONS = """```bibtex
 ```"""
 
 
+_NAMES = {"gae": "PPO", "rloo": "RLOO", "grpo": "GRPO", "dr_grpo": "Dr. GRPO", "reinforce++": "REINFORCE++"}
+
+
+def algorithm(config: Config) -> str:
+    """The name of what trained the policy."""
+    return _NAMES[config.ppo.advantage]
+
+
 def model_card(
     config: Config,
     results: Mapping[str, Any],
@@ -83,13 +91,13 @@ def model_card(
     wrote the model, `arithmetic` describes its fp32 products, and `left_out` names the parts of the base's checkpoint
     that were not loaded.
     """
-    peft = config.lora.r > 0
+    peft, critic = config.lora.r > 0, config.ppo.has_critic
     base = base_model(config)
     reward, steps = _reward(config), results.get("steps", config.run.total_steps)
     parts = [
         f"# {config.run.name}",
-        f"`{_public(config.model.name_or_path)}`, fine-tuned by PPO{' with LoRA' if peft else ''} for {steps} steps of "
-        f"{config.rollout.batch_size} responses against the reward {reward}.",
+        f"`{_public(config.model.name_or_path)}`, fine-tuned by {algorithm(config)}{' with LoRA' if peft else ''} "
+        f"for {steps} steps of {BatchSizes.of(config).rollout} responses against the reward {reward}.",
         "## Results",
         _results(results),
         "## Use",
@@ -99,7 +107,7 @@ def model_card(
         f"```yaml\n{_own_settings(config)}```",
         "Versions: " + ", ".join(f"{name} {number}" for name, number in versions.items()) + ".",
         *([f"While it was trained, {arithmetic}."] if arithmetic else []),
-        "`value_head.safetensors` holds the critic, which is needed for further training only.",
+        *(["`value_head.safetensors` holds the critic, which is needed for further training only."] * critic),
         "## Limits",
         *([f"{left_out[0].upper()}{left_out[1:]}."] if left_out else []),
         "The model was trained towards one reward: it inherits the blind spots of that reward, and may score well with "
@@ -123,7 +131,12 @@ def _front_matter(config: Config, base: str | None) -> ModelCardData:
         datasets=[source] if is_hub_id(source) and "/" in source and "." not in source.rpartition("/")[2] else None,
         library_name="peft" if peft else "transformers",
         pipeline_tag="text-generation",
-        tags=["rlhf", "ppo", "rlhf_accel", *(["lora"] if peft else [])],
+        tags=[
+            "rlhf",
+            "ppo" if config.ppo.has_critic else config.ppo.advantage,
+            "rlhf_accel",
+            *(["lora"] if peft else []),
+        ],
     )
 
 

@@ -135,13 +135,14 @@ class PPOTrainer:
         self.prepare()
         if not isinstance(prompts, PromptBatch):
             prompts = own_prompts(prompts, self.setup.tokens)
+        prompts = prompts.repeated(self.config.rollout.samples_per_prompt)
         policy, new_tokens = self.runtime.plain_module.policy, self.config.rollout.max_new_tokens
         lengths = prompts.query_mask.sum(1).tolist()
         check_prompts(policy, prompts.texts, lengths, new_tokens, "rollout.max_new_tokens")
         minibatches = self.config.ppo.num_minibatches
         if len(prompts) < minibatches:
             raise ConfigError(
-                f"ppo.num_minibatches={minibatches} is above this step's {len(prompts)} prompts; lower it",
+                f"ppo.num_minibatches={minibatches} is above this step's {len(prompts)} responses; lower it",
                 key="ppo.num_minibatches",
             )
         step = self.progress.step + 1

@@ -151,7 +151,7 @@ class Run:
         with self.line:
             self._conclude()
             for step in range(trainer.progress.step + 1, run.total_steps + 1):
-                metrics = trainer.step(trainer.setup.prompts.batch(step, trainer.setup.sizes.rollout))
+                metrics = trainer.step(trainer.setup.prompts.batch(step, trainer.setup.sizes.prompts))
                 if run.sample_every and (step == 1 or _due(step, run.sample_every)) and trainer.rollout is not None:
                     self.recorder.samples(step, logged_samples(trainer.rollout, run.sample_count))
                 trainer.progress = replace(trainer.progress, unrecorded=metrics)

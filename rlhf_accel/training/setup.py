@@ -98,7 +98,7 @@ class Setup:
         _check_turns(config, scorer, prompts)
         golds = _on_main_first(runtime, lambda: load_golds(config.reward))
         _try_rewards(config, scorer, golds, prompts)
-        module, frozen = _build(config, runtime, policy, path, reward_path, critic=critic)
+        module, frozen = _build(config, runtime, policy, path, reward_path, critic=critic and config.ppo.has_critic)
         description = _describe(config, runtime, module, frozen, len(prompts), scorer)
         _prepare(config, runtime, module, resume)
         dtype = _rounds_to(config, runtime)

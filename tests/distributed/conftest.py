@@ -36,6 +36,12 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "separate": {"model": {"critic": "separate"}, "run": SAVED},
     "classifier": {"reward": {"function": [], "model": "{classifier}", "label": "1"}, "run": SAVED},
     "lora": {**LORA, "run": SAVED},
+    # Groups of three, of which a rank's share and a minibatch hold parts.
+    "grpo": {
+        **{"rollout": {"batch_size": 3, "samples_per_prompt": 3}, "ppo": {"advantage": "grpo", "num_minibatches": 1}},
+        # Where a group scores alike, rounding alone would decide on which side of 0 its advantages are.
+        **{"reward": {"function": "tests.conftest:mean_code"}, "run": SAVED},
+    },
     "lora_portable": {**LORA, "run": SAVED},
     "checkpointed": CHECKPOINTED,
     "stopped": {"ppo": {"target_kl_stop": 2e-5}, "run": SAVED},
@@ -72,7 +78,7 @@ GRADIENT: dict[str, dict[str, Any]] = {
     "optim": {"max_grad_norm": None},
 }
 # What each launch runs; None is one process.
-BOTH = ("full", "uneven", "lora", "checkpointed", "stopped", "poisoned", "gradient", "autocast")
+BOTH = ("full", "uneven", "grpo", "lora", "checkpointed", "stopped", "poisoned", "gradient", "autocast")
 LAUNCHES: dict[tuple[str | None, int], list[str]] = {
     (None, 1): [*BOTH, "longer", "few", "separate", "classifier", "bf16_base"],
     ("ddp", 2): [*BOTH, "plain", "from_one", *(f"stopped_in_{phase}" for phase in PHASES)],
@@ -88,9 +94,9 @@ LAUNCHES: dict[tuple[str | None, int], list[str]] = {
 }
 # Runs that go on from their checkpoint once more, in a folder of their own; with DeepSpeed some of them are portable.
 RESUMED: dict[tuple[str | None, int], list[str]] = {
-    (None, 1): ["full", "lora"],
+    (None, 1): ["full", "lora", "grpo"],
     ("ddp", 2): ["full"],
-    ("zero2", 2): ["full", "lora"],
+    ("zero2", 2): ["full", "lora", "grpo"],
     ("zero3", 2): ["full", "lora", "lora_portable"],
     ("zero3_offload", 2): ["full"],
 }

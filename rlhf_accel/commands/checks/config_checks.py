@@ -9,7 +9,7 @@ from typing import Any
 from rlhf_accel.commands.checks.findings import Findings, Verdict
 from rlhf_accel.config.distribution import truncated
 from rlhf_accel.config.loading import parse, read_tree
-from rlhf_accel.config.schema import Config
+from rlhf_accel.config.schema import BatchSizes, Config
 from rlhf_accel.system.errors import ConfigError
 
 _MOST_ERRORS = 20  # in one config; the doctor gives up after so many
@@ -70,16 +70,18 @@ def check_config(findings: Findings, config: Config, processes: int) -> None:
 
 
 def _check_sizes(config: Config, processes: int) -> Verdict:
-    size, parts = config.rollout.batch_size, config.ppo.num_minibatches
-    minibatch = size // parts
+    sizes, parts = BatchSizes.of(config), config.ppo.num_minibatches
+    size, minibatch = sizes.rollout, sizes.minibatch
+    each = f" x rollout.samples_per_prompt={size // sizes.prompts}" if size > sizes.prompts else ""
+    made_of = f"rollout.batch_size={sizes.prompts}{each} / ppo.num_minibatches={parts}"
     if minibatch < processes:
         return "warning", (
-            f"rollout.batch_size={size} / ppo.num_minibatches={parts} gives {minibatch} samples for {processes} "
+            f"{made_of} gives {minibatch} samples for {processes} "
             f"processes, so {processes - minibatch} of them have nothing to train on; raise rollout.batch_size"
         )
     if minibatch % processes:
         return "warning", (
-            f"a minibatch of {minibatch} (rollout.batch_size={size} / ppo.num_minibatches={parts}) is uneven over "
+            f"a minibatch of {minibatch} ({made_of}) is uneven over "
             f"{processes} processes: nothing is lost, but some wait; a multiple of {processes} is faster"
         )
     return "ok", f"{size} responses per step in {parts} minibatches, {minibatch // processes} samples per process"

@@ -228,16 +228,16 @@ def _random_experience(setup: Setup, rollout: Rollout, generator: torch.Generato
     module, sequences = setup.runtime.plain_module, rollout.sequences
     with torch.no_grad(), setup.runtime.autocast():
         now = module(*model_inputs(sequences.to(setup.runtime.device)))
-    assert now.values is not None, "training has a critic"
-    values = now.values.float().cpu()
-    drawn = [torch.randn(values.shape, generator=generator) for _ in range(2)]
+    logprobs = now.logprobs.float().cpu()
+    values = None if now.values is None else now.values.float().cpu()
+    advantages, beyond = (torch.randn(logprobs.shape, generator=generator) for _ in range(2))
     return Experience(
         sequences=sequences,
-        old_logprobs=now.logprobs.float().cpu(),
+        old_logprobs=logprobs,
         old_values=values,
-        rewards=torch.zeros_like(values),
-        advantages=drawn[0],
-        returns=values + drawn[1],
+        rewards=torch.zeros_like(logprobs),
+        advantages=advantages,
+        returns=None if values is None else values + beyond,
     )
 
 
