@@ -31,6 +31,7 @@ PUBLIC = {
 unchecked = SimpleNamespace(**PUBLIC)
 maths = SimpleNamespace(**{name: jaxtyping.jaxtyped(f, typechecker=beartype) for name, f in PUBLIC.items()})
 
+CLIP = ppo.Clip(0.2, 0.2)
 NAN, INF = float("nan"), float("inf")
 seeds = st.integers(0, 2**31)
 few_examples = settings(max_examples=25, deadline=None)
@@ -70,7 +71,7 @@ def losses_and_gradients(batch):
     """Both losses and the gradients of their sums: every number that one update sees."""
     logprobs = batch.logprobs.clone().requires_grad_()
     values = batch.values.clone().requires_grad_()
-    policy = maths.policy_loss(logprobs, batch.old_logprobs, batch.advantages, batch.mask, 0.2)
+    policy = maths.policy_loss(logprobs, batch.old_logprobs, batch.advantages, batch.mask, CLIP)
     value = maths.value_loss(values, batch.old_values, batch.returns, batch.mask, 0.2)
     (policy.loss + value.loss).backward()
     return policy, value, logprobs.grad, values.grad
@@ -455,7 +456,7 @@ def test_policy_loss_by_hand():
     ratio, advantages = row(1.5, 0.4, 1.5, 0.5, 1.1, 100), row(1, 1, -2, -2, 1, 1)
     old_logprobs = row(-1, -2, -3, -4, -5, -6)
     logprobs = (old_logprobs + ratio.log()).requires_grad_()
-    result = maths.policy_loss(logprobs, old_logprobs, advantages, first(5, width=6), 0.2)
+    result = maths.policy_loss(logprobs, old_logprobs, advantages, first(5, width=6), CLIP)
     assert_close(result.loss.item(), 1.9, atol=1e-5, rtol=0)
     assert result.clipped.item() == 2
     assert_close(result.approx_kl.item(), 0.7031975, atol=1e-5, rtol=0)
@@ -468,7 +469,7 @@ def test_policy_loss_by_hand():
 def test_the_largest_ratio_is_that_of_a_token_that_counts():
     # Ratios 0.5 and 0.25; a padding, whose ratio must not be taken for 1 or for 100.
     old_logprobs, ratio = row(-1, -1, -1), row(0.5, 0.25, 100)
-    result = maths.policy_loss(old_logprobs + ratio.log(), old_logprobs, row(1, 1, 1), first(2, width=3), 0.2)
+    result = maths.policy_loss(old_logprobs + ratio.log(), old_logprobs, row(1, 1, 1), first(2, width=3), CLIP)
     assert_close(result.ratio_max.item(), 0.5)
     assert_close(result.ratio_error.item(), 0.75)
 
@@ -499,7 +500,7 @@ def test_value_loss_by_hand():
 def test_only_the_loss_carries_a_gradient_and_all_fields_are_fp32_scalars():
     everything = map_batch(random_batch(0), lambda x: x.clone().requires_grad_() if x.is_floating_point() else x)
     policy = maths.policy_loss(
-        everything.logprobs, everything.old_logprobs, everything.advantages, everything.mask, cliprange=0.2
+        everything.logprobs, everything.old_logprobs, everything.advantages, everything.mask, CLIP
     )
     value_arguments = everything.values, everything.old_values, everything.returns, everything.mask
     for result in (policy, maths.value_loss(*value_arguments, 0.2), maths.value_loss(*value_arguments, None)):
@@ -637,7 +638,7 @@ def test_micro_batches_add_up_to_the_whole_batch(seed, cuts):
 def test_an_empty_micro_batch_gives_zeros_and_still_has_a_backward(rows):
     x = torch.full((rows, 3), NAN, requires_grad=True)
     nothing = torch.zeros(rows, 3, dtype=torch.bool)
-    policy = maths.policy_loss(x, x, x, nothing, 0.2)
+    policy = maths.policy_loss(x, x, x, nothing, CLIP)
     value = maths.value_loss(x, x, x, nothing, 0.2)
     assert all(field == 0 for field in (*vars(policy).values(), *vars(value).values()))
     (policy.loss + value.loss).backward()
@@ -648,7 +649,7 @@ def test_an_empty_micro_batch_gives_zeros_and_still_has_a_backward(rows):
 def test_a_clip_range_must_be_positive(cliprange):
     b = random_batch(0)
     with pytest.raises(ValueError, match="cliprange="):
-        maths.policy_loss(b.logprobs, b.old_logprobs, b.advantages, b.mask, cliprange)
+        maths.policy_loss(b.logprobs, b.old_logprobs, b.advantages, b.mask, ppo.Clip(cliprange, 0.2))
     with pytest.raises(ValueError, match="cliprange_value="):
         maths.value_loss(b.values, b.old_values, b.returns, b.mask, cliprange)
 
@@ -688,7 +689,13 @@ def test_inputs_are_never_mutated():
         "penalize_missing_eos": [(scores, finished, 1.0)],
         "token_rewards": [(scores, b.advantages, b.mask, 0.1)],
         "gae": [(b.returns, b.values, b.mask, 1.0, 0.95)],
-        "policy_loss": [(b.logprobs, b.old_logprobs, b.advantages, b.mask, 0.2)],
+        "policy_loss": [(b.logprobs, b.old_logprobs, b.advantages, b.mask, CLIP, form) for form in ppo.SURROGATES],
+        "clipped_surrogate": [(b.logprobs - b.old_logprobs, b.logprobs, b.advantages, b.mask, CLIP)],
+        "cispo_surrogate": [(b.logprobs - b.old_logprobs, b.logprobs, b.advantages, b.mask, CLIP)],
+        "sequence_surrogate": [(b.logprobs - b.old_logprobs, b.logprobs, b.advantages, b.mask, CLIP)],
+        "weighted_sum": [(b.values, b.mask, weights) for weights in (None, b.values[:, 0])],
+        "row_weights": [(b.mask, "sequence")],
+        "denominator": [(b.mask, "token")],
         "value_loss": [(b.values, b.old_values, b.returns, b.mask, c) for c in (0.2, None)],
         "explained_variance": [(b.values, b.returns, b.mask)],
         "where_counted": [(b.values, b.mask)],
@@ -722,7 +729,7 @@ def test_half_precision_inputs_are_cast_before_any_arithmetic():
         "penalize_missing_eos": lambda b: maths.penalize_missing_eos(b.values[:, 0], b.mask[:, -1], 0.3),
         "token_rewards": lambda b: maths.token_rewards(b.values[:, 0], b.advantages, b.mask, 0.1),
         "gae": lambda b: maths.gae(b.returns, b.values, b.mask, 0.99, 0.95),
-        "policy_loss": lambda b: vars(maths.policy_loss(b.logprobs, b.old_logprobs, b.advantages, b.mask, 0.2)),
+        "policy_loss": lambda b: vars(maths.policy_loss(b.logprobs, b.old_logprobs, b.advantages, b.mask, CLIP)),
         "value_loss": lambda b: vars(maths.value_loss(b.values, b.old_values, b.returns, b.mask, 0.2)),
         "explained_variance": lambda b: maths.explained_variance(b.values, b.returns, b.mask),
     }

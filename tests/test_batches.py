@@ -57,7 +57,7 @@ def make_rollout() -> Rollout:
 
 
 def make_experience() -> Experience:
-    names = ("old_logprobs", "old_values", "rewards", "advantages", "returns")
+    names = ("old_logprobs", "ref_logprobs", "old_values", "rewards", "advantages", "returns")
     return Experience(sequences=make_responses().sequences, **{name: torch.rand(3, 3) for name in names})
 
 

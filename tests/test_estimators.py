@@ -118,6 +118,15 @@ def test_what_a_prompt_is_worth_does_not_matter_and_whitening_leaves_groups_alon
     assert torch.equal(advantages(made, advantage, whiten_advantages=True), found)
 
 
+def test_a_kl_in_the_loss_is_not_in_the_reward():
+    made, mask = rollout(2, 5), rollout(2, 5).sequences.response_mask
+    for kl_in in ("reward", "loss"):
+        config = settings("rloo", kl_in=kl_in, kl_estimator="k1" if kl_in == "reward" else "k2")
+        experience = make_experience(made, config, RewardConfig(), 0.3)
+        alone = torch.allclose(torch.where(mask, experience.rewards, 0.0).sum(1), made.scores)
+        assert alone == (kl_in == "loss") == (experience.ref_logprobs is not None)
+
+
 def test_whitening_is_over_the_batch_without_groups():
     made = rollout(4, 5)
     found = advantages(made, "reinforce++", whiten_advantages=True)[made.sequences.response_mask]

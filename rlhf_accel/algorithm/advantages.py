@@ -27,13 +27,15 @@ Estimator = Callable[
 def make_experience(rollout: Rollout, config: PPOConfig, reward: RewardConfig, kl_coef: float) -> Experience:
     """What the update is trained on.
 
-    The KL penalty goes into the per-token rewards (Ziegler et al. 2019, equation 2) and the score onto the last token.
+    The KL penalty goes into the per-token rewards (Ziegler et al. 2019, equation 2), unless the loss has it, and the
+    score onto the last token.
     Advantages that compare the responses of a group have its scale, and are not whitened over the batch.
     """
     mask = rollout.sequences.response_mask
     scores = ppo.penalize_missing_eos(rollout.scores, rollout.finished, reward.missing_eos_penalty)
+    in_loss = config.kl_in == "loss"
     kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, config.kl_estimator)
-    rewards = ppo.token_rewards(scores, kl, mask, kl_coef)
+    rewards = ppo.token_rewards(scores, kl, mask, 0.0 if in_loss else kl_coef)
     scaled = rescale(rewards, mask) if config.whiten_rewards else rewards
     advantages, returns = ESTIMATORS[config.advantage](scaled, rollout, rollout.groups, config)
     if config.whiten_advantages and not config.compares_groups:
@@ -41,6 +43,7 @@ def make_experience(rollout: Rollout, config: PPOConfig, reward: RewardConfig, k
     return Experience(
         sequences=rollout.sequences,
         old_logprobs=rollout.logprobs,
+        ref_logprobs=rollout.ref_logprobs if in_loss else None,
         old_values=rollout.values,
         rewards=rewards,
         advantages=advantages,

@@ -203,14 +203,15 @@ class Experience(_Batch):
 
     sequences: Sequences
     old_logprobs: Float[Tensor, "B R"]
+    ref_logprobs: Float[Tensor, "B R"] | None = None  # where the loss has a KL of its own
     old_values: Float[Tensor, "B R"] | None
-    rewards: Float[Tensor, "B R"]  # per token: -kl_coef * kl, and the score on the last token
+    rewards: Float[Tensor, "B R"]  # per token: the KL penalty, and the score on the last token
     advantages: Float[Tensor, "B R"]
     returns: Float[Tensor, "B R"] | None
 
     def __post_init__(self) -> None:
         shape = self.sequences.responses.shape
-        for name in ("old_logprobs", "old_values", "rewards", "advantages", "returns"):
+        for name in ("old_logprobs", "ref_logprobs", "old_values", "rewards", "advantages", "returns"):
             _check_if_there(name, getattr(self, name), torch.float32, shape)
 
     def __len__(self) -> int:
@@ -219,10 +220,12 @@ class Experience(_Batch):
 
 @dataclass(frozen=True, kw_only=True)
 class LossStats:
-    """Means over the response tokens of all minibatches of a PPO step, all ranks together."""
+    """Means over the response tokens of all minibatches of a PPO step, all ranks together. Those of policy, value, kl
+    and total are taken as ppo.loss_reduction says."""
 
     policy: float
     value: float | None  # as value_clip_fraction, None without a critic
+    kl: float | None  # nats per token, of the estimator in the loss; None if the KL is in the reward
     total: float
     approx_kl: float  # nats per token, k3 of the sampling policy against the current one
     clip_fraction: float

@@ -27,6 +27,14 @@ def masked_sum(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Floa
     return where_counted(x, mask).sum()
 
 
+def weighted_sum(
+    x: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"], weights: Float[Tensor, " B"] | None
+) -> Float32[Tensor, ""]:
+    """`masked_sum` with a weight for each row's tokens; without weights each counts once."""
+    counted = where_counted(x, mask)
+    return counted.sum() if weights is None else (counted * weights[:, None]).sum()
+
+
 def masked_mean(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float32[Tensor, ""]:
     """Mean of `x` where `mask` is True: a statistic of a whole batch, not a loss that is split (see `policy_loss`).
 

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
 from rlhf_accel.algorithm.kl import k3, require_positive
-from rlhf_accel.algorithm.masked import largest, masked_sum, mean_and_variance, where_counted
+from rlhf_accel.algorithm.masked import largest, masked_sum, mean_and_variance, weighted_sum, where_counted
 
 
 def penalize_missing_eos(
@@ -89,16 +89,16 @@ def token_rewards(
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """The clipped policy loss of a micro-batch and its statistics; all 0-dim fp32, only `loss` carries a gradient.
+    """The policy loss of a micro-batch and its statistics; all 0-dim fp32, only `loss` carries a gradient.
 
     Sums and counts add up over micro-batches and ranks, and the maxima combine by a maximum, for which an empty
     micro-batch holds the identity, 0. The counts are fp32 too, so that one reduction can carry all fields.
     """
 
     loss: Float32[Tensor, ""]
-    """Sum over the tokens that count of max(-A * ratio, -A * clip(ratio)); in units of the advantage times tokens."""
+    """Sum over the tokens that count of the form's loss; in units of the advantage times tokens."""
     clipped: Float32[Tensor, ""]
-    """Number of tokens whose clipped branch is strictly the greater, which is to say those without gradient."""
+    """Number of tokens whose clipped branch is strictly the greater; of `cispo`, those whose weight is cut."""
     approx_kl: Float32[Tensor, ""]
     """Sum of the k3 estimate of KL(old || current), (ratio - 1) - log ratio; nats."""
     ratio_max: Float32[Tensor, ""]
@@ -107,6 +107,147 @@ class PolicyLoss:
     """Largest |ratio - 1|; 0 if no token counts. Before the first update of a batch it must be 0, up to rounding."""
     log_ratio_error: Float32[Tensor, ""]
     """Largest |log ratio|, nats; 0 if no token counts. Unlike the one above it has no bound where the ratio falls."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """How far a ratio may lead: within [1 - low, 1 + high], and with `dual` at most `dual` times a negative advantage.
+
+    Raises `ValueError` for a range that is not positive, or a `dual` that is not above 1.
+    """
+
+    low: float
+    high: float
+    dual: float | None = None
+
+    def __post_init__(self) -> None:
+        require_positive("cliprange", self.low)
+        require_positive("cliprange_high", self.high)
+        if self.dual is not None and not self.dual > 1:
+            raise ValueError(f"dual_clip={self.dual} must be above 1")
+
+
+def policy_loss(
+    logprobs: Float[Tensor, "B R"],
+    old_logprobs: Float[Tensor, "B R"],
+    advantages: Float[Tensor, "B R"],
+    mask: Bool[Tensor, "B R"],
+    clip: Clip,
+    form: str = "clip",
+    weights: Float[Tensor, " B"] | None = None,
+) -> PolicyLoss:
+    """The policy gradient's surrogate, negated to be minimized and summed over tokens.
+
+    A sum, not a mean: the caller divides by the number of tokens that count in the whole minibatch, over all ranks and
+    micro-batches. So the gradient is the same however the minibatch is split, while a mean of micro-batch means would
+    weigh a token by how few others happened to share its micro-batch.
+
+    Args:
+        logprobs: (B, R) nats, of the current policy; the only input that receives a gradient.
+        old_logprobs: (B, R) nats, of the policy that sampled.
+        advantages: (B, R), in the unit of the reward, or without one once standardized.
+        mask: (B, R) bool.
+        clip: the range of the ratio.
+        form: a key of `SURROGATES`.
+        weights: (B,), of each row's tokens in the sum of the loss; None is 1.
+
+    Returns:
+        `PolicyLoss`. An all-False mask gives zeros, with a backward.
+
+    Raises:
+        ValueError: the shapes differ.
+
+    Source: Schulman et al. 2017 (PPO), eq. 7; `approx_kl`: J. Schulman 2020, "Approximating KL Divergence".
+
+    A token of advantage 1 whose probability grew by half, at cliprange 0.2: max(-1.5, -1.2) = -1.2, the clipped branch.
+
+    >>> old, new = torch.tensor([[0.4]]).log(), torch.tensor([[0.6]]).log()
+    >>> result = policy_loss(new, old, torch.tensor([[1.0]]), torch.tensor([[True]]), Clip(0.2, 0.2))
+    >>> round(result.loss.item(), 4), result.clipped.item()
+    (-1.2, 1.0)
+    """
+    # Masked before exp, not after: exp of a padding's garbage may be inf, whose zeroed gradient is 0 * inf = NaN.
+    logprobs = where_counted(logprobs, mask)
+    log_ratio = logprobs - where_counted(old_logprobs.detach(), mask)
+    advantages = where_counted(advantages.detach(), mask)
+    losses, clipped = SURROGATES[form](log_ratio, logprobs, advantages, mask, clip)
+    log_ratio = log_ratio.detach()
+    ratio = log_ratio.exp()
+    return PolicyLoss(
+        loss=weighted_sum(losses, mask, weights),
+        clipped=masked_sum(clipped.float(), mask),
+        approx_kl=masked_sum(k3(log_ratio), mask),
+        ratio_max=largest(ratio, mask),
+        ratio_error=largest((ratio - 1).abs(), mask),
+        log_ratio_error=largest(log_ratio.abs(), mask),
+    )
+
+
+def clipped_surrogate(
+    log_ratio: Tensor, logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: Clip
+) -> tuple[Tensor, Tensor]:
+    """PPO's: per token the greater of -A ratio and -A clip(ratio), and where that is strictly the latter.
+
+    A higher upper bound lets unlikely tokens grow (DAPO's clip-higher; Yu et al. 2025, arXiv 2503.14476, eq. 10). The
+    dual clip bounds the loss where A < 0 and the ratio has become large (Ye et al. 2020, arXiv 1912.09729, eq. 5).
+    """
+    ratio = log_ratio.exp()
+    plain = -advantages * ratio
+    bounded = -advantages * ratio.clamp(1 - clip.low, 1 + clip.high)
+    losses, clipped = torch.maximum(plain, bounded), bounded > plain
+    if clip.dual is None:
+        return losses, clipped
+    limit = -advantages * clip.dual
+    beyond = (advantages < 0) & (losses > limit)
+    return torch.where(beyond, limit, losses), clipped | beyond
+
+
+def cispo_surrogate(
+    log_ratio: Tensor, logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: Clip
+) -> tuple[Tensor, Tensor]:
+    """-A logprob, weighted by the ratio, which is cut at 1 + `clip.high` and carries no gradient: no token loses its.
+
+    Source: MiniMax 2025, "MiniMax-M1" (CISPO, arXiv 2506.13585), equations 4 and 5; as there, no lower bound.
+    """
+    ratio = log_ratio.detach().exp()
+    return -advantages * ratio.clamp(max=1 + clip.high) * logprobs, ratio > 1 + clip.high
+
+
+def sequence_surrogate(
+    log_ratio: Tensor, logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: Clip
+) -> tuple[Tensor, Tensor]:
+    """The clipped surrogate of a response's ratio, the geometric mean of its tokens' ratios, on each of its tokens.
+
+    Source: Zheng et al. 2025, "Group Sequence Policy Optimization" (GSPO, arXiv 2507.18071), equations 5 and 7, which
+    it equals under `sequence` reduction.
+    """
+    lengths = mask.sum(1, keepdim=True).clamp(min=1)
+    mean = (log_ratio.sum(1, keepdim=True) / lengths).expand(mask.shape)
+    return clipped_surrogate(mean, logprobs, advantages, mask, clip)
+
+
+SURROGATES = {"clip": clipped_surrogate, "cispo": cispo_surrogate, "gspo": sequence_surrogate}
+
+
+def row_weights(mask: Bool[Tensor, "B R"], reduction: str) -> Float32[Tensor, " B"] | None:
+    """Weights of each response's tokens in the sum of a loss; None is 1.
+
+    `token` and `constant` count each token once, and differ in what the sum is divided by (`denominator`); `sequence`
+    counts each response once, whatever its length.
+    """
+    return 1.0 / mask.sum(1).clamp(min=1).float() if reduction == "sequence" else None
+
+
+def denominator(mask: Bool[Tensor, "B R"], reduction: str) -> int:
+    """What the loss of a whole minibatch is divided by: its tokens, its responses, or responses times R.
+
+    Source: of `constant`, Liu et al. 2025 (Dr. GRPO, arXiv 2503.20783): a divisor that does not depend on the lengths.
+
+    >>> mask = torch.tensor([[True, True, False], [True, False, False]])
+    >>> [denominator(mask, reduction) for reduction in ("token", "sequence", "constant")]
+    [3, 2, 6]
+    """
+    return {"token": int(mask.sum()), "sequence": len(mask), "constant": mask.numel()}[reduction]
 
 
 @dataclass(frozen=True)
@@ -119,67 +260,13 @@ class ValueLoss:
     """Number of tokens whose clipped error is strictly the greater."""
 
 
-def policy_loss(
-    logprobs: Float[Tensor, "B R"],
-    old_logprobs: Float[Tensor, "B R"],
-    advantages: Float[Tensor, "B R"],
-    mask: Bool[Tensor, "B R"],
-    cliprange: float,
-) -> PolicyLoss:
-    """PPO's clipped surrogate, negated to be minimized and summed over tokens.
-
-    A sum, not a mean: the caller divides by the number of tokens that count in the whole minibatch, over all ranks and
-    micro-batches. So the gradient is the same however the minibatch is split, while a mean of micro-batch means would
-    weigh a token by how few others happened to share its micro-batch.
-
-    Args:
-        logprobs: (B, R) nats, of the current policy; the only input that receives a gradient.
-        old_logprobs: (B, R) nats, of the policy that sampled.
-        advantages: (B, R), in the unit of the reward, or without one once standardized.
-        mask: (B, R) bool.
-        cliprange: epsilon, positive: the ratio is clipped to [1 - cliprange, 1 + cliprange].
-
-    Returns:
-        `PolicyLoss`. An all-False mask gives zeros, with a backward.
-
-    Raises:
-        ValueError: `cliprange` is not positive, or the shapes differ.
-
-    Source: Schulman et al. 2017 (PPO), eq. 7; `approx_kl`: J. Schulman 2020, "Approximating KL Divergence".
-
-    A token of advantage 1 whose probability grew by half, at cliprange 0.2: max(-1.5, -1.2) = -1.2, the clipped branch.
-
-    >>> old, new = torch.tensor([[0.4]]).log(), torch.tensor([[0.6]]).log()
-    >>> result = policy_loss(new, old, torch.tensor([[1.0]]), torch.tensor([[True]]), cliprange=0.2)
-    >>> round(result.loss.item(), 4), result.clipped.item()
-    (-1.2, 1.0)
-    """
-    require_positive("cliprange", cliprange)
-    # Masked before exp, not after: exp of a padding's garbage may be inf, whose zeroed gradient is 0 * inf = NaN.
-    log_ratio = where_counted(logprobs, mask) - where_counted(old_logprobs.detach(), mask)
-    advantages = where_counted(advantages.detach(), mask)
-    ratio = log_ratio.exp()
-    plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
-    loss = masked_sum(torch.maximum(plain, clipped), mask)
-
-    log_ratio, ratio = log_ratio.detach(), ratio.detach()
-    return PolicyLoss(
-        loss=loss,
-        clipped=masked_sum((clipped > plain).float(), mask),
-        approx_kl=masked_sum(k3(log_ratio), mask),
-        ratio_max=largest(ratio, mask),
-        ratio_error=largest((ratio - 1).abs(), mask),
-        log_ratio_error=largest(log_ratio.abs(), mask),
-    )
-
-
 def value_loss(
     values: Float[Tensor, "B R"],
     old_values: Float[Tensor, "B R"],
     returns: Float[Tensor, "B R"],
     mask: Bool[Tensor, "B R"],
     cliprange_value: float | None,
+    weights: Float[Tensor, " B"] | None = None,
 ) -> ValueLoss:
     """Half the squared error of the value, clipped around the rollout's value and summed over tokens.
 
@@ -191,6 +278,7 @@ def value_loss(
         returns: (B, R), same unit (`gae`).
         mask: (B, R) bool.
         cliprange_value: positive, same unit: how far a value is believed to move in one batch; None for no clipping.
+        weights: (B,), of each row's tokens in the sum of the loss; None is 1.
 
     Returns:
         `ValueLoss`: the loss is the sum of 0.5 * max((v - ret)^2, (clip(v, old +- cliprange_value) - ret)^2), in
@@ -207,13 +295,13 @@ def value_loss(
     returns = where_counted(returns.detach(), mask)
     plain = (values - returns).square()
     if cliprange_value is None:
-        return ValueLoss(loss=0.5 * masked_sum(plain, mask), clipped=plain.new_zeros(()))
+        return ValueLoss(loss=0.5 * weighted_sum(plain, mask, weights), clipped=plain.new_zeros(()))
     require_positive("cliprange_value", cliprange_value)
     # Clamped between two tensors rather than old + clamp(v - old), which rounds, and so would count ties as clipped.
     near_old = torch.clamp(values, min=old_values - cliprange_value, max=old_values + cliprange_value)
     clipped = (near_old - returns).square()
     return ValueLoss(
-        loss=0.5 * masked_sum(torch.maximum(plain, clipped), mask),
+        loss=0.5 * weighted_sum(torch.maximum(plain, clipped), mask, weights),
         clipped=masked_sum((clipped > plain).float(), mask),
     )
 

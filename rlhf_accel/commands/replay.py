@@ -117,7 +117,9 @@ def replay_model(dump: Dump, folder: Path) -> list[dict[str, Any]]:
         if dump.facts["phase"] == "rollout":
             with torch.no_grad(), runtime.autocast():
                 output = module(*model_inputs(part.sequences.to(runtime.device)))
-            figures = {"log-probability": float(output.logprobs.sum()), "values": float(output.values.sum())}
+            figures = {"log-probability": float(output.logprobs.sum())}
+            if output.values is not None:
+                figures["values"] = float(output.values.sum())
         else:
             module.zero_grad()
             with runtime.autocast():

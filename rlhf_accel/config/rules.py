@@ -98,10 +98,10 @@ def check_trainable(config: Config) -> None:
     (arXiv 2512.21852).
     """
     ppo = config.ppo
-    if ppo.kl_estimator != "k1" and ppo.kl_coef > 0:
+    if ppo.kl_in == "reward" and ppo.kl_estimator != "k1" and ppo.kl_coef > 0:
         raise ConfigError(
             f"ppo.kl_estimator={ppo.kl_estimator} in the reward pushes the policy away from the reference (its "
-            "gradient is not that of the KL; arXiv 2512.21852); set ppo.kl_estimator=k1, and also "
+            "gradient is not that of the KL; arXiv 2512.21852); set ppo.kl_estimator=k1 or ppo.kl_in=loss, and also "
             "run.changes=[ppo.kl_estimator] to resume a run of an older version that has it",
             key="ppo.kl_estimator",
             found=ppo.kl_estimator,
@@ -205,6 +205,19 @@ def _advantage_contradictions(config: Config) -> Iterator[ConfigError]:
             "set ppo.gamma=1",
             key="ppo.gamma",
             others=("ppo.advantage",),
+        )
+    if ppo.kl_in == "loss" and ppo.kl_estimator == "k1" and ppo.kl_coef > 0:
+        yield ConfigError(
+            "ppo.kl_in=loss with ppo.kl_estimator=k1 pulls the policy nowhere: the gradient of k1 is 0 on average; set "
+            "ppo.kl_estimator to k2 or k3",
+            key="ppo.kl_estimator",
+            others=("ppo.kl_in",),
+        )
+    if ppo.policy_loss == "cispo" and ppo.dual_clip is not None:
+        yield ConfigError(
+            "ppo.dual_clip bounds a clipped ratio, which ppo.policy_loss=cispo has not; remove ppo.dual_clip",
+            key="ppo.dual_clip",
+            others=("ppo.policy_loss",),
         )
     if ppo.has_critic:
         return

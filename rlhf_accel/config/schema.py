@@ -273,8 +273,18 @@ class PPOConfig:
     """Discount per token."""
     lam: Fraction = 0.95
     """Lambda of generalised advantage estimation."""
+    policy_loss: Literal["clip", "cispo", "gspo"] = "clip"
+    """Loss of the policy. `clip`: PPO's clipped ratio, token by token; `cispo`: the ratio, cut at its upper bound, only
+    weighs the gradient (MiniMax-M1); `gspo`: the clipped ratio of whole responses (Zheng et al. 2025)."""
+    loss_reduction: Literal["token", "sequence", "constant"] = "token"
+    """Mean of the losses over a minibatch: over its tokens; over its responses, each with the mean of its tokens; or
+    its sum divided by responses times rollout.max_new_tokens (Dr. GRPO)."""
     cliprange: Positive = 0.2
     """Clips the probability ratio to [1 - cliprange, 1 + cliprange]."""
+    cliprange_high: Positive | None = None
+    """Upper bound of the ratio, 1 + cliprange_high, if it differs from the lower one (DAPO's clip-higher)."""
+    dual_clip: Annotated[Number, Field(gt=1)] | None = None
+    """Bounds the loss of a token with a negative advantage to this many times its advantage (Ye et al. 2020)."""
     cliprange_value: Positive | None = 0.2
     """Largest difference between new and old values in the clipped value loss; null does not clip."""
     vf_coef: NonNegative = 0.1
@@ -282,10 +292,13 @@ class PPOConfig:
     entropy_coef: NonNegative = 0.0
     """Weight of the entropy bonus."""
     kl_coef: NonNegative = 0.05
-    """Weight of the KL to the reference in the reward, per nat; with kl_target, the initial weight."""
+    """Weight of the KL to the reference, per nat; with kl_target, the initial weight."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """Whether this KL is a penalty in the reward, or a term of the loss."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """Per-token estimator of this KL (Schulman, "Approximating KL divergence", 2020). Only k1 is allowed in the reward:
-    there, k2 and k3 would push the policy away from the reference."""
+    there, k2 and k3 would push the policy away from the reference. In the loss, the gradient of k2 is that of the KL
+    to the reference, that of k3 is that of the KL from the reference, and that of k1 is 0 on average."""
     kl_target: Positive | None = None
     """Adapt kl_coef to keep the KL near this many nats per response; null keeps kl_coef fixed."""
     kl_horizon: Positive = 10_000.0

@@ -52,11 +52,15 @@ METRICS = (
         "mean over responses",
     ),
     Metric("objective/entropy", "nats/token", "entropy of the policy at sampled tokens", "mean over tokens"),
-    Metric("kl/coef", "score/nat", "weight of the KL in the reward of this step", "same on all ranks"),
-    Metric("loss/policy", "", "clipped policy loss", "mean over tokens and updates"),
+    Metric("kl/coef", "score/nat", "weight of the KL in the reward, or the loss, of this step", "same on all ranks"),
+    Metric("loss/policy", "", "policy loss", "mean over tokens and updates"),
     Metric("loss/value", "", "clipped value loss", "mean over tokens and updates"),
+    Metric("loss/kl", "nats/token", "KL to the reference, where ppo.kl_in=loss", "mean over tokens and updates"),
     Metric(
-        "loss/total", "", "loss/policy + vf_coef x loss/value - entropy_coef x entropy", "mean over tokens and updates"
+        "loss/total",
+        "",
+        "loss/policy + vf_coef x loss/value - entropy_coef x entropy + kl/coef x loss/kl",
+        "mean over tokens and updates",
     ),
     Metric(
         "policy/approx_kl",

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from rlhf_accel.algorithm import ppo
 from rlhf_accel.algorithm.batches import Experience, LossStats, TokenOutputs
-from rlhf_accel.algorithm.masked import masked_sum
+from rlhf_accel.algorithm.kl import kl_estimate
+from rlhf_accel.algorithm.masked import weighted_sum, where_counted
 from rlhf_accel.config.schema import PPOConfig
 from rlhf_accel.models.calls import model_inputs
 
 POLICY_SUMS = ("policy", "total", "approx_kl", "clipped")
 VALUE_SUMS = ("value", "value_clipped")
+LOSSES = ("policy", "value", "kl", "total")  # the sums whose mean ppo.loss_reduction takes; the others' is over tokens
 MAXIMA = ("ratio", "ratio_error", "log_ratio_error")
 
 
@@ -53,25 +55,37 @@ class Terms:
         return Terms(sums=dict(zip(self.sums, sums, strict=True)), maxima=dict(zip(self.maxima, maxima, strict=True)))
 
 
-def loss_terms(outputs: TokenOutputs, experience: Experience, mask: Bool[Tensor, "m R"], config: PPOConfig) -> Terms:
-    """The terms of PPO's loss for rows of experience, of which `mask` counts; R may be shorter than the experience's.
+def loss_terms(
+    outputs: TokenOutputs, experience: Experience, mask: Bool[Tensor, "m R"], config: PPOConfig, kl_coef: float
+) -> Terms:
+    """The terms of the loss for rows of experience, of which `mask` counts; R may be shorter than the experience's.
 
-    Without a critic, or where the estimator gives no returns, there is no value loss. Source: Schulman et al. 2017,
-    equations 7 and 9.
+    Without a critic, or where the estimator gives no returns, there is no value loss; a KL with the weight `kl_coef` if
+    the experience has the reference's log-probabilities. Source: Schulman et al. 2017, equations 7 and 9.
     """
     length = mask.shape[1]
     old_logprobs, advantages = experience.old_logprobs[:, :length], experience.advantages[:, :length]
-    policy = ppo.policy_loss(outputs.logprobs, old_logprobs, advantages, mask, config.cliprange)
+    weights = ppo.row_weights(mask, config.loss_reduction)
+    clip = ppo.Clip(config.cliprange, config.cliprange_high or config.cliprange, config.dual_clip)
+    policy = ppo.policy_loss(outputs.logprobs, old_logprobs, advantages, mask, clip, config.policy_loss, weights)
     value, total = None, policy.loss
     if outputs.values is not None and experience.old_values is not None and experience.returns is not None:
         old_values, returns = experience.old_values[:, :length], experience.returns[:, :length]
-        value = ppo.value_loss(outputs.values, old_values, returns, mask, config.cliprange_value)
+        value = ppo.value_loss(outputs.values, old_values, returns, mask, config.cliprange_value, weights)
         total = policy.loss + config.vf_coef * value.loss
     if outputs.entropy is not None:
-        total = total - config.entropy_coef * masked_sum(outputs.entropy, mask)
+        total = total - config.entropy_coef * weighted_sum(outputs.entropy, mask, weights)
+    kl = None
+    if experience.ref_logprobs is not None:
+        ref_logprobs = where_counted(experience.ref_logprobs[:, :length], mask)
+        estimate = kl_estimate(where_counted(outputs.logprobs, mask), ref_logprobs, config.kl_estimator)
+        kl = weighted_sum(estimate, mask, weights)
+        total = total + kl_coef * kl
     sums = {"policy": policy.loss, "total": total, "approx_kl": policy.approx_kl, "clipped": policy.clipped}
     if value is not None:
         sums |= {"value": value.loss, "value_clipped": value.clipped}
+    if kl is not None:
+        sums["kl"] = kl
     maxima = {"ratio": policy.ratio_max, "ratio_error": policy.ratio_error, "log_ratio_error": policy.log_ratio_error}
     return Terms(sums=sums, maxima=maxima)
 
@@ -81,8 +95,8 @@ def loss_of(module: nn.Module, experience: Experience, config: PPOConfig) -> Ten
     part = experience.to(next(module.parameters()).device)
     sequences = part.sequences.trimmed()
     outputs = module(*model_inputs(sequences), with_entropy=config.entropy_coef > 0)
-    mask = sequences.response_mask
-    return loss_terms(outputs, part, mask, config).sums["total"] / int(mask.sum())
+    total = loss_terms(outputs, part, sequences.response_mask, config, config.kl_coef).sums["total"]
+    return total / ppo.denominator(part.sequences.response_mask, config.loss_reduction)
 
 
 class UpdateTotals:
@@ -91,16 +105,17 @@ class UpdateTotals:
     The minibatch at which ppo.target_kl_stop ended the update counts: its losses are known, though no step was taken.
     """
 
-    def __init__(self, *, critic: bool) -> None:
-        self._sums = (*POLICY_SUMS, *VALUE_SUMS) if critic else POLICY_SUMS
+    def __init__(self, experience: Experience) -> None:
+        critic, kl = experience.returns is not None, experience.ref_logprobs is not None
+        self._sums = (*POLICY_SUMS, *(VALUE_SUMS if critic else ()), *(("kl",) if kl else ()))
         self._means: list[Tensor] = []
         self._maxima: list[Tensor] = []
         self._norms: list[float] = []
         self._skipped = 0
 
-    def add_losses(self, terms: Terms, tokens: int) -> dict[str, Tensor]:
-        """Note a minibatch of so many tokens; returns its means over tokens."""
-        means = {name: terms.sums[name] / tokens for name in self._sums}
+    def add_losses(self, terms: Terms, tokens: int, denominator: int) -> dict[str, Tensor]:
+        """Note a minibatch of so many tokens, whose losses are divided by `denominator`; returns its means."""
+        means = {name: terms.sums[name] / (denominator if name in LOSSES else tokens) for name in self._sums}
         self._means.append(torch.stack(list(means.values())))
         self._maxima.append(torch.stack([terms.maxima[name] for name in MAXIMA]))
         return means
@@ -121,6 +136,7 @@ class UpdateTotals:
         return LossStats(
             policy=means["policy"],
             value=means.get("value"),
+            kl=means.get("kl"),
             total=means["total"],
             approx_kl=means["approx_kl"],
             clip_fraction=means["clipped"],

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from rlhf_accel.algorithm import ppo
 from rlhf_accel.algorithm.advantages import make_experience
 from rlhf_accel.algorithm.batches import Experience, LossStats, PromptBatch, Responses, Rollout
 from rlhf_accel.algorithm.kl import AdaptiveKLController, FixedKLController
@@ -113,7 +114,7 @@ class PPOTrainer:
     def update(self, experience: Experience, step: int) -> LossStats:
         """PPO's epochs over the experience; stops early where ppo.target_kl_stop says so."""
         config = self.config.ppo
-        totals = UpdateTotals(critic=experience.returns is not None)
+        totals = UpdateTotals(experience)
         with training_mode(self.runtime.module, self.config):
             for epoch in range(config.ppo_epochs):
                 generator = np.random.default_rng((_MINIBATCHES, self.config.run.seed, step, epoch))
@@ -184,7 +185,7 @@ class PPOTrainer:
         return rollout
 
     def _skip_update(self, fault: Fault, experience: Experience) -> LossStats:
-        totals = UpdateTotals(critic=experience.returns is not None)
+        totals = UpdateTotals(experience)
         totals.add_step(math.nan, taken=False)
         failures.skip(self.run, fault, experience)
         return totals.stats()
@@ -203,14 +204,17 @@ class PPOTrainer:
             self.runtime.world_size,
         )
         # Over all ranks and micro-batches, and known before the first backward pass.
-        tokens = int(sequences.response_mask[rows].sum())
+        mask = sequences.response_mask[rows]
+        tokens, denominator = int(mask.sum()), ppo.denominator(mask, config.loss_reduction)
         noted: list[Terms] = []
-        losses = [self._loss(experience, part, tokens, noted) for part in micro_batches[self.runtime.rank]]
+        losses = [self._loss(experience, part, denominator, noted) for part in micro_batches[self.runtime.rank]]
         means: dict[str, Tensor] = {}
 
         def no_step() -> bool:
             """It moved too far, or the loss is not finite, though its gradient may be."""
-            means.update(totals.add_losses(Terms.added(noted).over(self.runtime.sum, self.runtime.max), tokens))
+            means.update(
+                totals.add_losses(Terms.added(noted).over(self.runtime.sum, self.runtime.max), tokens, denominator)
+            )
             too_far = config.target_kl_stop is not None and bool(means["approx_kl"] > config.target_kl_stop)
             return too_far or not means["total"].isfinite()
 
@@ -229,7 +233,7 @@ class PPOTrainer:
         return True
 
     def _loss(
-        self, experience: Experience, rows: Int[Tensor, " m"], tokens: int, noted: list[Terms]
+        self, experience: Experience, rows: Int[Tensor, " m"], denominator: int, noted: list[Terms]
     ) -> Callable[[], Tensor]:
         """The loss of a micro-batch as a function, which also notes its terms.
 
@@ -242,9 +246,9 @@ class PPOTrainer:
         def loss() -> Tensor:
             with_entropy = self.config.ppo.entropy_coef > 0
             outputs = self.runtime.module(*model_inputs(sequences), with_entropy=with_entropy)
-            terms = loss_terms(outputs, part, mask, self.config.ppo)
+            terms = loss_terms(outputs, part, mask, self.config.ppo, self.kl_controller.coef)
             noted.append(terms.detached())
-            return terms.sums["total"] / tokens
+            return terms.sums["total"] / denominator
 
         return loss
 

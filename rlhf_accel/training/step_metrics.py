@@ -20,14 +20,16 @@ def step_metrics(
     k1, k3 = (
         masked_row_sum(kl_estimate(rollout.logprobs, rollout.ref_logprobs, kind), mask).mean() for kind in ("k1", "k3")
     )
-    critic: dict[str, float] = {}
+    optional: dict[str, float] = {}
     if rollout.values is not None and experience.returns is not None:
         fit = explained_variance(rollout.values + partial, experience.returns + partial, mask)
-        critic = {
+        optional = {
             "loss/value": math.nan if losses.value is None else losses.value,
             "value/clip_fraction": math.nan if losses.value_clip_fraction is None else losses.value_clip_fraction,
             "value/explained_variance": float(fit),
         }
+    if experience.ref_logprobs is not None:
+        optional["loss/kl"] = math.nan if losses.kl is None else losses.kl
     found = {
         "objective/score": float(rollout.scores.mean()),
         "objective/score_std": float(rollout.scores.std(correction=0)),
@@ -50,7 +52,7 @@ def step_metrics(
         "time/step": watch.total(),
         "perf/samples_per_second": len(rollout) / watch.total(),
         "perf/response_tokens_per_second": int(mask.sum()) / watch.total(),
-        **critic,
+        **optional,
         **run,
     }
     return {metric.name: found[metric.name] for metric in METRICS if metric.name in found}

@@ -38,7 +38,11 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "lora": {**LORA, "run": SAVED},
     # Groups of three, of which a rank's share and a minibatch hold parts.
     "grpo": {
-        **{"rollout": {"batch_size": 3, "samples_per_prompt": 3}, "ppo": {"advantage": "grpo", "num_minibatches": 1}},
+        **{"rollout": {"batch_size": 3, "samples_per_prompt": 3}},
+        "ppo": {
+            **{"advantage": "grpo", "num_minibatches": 1, "policy_loss": "gspo", "loss_reduction": "sequence"},
+            **{"kl_in": "loss", "kl_estimator": "k3", "kl_coef": 1.0},
+        },
         # Where a group scores alike, rounding alone would decide on which side of 0 its advantages are.
         **{"reward": {"function": "tests.conftest:mean_code"}, "run": SAVED},
     },
