@@ -156,6 +156,8 @@ class Device(TorchDispatchMode):
         source, target = (args[1], args[0]) if in_place else (args[0], None)
         asked = kwargs.get("device")
         is_ours = isinstance(source, OnDevice)
+        if source.numel() == 0:
+            return
         to_ours = isinstance(target, OnDevice) if in_place else is_ours if asked is None else _is_cuda(asked)
         waits_not = bool(args[2] if in_place and len(args) > 2 else kwargs.get("non_blocking", False))
         if is_ours and to_ours and not in_place and isinstance(source, torch.nn.Parameter):
