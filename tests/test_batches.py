@@ -190,3 +190,12 @@ def test_trimmed_of_no_rows() -> None:
 def test_trimmed_goes_by_the_mask_and_not_by_the_ids() -> None:
     rows = dataclasses.replace(make_sequences([[1], [2]], [[3], [4]]), responses=torch.full((2, 3), 9))
     assert rows.trimmed().responses.tolist() == [[9], [9]]
+
+
+def test_experience_is_trimmed_as_its_sequences_are() -> None:
+    whole = make_experience()
+    few = whole.select(torch.tensor([0, 2]))
+    trimmed, length = few.trimmed(), few.sequences.trimmed().responses.shape[1]
+    assert trimmed.sequences.responses.tolist() == few.sequences.trimmed().responses.tolist()
+    assert trimmed.advantages.tolist() == few.advantages[:, :length].tolist()
+    assert dataclasses.replace(few, old_values=None, returns=None).trimmed().returns is None

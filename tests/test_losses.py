@@ -62,7 +62,7 @@ def test_terms_add_up_over_micro_batches_and_ranks() -> None:
         part = experience(critic=True).select(torch.tensor([row]))
         of_row = TokenOutputs(logprobs=-ONES[:1], values=0.5 * ONES[:1], entropy=None)
         parts.append(loss_terms(of_row, part, MASK[row : row + 1], replace(config, entropy_coef=0.0), 0.0).detached())
-    added = Terms.added(parts).over(lambda sums: 2 * sums, lambda maxima: maxima)
+    added = Terms.added(parts).over(lambda sums, maxima: (2 * sums, maxima))
     for name, value in whole.sums.items():
         assert float(added.sums[name]) == pytest.approx(2 * float(value)), name
     assert {name: float(value) for name, value in added.maxima.items()} == {

@@ -431,7 +431,7 @@ def test_rows_that_ended_leave_the_batch(policy: Policy) -> None:
 
 
 def test_a_cache_that_cannot_let_rows_go_keeps_them(gpt2: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "_select", lambda cache, rows: False)
+    monkeypatch.setattr(decoding, "_can_select", lambda cache: False)
     queries, mask = gpt2.prompts([4, 2, 6])
     uniform = uniforms(0, 1, range(3), 6)
     free = gpt2.sample(queries, mask, uniform, ended=never, stop_ids=())

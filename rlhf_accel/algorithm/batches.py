@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rlhf_accel.system.transfer import to_device
+
 T = TypeVar("T", bound="_Batch")
 
 
@@ -45,7 +47,9 @@ class _Batch:
         moved = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            moved[field.name] = value.to(device) if isinstance(value, (Tensor, _Batch)) else value
+            if isinstance(value, _Batch):
+                value = value.to(device)
+            moved[field.name] = to_device(value, device) if isinstance(value, Tensor) else value
         return replace(self, **moved)
 
 
@@ -216,6 +220,14 @@ class Experience(_Batch):
 
     def __len__(self) -> int:
         return len(self.sequences)
+
+    def trimmed(self) -> Experience:
+        """The same rows without the columns that are padding in all of them."""
+        sequences = self.sequences.trimmed()
+        length = sequences.responses.shape[1]
+        shorter = {field.name: getattr(self, field.name) for field in fields(self)}
+        shorter = {name: value[:, :length] for name, value in shorter.items() if isinstance(value, Tensor)}
+        return replace(self, sequences=sequences, **shorter)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from rlhf_accel.algorithm.batches import Sequences
 from rlhf_accel.data.loading import pretrained
 from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.system.transfer import to_device
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"  # in place of bytes that are not a character
 _CONTEXT = 8  # shown tokens of a prompt that decide how its response begins: a character has at most four
@@ -186,27 +187,39 @@ class StopCondition:
         self.texts = tuple(texts)
         self._tokens = tokens
         self._prompts = prompts
+        self._on_device: dict[torch.device, Tensor] = {}
         # A stop text that the newest token completes lies within the last tokens, as each has at least one byte. The 4
         # more are for the rest of a character, and for a first token that may decode in another way.
         self._window = 4 * max(map(len, texts), default=0) + 4
 
     def after(self, queries: Int[Tensor, "B Q"], query_mask: Bool[Tensor, "B Q"]) -> StopCondition:
-        """The condition for responses to these prompts, one per row."""
-        rows = [query[mask].tolist() for query, mask in zip(queries.cpu(), query_mask.cpu(), strict=True)]
+        """The condition for responses to these prompts, one per row, which are on the CPU."""
+        rows = [query[mask].tolist() for query, mask in zip(queries, query_mask, strict=True)]
         prompts = [self._tokens.shown(row)[-_CONTEXT:] for row in rows]
         return StopCondition(self._tokens, self.ids, self.texts, prompts)
 
     def __call__(self, responses: Int[Tensor, "B t"]) -> Bool[Tensor, " B"]:
-        """`responses` are the tokens sampled so far, t >= 1; rows that ended earlier may have any result."""
-        ended = torch.isin(responses[:, -1], torch.tensor(self.ids, device=responses.device))
+        """`responses` are the tokens sampled so far, t >= 1; rows that ended earlier may have any result.
+
+        Stop texts are searched on the CPU, where the result then is; otherwise it is on the device of the responses.
+        """
+        if self.texts:
+            responses = responses.cpu()
+        ended = (responses[:, -1:] == self._ids_on(responses.device)).any(1)
         if self.texts:
             prompts = [[]] * len(responses) if self._prompts is None else self._prompts
             found = [
                 self._completes(prompt, row if self._tokens.hidden.isdisjoint(row) else whole.tolist())
                 for prompt, row, whole in zip(prompts, responses[:, -self._window :].tolist(), responses, strict=True)
             ]
-            ended |= torch.tensor(found, device=responses.device)
+            ended |= torch.tensor(found)
         return ended
+
+    def _ids_on(self, device: torch.device) -> Int[Tensor, " n"]:
+        """The stop tokens, copied to a device once."""
+        if device not in self._on_device:
+            self._on_device[device] = to_device(torch.tensor(self.ids, dtype=torch.int64), device)
+        return self._on_device[device]
 
     def _completes(self, prompt: Sequence[int], response: list[int]) -> bool:
         if response[-1] in self._tokens.hidden:

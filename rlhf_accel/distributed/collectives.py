@@ -16,22 +16,32 @@ from torch import Tensor
 from rlhf_accel.distributed.batching import contiguous_shares
 from rlhf_accel.distributed.liveness import waiting
 from rlhf_accel.system.errors import ConfigError, RunFailed
+from rlhf_accel.system.transfer import to_device, to_host
 
 T = TypeVar("T")
 
 
 def sum_over_ranks(accelerator: Accelerator, values: Tensor) -> Tensor:
     """Elementwise, on the CPU."""
-    with waiting():
-        total: Tensor = accelerator.reduce(values.to(accelerator.device), "sum")
-    return total.cpu()
+    return sum_and_max_over_ranks(accelerator, values, None)[0]
 
 
 def max_over_ranks(accelerator: Accelerator, values: Tensor) -> Tensor:
     """Elementwise, on the CPU."""
-    with waiting():
-        rows: Tensor = accelerator.gather(values.to(accelerator.device)[None])
-    return rows.amax(0).cpu()
+    return sum_and_max_over_ranks(accelerator, None, values)[0]
+
+
+def sum_and_max_over_ranks(accelerator: Accelerator, sums: Tensor | None, maxima: Tensor | None) -> list[Tensor]:
+    """The sums of the one and the maxima of the other, of those that are given, elementwise, on the CPU."""
+    found = [values for values in (sums, maxima) if values is not None]
+    if accelerator.num_processes > 1:
+        with waiting():
+            found = []
+            if sums is not None:
+                found.append(accelerator.reduce(to_device(sums, accelerator.device), "sum"))
+            if maxima is not None:
+                found.append(accelerator.gather(to_device(maxima, accelerator.device)[None]).amax(0))
+    return to_host(found)
 
 
 def on_all(accelerator: Accelerator, fact: bool) -> bool:

@@ -35,11 +35,16 @@ class DataParallel:
         with contextlib.nullcontext() if last else self._accelerator.no_sync(self.module):
             yield
 
-    def backward(self, loss: Tensor, *, drop: bool) -> None:
-        """Add to the gradients; with `drop`, at the last micro-batch, forget them all."""
+    def backward(self, loss: Tensor, drop: Callable[[], bool]) -> bool:
+        """Add to the gradients; if `drop` says so, forget them all. Returns what it said.
+
+        It is asked when the backward pass is on its way: to answer, the host waits for the loss.
+        """
         self._accelerator.backward(loss)
-        if drop:
+        dropped = drop()
+        if dropped:
             self.optimizer.zero_grad()
+        return dropped
 
     def step(self) -> tuple[float, bool]:
         """Clip and step. Returns the gradient norm before clipping, and whether the step was taken."""

@@ -88,14 +88,19 @@ class Zero:
         self.module.set_gradient_accumulation_boundary(last)
         yield
 
-    def backward(self, loss: Tensor, *, drop: bool) -> None:
-        """Add to the gradients; with `drop`, at the last micro-batch, forget them all."""
+    def backward(self, loss: Tensor, drop: Callable[[], bool]) -> bool:
+        """Add to the gradients; if `drop` says so, forget them all. Returns what it said.
+
+        It is asked before the backward pass, which it changes.
+        """
+        dropped = drop()
         # The engine's own: Accelerate's backward would also step, before the norm is known.
-        with self._poisoned() if drop else contextlib.nullcontext():
+        with self._poisoned() if dropped else contextlib.nullcontext():
             self.module.backward(loss)
-        if drop:
+        if dropped:
             _, taken = self.step()
             assert not taken, "a gradient of NaN was applied"
+        return dropped
 
     @contextlib.contextmanager
     def _poisoned(self) -> Iterator[None]:

@@ -139,17 +139,17 @@ class Runtime:
         are to be summed; data parallelism averages them over ranks, which the factor undoes. All ranks give equally
         many losses: each forward and backward pass is a collective.
 
-        `unless` is called once, on all ranks, when the last loss is known. If it returns True the gradients are
-        dropped, and the result is False.
+        `unless` is called once, on all ranks, when all losses are known. If it returns True the gradients are dropped,
+        and the result is False.
         """
         dropped = False
         for number, loss in enumerate(losses, start=1):
             last = number == len(losses)
+            drop = unless if last and unless is not None else lambda: False
             with self._engine.accumulating(last):
                 with self.autocast():
                     value = loss() * self.world_size
-                dropped = last and unless is not None and unless()
-                self._engine.backward(value, drop=dropped)
+                dropped = self._engine.backward(value, drop)
         return not dropped
 
     def optimizer_step(self) -> tuple[float, bool]:
@@ -208,6 +208,11 @@ class Runtime:
     def max(self, values: Tensor) -> Tensor:
         """Elementwise maximum over ranks, on the CPU."""
         return collectives.max_over_ranks(self._accelerator, values)
+
+    def sum_and_max(self, sums: Tensor, maxima: Tensor) -> tuple[Tensor, Tensor]:
+        """Both at once: the elementwise sum of the one and maximum of the other, on the CPU."""
+        summed, largest = collectives.sum_and_max_over_ranks(self._accelerator, sums, maxima)
+        return summed, largest
 
     def anywhere(self, fact: bool) -> bool:
         """Whether a fact holds on any rank."""

@@ -19,9 +19,11 @@ from rlhf_accel.data import reward_texts
 from rlhf_accel.data.reward_texts import Record
 from rlhf_accel.models.classifier import load_tokenizer, most_tokens, settle_padding, stored_dtype
 from rlhf_accel.models.loading import DTYPES, load_pretrained
+from rlhf_accel.models.masks import known_mask
 from rlhf_accel.reward import classifier_checks
 from rlhf_accel.system.arithmetic import computes_in_bf16
 from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.system.transfer import to_device, to_host
 
 
 class Classifier:
@@ -82,11 +84,12 @@ class Classifier:
         self._count(prompts, columns, rows, cut)
         # Batches of texts of similar length need less padding.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        size = self.config.batch_size
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        found = to_host([self._scores(self.logits([rows[i] for i in batch])) for batch in batches])
         scores = [0.0] * len(texts)
-        for start in range(0, len(order), self.config.batch_size):
-            chosen = order[start : start + self.config.batch_size]
-            logits = self.logits([rows[i] for i in chosen])
-            for i, score in zip(chosen, self._scores(logits).tolist(), strict=True):
+        for batch, part in zip(batches, found, strict=True):
+            for i, score in zip(batch, part.tolist(), strict=True):
                 scores[i] = score
         return scores
 
@@ -111,8 +114,10 @@ class Classifier:
         # The reward trainer passes ids only. Models from elsewhere may need the token types of their tokenizer.
         keys = ["input_ids"] if self.record is not None else list(rows[0])
         batch = {key: [list(row[key]) for row in rows] for key in keys}
-        inputs = self.tokenizer.pad(batch, return_tensors="pt").to(self.device)
-        logits: Tensor = self.model(**inputs).logits
+        inputs = self.tokenizer.pad(batch, return_tensors="pt")
+        moved = {name: to_device(tensor, self.device) for name, tensor in inputs.items()}
+        with known_mask(inputs.get("attention_mask"), self.device):
+            logits: Tensor = self.model(**moved).logits
         return logits.float()
 
     def _count(

@@ -18,8 +18,10 @@ from rlhf_accel.data.tokenizer import Tokens
 from rlhf_accel.distributed.batching import cut_by_tokens
 from rlhf_accel.distributed.runtime import Runtime
 from rlhf_accel.models.calls import model_inputs
+from rlhf_accel.models.masks import known_mask, mask_of
 from rlhf_accel.models.reference import reference_policy
 from rlhf_accel.rollout.engine import Engine, Seeds
+from rlhf_accel.system.transfer import to_host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +80,18 @@ class Collector:
         noted = self._noted(responses)
         lengths = sequences.query_mask.sum(1), sequences.response_mask.sum(1)
         shares, rank = self.runtime.shares(count), self.runtime.rank
+        passed: list[tuple[Tensor, dict[str, Tensor]]] = []
         for placed in cut_by_tokens(*lengths, shares, self.pass_tokens)[rank]:
             rows = placed - shares[rank][:1]  # counted from this rank's first
             chunk = (own.select(rows) if len(rows) else sequences.select(torch.tensor([0]))).trimmed()
-            found = self._passes(chunk.to(self.runtime.device))  # by every rank: with ZeRO-3 it is a collective
-            for name, part in found.items() if len(rows) else ():
-                noted[name][rows, : part.shape[1]] = part.cpu()
+            with known_mask(mask_of(chunk), self.runtime.device):
+                found = self._passes(chunk.to(self.runtime.device))  # by every rank: with ZeRO-3 it is a collective
+            passed += [(rows, found)] if len(rows) else []
+        figures = iter(to_host([figure for _, found in passed for figure in found.values()]))
+        for rows, found in passed:
+            for name in found:
+                part = next(figures)
+                noted[name][rows, : part.shape[1]] = part
         # A sample of NaN is never trained on, also if the model is itself again by now.
         noted["logprobs"][~responses.logprobs.isfinite().all(1)] = torch.nan
         return Rollout(

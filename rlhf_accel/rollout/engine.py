@@ -22,6 +22,7 @@ from rlhf_accel.distributed.runtime import Runtime
 from rlhf_accel.models import cpu_kernels
 from rlhf_accel.models.policy import end_of_text_ids
 from rlhf_accel.rollout.sampling import Generations, SamplingSettings, sample, uniforms
+from rlhf_accel.system.transfer import to_device
 
 
 class Seeds(NamedTuple):
@@ -75,7 +76,7 @@ class BuiltinEngine:
         with self.runtime.autocast(), layout:
             for rows in self._passes(len(prompts), size):
                 chunk = mine.select(rows) if len(rows) else prompts.select(torch.tensor([0]))
-                generated = self._continue(policy, chunk.to(self.runtime.device), stop, settings, seeds)
+                generated = self._continue(policy, chunk, stop, settings, seeds)
                 passes.append(generated.rows(slice(None) if len(rows) else slice(0)))
         return Generations.joined(passes)
 
@@ -85,13 +86,13 @@ class BuiltinEngine:
     def _continue(
         self, policy: Any, prompts: PromptBatch, stop: StopCondition, settings: RolloutConfig, seeds: Seeds
     ) -> Generations:
-        module = self.runtime.plain_module
+        module, device = self.runtime.plain_module, self.runtime.device
         uniform = uniforms(seeds.run, seeds.step, prompts.sample.tolist(), settings.max_new_tokens)
         return sample(
             policy,
-            prompts.queries,
-            prompts.query_mask,
-            uniform.to(self.runtime.device),
+            to_device(prompts.queries, device),
+            to_device(prompts.query_mask, device),
+            to_device(uniform, device),
             sampling_settings(settings),
             pad_id=self.tokens.pad_id,
             stop_ids=stop.ids,

@@ -19,7 +19,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rlhf_accel.algorithm.logprobs import entropy_of, log_normalizer, tempered
 from rlhf_accel.models.calls import accepted, vocabulary_inputs
+from rlhf_accel.models.masks import known_mask
 from rlhf_accel.models.positions import first_position, position_ids
+from rlhf_accel.system.transfer import to_device, to_host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,9 @@ class Generations:
 
     def rows(self, kept: slice) -> Generations:
         """These rows, on the CPU."""
-        return self._mapped(lambda tensor: tensor[kept].cpu())
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        there = {name: tensor[kept] for name, tensor in tensors.items() if tensor is not None}
+        return replace(self, **dict(zip(there, to_host(list(there.values())), strict=True)))
 
     @classmethod
     def joined(cls, parts: Sequence[Generations]) -> Generations:
@@ -58,10 +62,6 @@ class Generations:
             name: None if column[0] is None else torch.cat(column) for name, column in columns.items()
         }
         return cls(**joined)
-
-    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Generations:
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: change(tensor) for name, tensor in tensors.items() if tensor is not None})
 
 
 def uniforms(seed: int, step: int, index: Sequence[int], length: int) -> Float[Tensor, "B R"]:
@@ -96,51 +96,81 @@ def sample(
     """Sample a response to each query by the inverse CDF of its own uniform numbers.
 
     `stop_ids` are not sampled before min_new_tokens; `ended` tells of the tokens so far which responses the newest one
-    ended. Stops once all have ended, also in the batches of other processes if `everywhere` asks them. `value` maps
-    the states that the vocabulary layer reads to values.
+    ended, on their device or, if it had to read them, on the CPU. Stops once all have ended, also in the batches of
+    other processes if `everywhere` asks them. `value` maps the states that the vocabulary layer reads to values.
+
+    The host waits for the device once a token: to learn which responses have ended.
     """
     (count, length), device, width = uniform.shape, queries.device, queries.shape[1]
     out = _nothing_yet(count, length, pad_id, device, with_values=value is not None)
     attention_mask = torch.cat([query_mask, torch.ones_like(out.response_mask)], dim=1).long()
     positions = position_ids(attention_mask, first_position(model))
-    extras = accepted(model, logits_to_keep=torch.tensor([-1], device=device), position_ids=positions)
+    extras = accepted(model, logits_to_keep=to_device(torch.tensor([-1]), device), position_ids=positions)
     cache = next(iter(accepted(model, past_key_values=None, cache_params=None)), None)  # what the model calls it
     rows = torch.arange(count, device=device)  # of the batch, those that the model still continues
     tokens, past = queries, None
+    stops = to_device(torch.tensor(list(stop_ids), dtype=torch.int64), device)
+    # The same on the CPU, as far as the host knows.
+    padded, kept, finished = attention_mask.cpu(), torch.arange(count), torch.zeros(count, dtype=torch.bool)
     with contextlib.ExitStack() as stack:
         states = stack.enter_context(vocabulary_inputs(model)) if value is not None else []
         for t in range(length):
-            if everywhere(bool(out.finished.all())):
+            if everywhere(bool(finished.all())):
                 break
-            going = ~out.finished[rows]
-            if past is not None and 0 < int(going.sum()) <= _STILL_FULL * len(rows) and _select(past, going):
+            going = (~finished[kept]).nonzero()[:, 0]
+            if past is not None and 0 < len(going) <= _STILL_FULL * len(kept) and _can_select(past):
+                kept, going = kept[going], to_device(going, device)
+                past.batch_select_indices(going)
                 rows, tokens = rows[going], tokens[going]
             seen = width + t
             if "position_ids" in extras:
                 extras["position_ids"] = positions[rows, seen - tokens.shape[1] : seen]
-            output = _forward(model, tokens, attention_mask[rows, :seen], cache, past, extras)
+            with known_mask(padded[kept, :seen], device):
+                output = _forward(model, tokens, attention_mask[rows, :seen], cache, past, extras)
             past = None if cache is None else getattr(output, cache)
             logits = tempered(output.logits[:, -1], settings.temperature)
             probabilities = logits.softmax(-1)
-            blocked, active = stop_ids if t < settings.min_new_tokens else (), ~out.finished[rows]
+            blocked, active = stops if t < settings.min_new_tokens else stops[:0], ~out.finished[rows]
             picked = _choose(logits, probabilities, uniform[rows, t], settings, blocked)
             tokens = picked.masked_fill(~active, pad_id)[:, None]
-            normalizer = log_normalizer(logits, probabilities)
-            figures = [
-                (out.logprobs, logits.gather(1, tokens)[:, 0] - normalizer),
-                (out.entropy, entropy_of(logits, probabilities, normalizer)),
-            ]
-            if value is not None and out.values is not None:
-                figures.append((out.values, value(states.pop()[:, -1:])[:, 0]))
-            for whole, part in figures:
-                whole[rows, t] = part.masked_fill(~active, 0.0)
-            out.responses[rows, t] = tokens[:, 0]
-            out.response_mask[rows, t] = active
+            values = None if value is None else value(states.pop()[:, -1:])[:, 0]
+            _note_tokens(out, (rows, t), tokens, active, logits, probabilities, values)
             if t + 1 >= settings.min_new_tokens:
-                out.finished.logical_or_(out.response_mask[:, t] & ended(out.responses[:, : t + 1]))
+                finished = _note_ended(out, finished, ended(out.responses[:, : t + 1]), is_last=t + 1 == length)
             if past is None:  # a model without a cache reads everything again
                 tokens = torch.cat([queries, out.responses[:, : t + 1]], dim=1)[rows]
     return out
+
+
+def _note_tokens(
+    out: Generations,
+    place: tuple[Int[Tensor, " n"], int],
+    tokens: Int[Tensor, "n 1"],
+    active: Bool[Tensor, " n"],
+    logits: Float[Tensor, "n V"],
+    probabilities: Float[Tensor, "n V"],
+    values: Float[Tensor, " n"] | None,
+) -> None:
+    """Note in `out`, at these rows and this column, the tokens and their figures; 0 where a row is not active."""
+    normalizer = log_normalizer(logits, probabilities)
+    out.logprobs[place] = (logits.gather(1, tokens)[:, 0] - normalizer).masked_fill(~active, 0.0)
+    out.entropy[place] = entropy_of(logits, probabilities, normalizer).masked_fill(~active, 0.0)
+    if values is not None and out.values is not None:
+        out.values[place] = values.masked_fill(~active, 0.0)
+    out.responses[place] = tokens[:, 0]
+    out.response_mask[place] = active
+
+
+def _note_ended(
+    out: Generations, finished: Bool[Tensor, " B"], ended: Bool[Tensor, " B"], *, is_last: bool
+) -> Bool[Tensor, " B"]:
+    """Note in `out` which responses have ended, and return it on the CPU, where `finished` was it until now."""
+    if ended.device.type == "cpu":
+        finished = finished | ended
+        out.finished.copy_(to_device(finished, out.finished.device))
+        return finished
+    out.finished.logical_or_(ended)
+    return finished if is_last else out.finished.cpu()  # after the last token nothing depends on it
 
 
 def _nothing_yet(count: int, length: int, pad_id: int, device: torch.device, *, with_values: bool) -> Generations:
@@ -161,7 +191,7 @@ def _choose(
     probabilities: Float[Tensor, "B V"],
     uniform: Float[Tensor, " B"],
     settings: SamplingSettings,
-    blocked: Sequence[int],
+    blocked: Int[Tensor, " n"],
 ) -> Int[Tensor, " B"]:
     """The next token of each row, none of which is `blocked`; `probabilities` are the softmax of the logits."""
     choice = truncate(_without(logits, blocked), settings.top_k, settings.top_p)
@@ -191,7 +221,7 @@ def pick(probabilities: Float[Tensor, "B V"], uniform: Float[Tensor, " B"]) -> I
     # A GPU sums in parallel, and its cumulated sums may waver in the last bit where nothing is added. A token without
     # probability that gets such a bit is replaced: it may be a forbidden one.
     possible = probabilities.gather(1, tokens) > 0
-    if not possible.all():
+    if tokens.device.type != "cpu" or not possible.all():  # a GPU replaces none sooner than it tells whether there are
         tokens = torch.where(possible, tokens, probabilities.argmax(-1, keepdim=True))
     return tokens[:, 0]
 
@@ -214,16 +244,11 @@ def truncate(logits: Float[Tensor, "B V"], top_k: int, top_p: float) -> Float[Te
     return logits
 
 
-def _select(cache: Any, rows: Bool[Tensor, " n"]) -> bool:
-    """Keep these rows of a cache, if it is of a kind that can: layers with a state beside keys and values cannot."""
+def _can_select(cache: Any) -> bool:
+    """Whether rows of a cache can be selected: not where layers have a state beside keys and values."""
     layers = getattr(cache, "layers", ())
-    if not layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
-        return False
-    cache.batch_select_indices(rows.nonzero()[:, 0])
-    return True
+    return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
-def _without(logits: Float[Tensor, "B V"], ids: Sequence[int]) -> Float[Tensor, "B V"]:
-    if not ids:
-        return logits
-    return logits.index_fill(1, torch.tensor(list(ids), device=logits.device), -torch.inf)
+def _without(logits: Float[Tensor, "B V"], ids: Int[Tensor, " n"]) -> Float[Tensor, "B V"]:
+    return logits.index_fill(1, ids, -torch.inf) if len(ids) else logits

@@ -33,10 +33,11 @@ class Terms:
     maxima: dict[str, Tensor]
 
     def detached(self) -> Terms:
-        """The same figures on the CPU, without the graph that they came from."""
+        """The same figures without the graph that they came from, where they were computed: to read them would make
+        the host wait for the forward pass before it starts the backward pass."""
         return Terms(
-            sums={name: value.detach().float().cpu() for name, value in self.sums.items()},
-            maxima={name: value.float().cpu() for name, value in self.maxima.items()},
+            sums={name: value.detach().float() for name, value in self.sums.items()},
+            maxima={name: value.float() for name, value in self.maxima.items()},
         )
 
     @classmethod
@@ -48,10 +49,9 @@ class Terms:
             sums=dict(zip(parts[0].sums, sums, strict=True)), maxima=dict(zip(parts[0].maxima, maxima, strict=True))
         )
 
-    def over(self, reduce_sum: Callable[[Tensor], Tensor], reduce_max: Callable[[Tensor], Tensor]) -> Terms:
-        """Those of all ranks together, by these two collectives."""
-        sums = reduce_sum(torch.stack(list(self.sums.values())))
-        maxima = reduce_max(torch.stack(list(self.maxima.values())))
+    def over(self, reduce: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Terms:
+        """Those of all ranks together, on the CPU, by a function that adds up sums and takes the largest of maxima."""
+        sums, maxima = reduce(torch.stack(list(self.sums.values())), torch.stack(list(self.maxima.values())))
         return Terms(sums=dict(zip(self.sums, sums, strict=True)), maxima=dict(zip(self.maxima, maxima, strict=True)))
 
 

@@ -28,6 +28,7 @@ from rlhf_accel.config.schema import Config, OptimConfig, PPOConfig
 from rlhf_accel.data.prompts import own_prompts
 from rlhf_accel.distributed.batching import cut_micro_batches
 from rlhf_accel.models.calls import model_inputs
+from rlhf_accel.models.masks import known_mask, mask_of
 from rlhf_accel.models.positions import check_prompts
 from rlhf_accel.models.trainable import training_mode
 from rlhf_accel.reward import RewardFunction
@@ -212,9 +213,7 @@ class PPOTrainer:
 
         def no_step() -> bool:
             """It moved too far, or the loss is not finite, though its gradient may be."""
-            means.update(
-                totals.add_losses(Terms.added(noted).over(self.runtime.sum, self.runtime.max), tokens, denominator)
-            )
+            means.update(totals.add_losses(Terms.added(noted).over(self.runtime.sum_and_max), tokens, denominator))
             too_far = config.target_kl_stop is not None and bool(means["approx_kl"] > config.target_kl_stop)
             return too_far or not means["total"].isfinite()
 
@@ -239,13 +238,15 @@ class PPOTrainer:
 
         An empty micro-batch reads one row with nothing of it counted: its passes keep the rank in step with others.
         """
-        part = experience.select(rows if len(rows) else torch.zeros(1, dtype=torch.int64)).to(self.runtime.device)
-        sequences = part.sequences.trimmed()
-        mask = sequences.response_mask & bool(len(rows))
+        part = experience.select(rows if len(rows) else torch.zeros(1, dtype=torch.int64)).trimmed()
+        attended = mask_of(part.sequences)
+        part = part.to(self.runtime.device)
+        sequences, mask = part.sequences, part.sequences.response_mask & bool(len(rows))
 
         def loss() -> Tensor:
             with_entropy = self.config.ppo.entropy_coef > 0
-            outputs = self.runtime.module(*model_inputs(sequences), with_entropy=with_entropy)
+            with known_mask(attended, self.runtime.device):
+                outputs = self.runtime.module(*model_inputs(sequences), with_entropy=with_entropy)
             terms = loss_terms(outputs, part, mask, self.config.ppo, self.kl_controller.coef)
             noted.append(terms.detached())
             return terms.sums["total"] / denominator

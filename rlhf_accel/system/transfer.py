@@ -1,0 +1,25 @@
+"""Copies between this host's memory and a GPU, for which the host waits once, or not at all. Knows torch only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on the device. To a GPU it is copied from pinned memory, in the order of the GPU's work, so that the
+    host does not wait for what is running there."""
+    if torch.device(device).type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors in the host's memory, after one wait for all of them."""
+    on_gpu = [tensor.device for tensor in tensors if tensor.device.type == "cuda"]
+    copies = [tensor.to("cpu", non_blocking=tensor.device.type == "cuda") for tensor in tensors]
+    for device in set(on_gpu):
+        torch.cuda.current_stream(device).synchronize()
+    return copies
