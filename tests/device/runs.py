@@ -146,7 +146,7 @@ def planted(bench: Bench) -> dict[str, str | None]:
             lambda f: lambda x, mask: f(x * torch.ones(x.shape[-1]), mask),
         ),
         "numpy of a tensor": (sampling, "pick", lambda f: lambda p, u: (p.numpy(), f(p, u))[1]),
-        "a gradient on the CPU": (ppo, "masked_sum", lambda f: lambda x, mask: f(_GradOnCPU.apply(x), mask)),
+        "a gradient on the CPU": (ppo, "weighted_sum", lambda f: lambda x, *more: f(_GradOnCPU.apply(x), *more)),
         "two devices joined": (
             *(sampling, "position_ids"),
             lambda f: lambda mask, first: torch.cat([f(mask, first)[:, :0], f(mask.cpu(), first)], 1),
