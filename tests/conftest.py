@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,6 +29,7 @@ from transformers import (
 
 from rlhf_accel.config.loading import parse
 from rlhf_accel.config.schema import Config
+from rlhf_accel.distributed import liveness
 from tests import forks
 
 # Tiny matrices: a second thread costs more than it brings.
@@ -219,3 +221,22 @@ def exact_fp32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def signalled(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
+    """A function that has this process sent a signal when a run enters a phase."""
+
+    def at(phase: str, number: int = signal.SIGTERM) -> None:
+        enter = liveness.Heartbeat.__call__
+        sent: list[str] = []
+
+        def entering(self: liveness.Heartbeat, said: str) -> None:
+            enter(self, said)
+            if said == phase and not sent:
+                sent.append(said)
+                signal.raise_signal(number)
+
+        monkeypatch.setattr(liveness.Heartbeat, "__call__", entering)
+
+    return at

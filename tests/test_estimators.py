@@ -165,6 +165,20 @@ def test_a_run_without_a_critic(tiny, tmp_path, advantage):
     }
 
 
+@pytest.mark.parametrize("kl", [{}, {"kl_in": "loss", "kl_estimator": "k2"}], ids=["reward", "loss"])
+def test_a_step_whose_evaluation_waited_is_resumed(tiny, tmp_path, signalled, kl):
+    """Its metrics are in the checkpoint: without those of a critic, and with those of a KL in the loss."""
+    sections = {"ppo": {"advantage": "rloo", **kl}, "rollout": {"batch_size": 4, "samples_per_prompt": 2}}
+    run = {"total_steps": 2, "eval_every": 1, "output_dir": str(tmp_path / "run")}
+    signalled("update of step 1")
+    with pytest.raises(SystemExit):
+        PPOTrainer(tiny(run=run, **sections)).fit()
+    assert not (tmp_path / "run" / "metrics.jsonl").read_text()
+    PPOTrainer(tiny(run={**run, "resume": "latest"}, **sections)).fit()
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2] and ("loss/kl" in rows[0]) == bool(kl)
+
+
 def test_prompts_of_ones_own_get_as_many_samples(tiny):
     trainer = PPOTrainer(tiny(ppo={"advantage": "rloo"}, rollout={"batch_size": 4, "samples_per_prompt": 2}))
     trainer.step(["The film", "A dull"])

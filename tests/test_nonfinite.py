@@ -24,7 +24,6 @@ from safetensors.torch import load_file
 
 from rlhf_accel.config.loading import to_yaml
 from rlhf_accel.config.schema import Config
-from rlhf_accel.distributed import liveness
 from rlhf_accel.system import signals
 from rlhf_accel.system.errors import RunFailed
 from rlhf_accel.training.ppo_trainer import PPOTrainer
@@ -173,25 +172,6 @@ def test_two_processes_killed_at_any_moment(config: str, gpt2_folder: Path, prom
 
 
 PHASES = ["rollout of step 2", "score of step 2", "update of step 2", "saving after step 2", "evaluation after step 2"]
-
-
-@pytest.fixture
-def signalled(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
-    """A function that has this process sent a signal when a run enters a phase."""
-
-    def at(phase: str, number: int = signal.SIGTERM) -> None:
-        enter = liveness.Heartbeat.__call__
-        sent: list[str] = []
-
-        def entering(self: liveness.Heartbeat, said: str) -> None:
-            enter(self, said)
-            if said == phase and not sent:
-                sent.append(said)
-                signal.raise_signal(number)
-
-        monkeypatch.setattr(liveness.Heartbeat, "__call__", entering)
-
-    return at
 
 
 @pytest.fixture(scope="module")

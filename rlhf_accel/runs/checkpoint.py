@@ -40,8 +40,8 @@ from rlhf_accel.system.files import (
 MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
-# Metrics that a step may lack: those of evaluations.
-_OPTIONAL = {name for name in NAMES if name.startswith("eval/")}
+# Metrics that a step may lack: those of evaluations, of a critic, and of a KL in the loss.
+_OPTIONAL = {name for name in NAMES if name.startswith(("eval/", "value/")) or name in ("loss/value", "loss/kl")}
 NAME = re.compile(r"step-(\d+)(\.old)?")
 
 
