@@ -173,7 +173,7 @@ def test_a_step_whose_evaluation_waited_is_resumed(tiny, tmp_path, signalled, kl
     signalled("update of step 1")
     with pytest.raises(SystemExit):
         PPOTrainer(tiny(run=run, **sections)).fit()
-    assert not (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
     PPOTrainer(tiny(run={**run, "resume": "latest"}, **sections)).fit()
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2] and ("loss/kl" in rows[0]) == bool(kl)
