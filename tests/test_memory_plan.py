@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from rlhf_accel.commands import memory_plan as plan
 from rlhf_accel.commands import model_sizes
@@ -78,6 +79,15 @@ def test_sizes_are_those_of_a_real_pass(tiny, request, model, lora, critic):
     assert (sizes.weights, sizes.trainable) == (held, learned)
     assert sizes.fixed + 16 * (sizes.activations_row + sizes.logits_row) == pytest.approx(kept, rel=0.02)
     assert (sizes.reference > 0) == (not lora)
+
+
+def test_without_a_critic_none_is_planned(tiny, gpt2_folder):
+    with_critic = model_sizes.measure(tiny(), str(gpt2_folder))
+    config = tiny(ppo={"advantage": "rloo"}, rollout={"batch_size": 4, "samples_per_prompt": 2})
+    without = model_sizes.measure(config, str(gpt2_folder))
+    width = AutoConfig.from_pretrained(gpt2_folder).hidden_size
+    assert with_critic.trainable - without.trainable == width + 1
+    assert plan._Rows.of(config, 2) == plan._Rows.of(tiny(), 2), "eight responses to four prompts"
 
 
 def test_autocast_keeps_rounded_weights(tiny, gpt2_folder):
