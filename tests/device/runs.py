@@ -195,7 +195,7 @@ def main(order: dict[str, Any]) -> dict[str, Any]:
         for work, names in ((same, SAME), (rounded, ROUNDED)):
             for name in names:
                 found[name] = _or_error(lambda work=work, name=name: work(bench, name))
-        wholes = {"commands": commands, "planted": planted, "counts": counting.counts}
+        wholes = {"commands": commands, "planted": planted, "counts": counting.counts, "casts": counting.casts}
         for name, whole in {**wholes, "a planted read": counting.planted_read}.items():
             found[name] = _or_error(lambda whole=whole: whole(bench))
     return found

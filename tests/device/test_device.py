@@ -80,6 +80,10 @@ def test_the_host_waits_no_more_often_than_is_known(unit: str, found) -> None:
     assert waits(counted) == WAITS[unit], "\n".join(counted["where"])
 
 
+def test_the_weights_of_a_frozen_base_are_cast_once_for_a_rollout(found) -> None:
+    assert 0 < found["casts"]["short"] == found["casts"]["long"]
+
+
 def test_a_read_for_each_token_is_noticed(found) -> None:
     assert waits(found["a planted read"]) == WAITS["token"] + 1, found["a planted read"]
 
