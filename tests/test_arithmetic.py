@@ -6,9 +6,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_accel.models import probes
-from rlhf_accel.system.arithmetic import computes_in_bf16, multiplies_exactly, product_arithmetic, product_error
+from rlhf_accel.system.arithmetic import (
+    casts_kept,
+    computes_in_bf16,
+    multiplies_exactly,
+    product_arithmetic,
+    product_error,
+)
 from rlhf_accel.system.process import tune_process
 
 
@@ -87,3 +94,34 @@ def test_products_are_measured_again_when_the_setting_changes(monkeypatch: pytes
     assert not multiplies_exactly(torch.device("cpu"))
     tune_process("highest")
     assert multiplies_exactly(torch.device("cpu"))
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts of matrices."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._to_copy.default and args[0].shape == (4, 4)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_frozen_weight_is_cast_once_and_is_frozen_afterwards() -> None:
+    layer = torch.nn.Linear(4, 4).requires_grad_(False)
+    found = {}
+    for kept in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Casts() as casts:
+            with casts_kept(layer if kept else torch.nn.Module()):
+                results = [layer(torch.ones(1, 4)) for _ in range(3)]
+            found[kept] = casts.count
+        assert not any(result.requires_grad for result in results)
+    assert found == {False: 3, True: 1}
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+
+
+def test_what_is_trained_or_is_no_fp32_stays_as_it_is_after_an_error() -> None:
+    layers = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).bfloat16().requires_grad_(False)])
+    with pytest.raises(ZeroDivisionError), casts_kept(layers):
+        assert not layers[1].weight.requires_grad
+        raise ZeroDivisionError
+    assert layers[0].weight.requires_grad and not layers[1].weight.requires_grad

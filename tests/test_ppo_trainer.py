@@ -727,6 +727,26 @@ def test_where_log_probabilities_are_recomputed_sampling_from_elsewhere_is_warne
         assert ("warning: responses are drawn from another distribution than the one that is trained" in said) == fault
 
 
+@pytest.mark.parametrize("fault", [False, True])
+def test_an_untrained_dora_rounds_in_its_own_way_and_a_wrong_reference_is_found(fault, tiny, llama_folder, monkeypatch):
+    """Over a bf16 base, its scaling by a norm that it divides by again is not exact."""
+    trainer = PPOTrainer(
+        tiny(
+            model={"name_or_path": str(llama_folder), "dtype": "bf16"},
+            lora={"r": 4, "use_dora": True},
+            rollout={"max_new_tokens": 24},
+        )
+    )
+    if fault:
+        with torch.no_grad():  # the policy itself: its reference is the base
+            for name, parameter in trainer.runtime.plain_module.policy.named_parameters():
+                parameter += 0.3 * ("lora_B" in name)
+        with pytest.raises(RunFailed, match=r"objective/kl_k3 is .* the reference differs in weights"):
+            trainer.step(trainer.setup.prompts.batch(1, 8))
+    else:
+        assert trainer.step(trainer.setup.prompts.batch(1, 8))["objective/kl_k3"] > 1e-3
+
+
 def test_a_rank_without_a_share_takes_part_in_the_look_at_sampling(tiny, monkeypatch):
     trainer = PPOTrainer(tiny(run={"precision": "bf16"}))
     prompts = trainer.setup.prompts.batch(1, 8)

@@ -15,6 +15,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
+import torch
 
 from rlhf_accel.commands.reward_server import RewardServer
 from rlhf_accel.config.loading import load, parse
@@ -370,3 +371,19 @@ def test_a_function_that_takes_too_long() -> None:
         Reward(terms=(("f", 1.0, sleeps),), timeout=0.1)(["a"], ["b"], {})
     done.set()
     assert Reward(terms=(("f", 1.0, sleeps),), timeout=20.0)(["a"], ["b"], {}).tolist() == [1.0]
+
+
+def test_a_function_with_a_timeout_has_the_gpu_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each thread begins with GPU 0."""
+    chosen = threading.local()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(chosen, "gpu", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: setattr(chosen, "gpu", gpu))
+    torch.cuda.set_device(3)
+
+    def gpu(prompts: list[str], responses: list[str]) -> list[float]:
+        return [float(torch.cuda.current_device())]
+
+    for timeout in (None, 20.0):
+        assert Reward(terms=(("f", 1.0, gpu),), timeout=timeout)(["a"], ["b"], {}).tolist() == [3.0]

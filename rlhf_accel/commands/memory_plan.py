@@ -91,6 +91,7 @@ def plan(config: Config, sizes: Sizes, launch: Launch, *, base: int) -> Plan:
     # For one token at a time, sampling holds the logits, their softmax, its cumulative sum and one product of these.
     sampling = {
         "packed weights": sizes.packed,
+        "rounded weights": sizes.fixed,  # autocast keeps them from token to token
         "KV cache": rows.sampled * sizes.cache_row,
         "logits": 4 * rows.sampled * vocabulary,
         "activations": rows.sampled * sizes.layer_row // longest_sample(config),

@@ -24,6 +24,7 @@ from rlhf_accel.distributed.data_parallel import DataParallel
 from rlhf_accel.distributed.deepspeed import Zero
 from rlhf_accel.distributed.deepspeed_config import deepspeed_plugin
 from rlhf_accel.distributed.trackers import Trackers, check_trackers
+from rlhf_accel.system.arithmetic import casts_kept
 from rlhf_accel.system.files import failure
 from rlhf_accel.system.memory import peak_resident_mib
 from rlhf_accel.system.process import quiet_libraries, tune_process
@@ -96,6 +97,11 @@ class Runtime:
         """The same module without the wrapper: for forward passes without gradients, and for its own methods."""
         return self._gathered if self._gathered is not None else self._plain
 
+    @property
+    def has_whole_weights(self) -> bool:
+        """Whether this rank can run `plain_module` by itself; with ZeRO-3 only while it is gathered."""
+        return self.zero_stage != 3 or self._gathered is not None
+
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer, resume: Path | None = None) -> None:
         """Move the module to the device, and put it under data parallelism or ZeRO.
 
@@ -131,6 +137,14 @@ class Runtime:
         the wrapped module.
         """
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        """`autocast` without gradients, around many passes of `plain_module`: its fp32 weights are rounded once,
+        the frozen ones too. Those that ZeRO-3 has cut are rounded in each pass: together they may not fit."""
+        keeps = self.precision == "bf16" and self.has_whole_weights
+        with torch.no_grad(), self.autocast(), casts_kept(self.plain_module) if keeps else contextlib.nullcontext():
+            yield
 
     def backward(self, losses: Sequence[Callable[[], Tensor]], unless: Callable[[], bool] | None = None) -> bool:
         """Add up the gradients of these micro-batch losses over all ranks.
@@ -223,9 +237,7 @@ class Runtime:
 
         Loops whose length depends on the samples ask this, so that no rank leaves the others waiting.
         """
-        if self.zero_stage != 3 or self._gathered is not None:
-            return fact
-        return collectives.on_all(self._accelerator, fact)
+        return fact if self.has_whole_weights else collectives.on_all(self._accelerator, fact)
 
     def share(self, count: int) -> Int[Tensor, " n"]:
         """This rank's rows of `count`."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from rlhf_accel.reward.borrowed import restored_globals
 from rlhf_accel.reward.classifier import Classifier
 from rlhf_accel.reward.server import RemoteReward
+from rlhf_accel.system.arithmetic import has_gpu
 from rlhf_accel.system.errors import key_in
 
 RewardFunction = Callable[..., Sequence[float]]
@@ -102,9 +103,12 @@ def _within(seconds: float | None, work: Callable[[], T]) -> T:
     if seconds is None:
         return work()
     outcome: list[Callable[[], T]] = []
+    device = torch.cuda.current_device() if has_gpu() else None
 
     def run() -> None:
         try:
+            if device is not None:  # each thread begins with the first GPU, whichever the rank's is
+                torch.cuda.set_device(device)
             value = work()
         except BaseException as error:
             raised = error

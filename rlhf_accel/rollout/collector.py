@@ -58,7 +58,6 @@ class Collector:
             columns=mine.columns,
         )
 
-    @torch.no_grad()
     def forward(
         self,
         prompts: PromptBatch,
@@ -81,12 +80,13 @@ class Collector:
         lengths = sequences.query_mask.sum(1), sequences.response_mask.sum(1)
         shares, rank = self.runtime.shares(count), self.runtime.rank
         passed: list[tuple[Tensor, dict[str, Tensor]]] = []
-        for placed in cut_by_tokens(*lengths, shares, self.pass_tokens)[rank]:
-            rows = placed - shares[rank][:1]  # counted from this rank's first
-            chunk = (own.select(rows) if len(rows) else sequences.select(torch.tensor([0]))).trimmed()
-            with known_mask(mask_of(chunk), self.runtime.device):
-                found = self._passes(chunk.to(self.runtime.device))  # by every rank: with ZeRO-3 it is a collective
-            passed += [(rows, found)] if len(rows) else []
+        with self.runtime.inference():
+            for placed in cut_by_tokens(*lengths, shares, self.pass_tokens)[rank]:
+                rows = placed - shares[rank][:1]  # counted from this rank's first
+                chunk = (own.select(rows) if len(rows) else sequences.select(torch.tensor([0]))).trimmed()
+                with known_mask(mask_of(chunk), self.runtime.device):
+                    found = self._passes(chunk.to(self.runtime.device))  # a collective of all ranks with ZeRO-3
+                passed += [(rows, found)] if len(rows) else []
         figures = iter(to_host([figure for _, found in passed for figure in found.values()]))
         for rows, found in passed:
             for name in found:
@@ -116,15 +116,13 @@ class Collector:
 
     def _passes(self, chunk: Sequences) -> dict[str, Tensor]:
         """What has to be computed of these sequences, by its name in the rollout."""
-        module, found = self.runtime.plain_module, {}
-        with self.runtime.autocast():
-            inputs = model_inputs(chunk)
-            if self.recompute:
-                outputs = module(*inputs, with_entropy=True)
-                found = {"logprobs": outputs.logprobs, "entropy": outputs.entropy, "values": outputs.values}
-                found = {name: tensor for name, tensor in found.items() if tensor is not None}
-            elif module.has_critic and not module.critic_reads_policy:
-                found["values"] = module.values(*inputs)
-            with reference_policy(module, self.reference) as reference:
-                found["ref_logprobs"] = reference(chunk)
+        module, found, inputs = self.runtime.plain_module, {}, model_inputs(chunk)
+        if self.recompute:
+            outputs = module(*inputs, with_entropy=True)
+            found = {"logprobs": outputs.logprobs, "entropy": outputs.entropy, "values": outputs.values}
+            found = {name: tensor for name, tensor in found.items() if tensor is not None}
+        elif module.has_critic and not module.critic_reads_policy:
+            found["values"] = module.values(*inputs)
+        with reference_policy(module, self.reference) as reference:
+            found["ref_logprobs"] = reference(chunk)
         return found

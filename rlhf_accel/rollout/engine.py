@@ -73,7 +73,7 @@ class BuiltinEngine:
         size = settings.forward_batch_size
         layout = cpu_kernels.packed(policy, min(size, max(len(mine), 1))) if self.fast_kernels else nullcontext()
         passes = []
-        with self.runtime.autocast(), layout:
+        with self.runtime.inference(), layout:
             for rows in self._passes(len(prompts), size):
                 chunk = mine.select(rows) if len(rows) else prompts.select(torch.tensor([0]))
                 generated = self._continue(policy, chunk, stop, settings, seeds)

@@ -1,13 +1,16 @@
 """The device of this process and its arithmetic: whether bf16 is native, and what fp32 products are rounded to.
 
-Knows torch and the variables of its libraries; knows no model and no config.
+Knows torch and the variables of its libraries; knows no language model and no config.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import torch
+from torch import nn
 
 # Instruction sets without bf16 units, as ONEDNN_MAX_CPU_ISA of oneDNN names them.
 _WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
@@ -15,6 +18,23 @@ _WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_COR
 # Limits of `product_error`, between the errors of fp32 (3e-7, measured), TF32 (5e-4, as its factors have 11 bits) and
 # bf16 (4e-3, 8 bits).
 _EXACT, _TF32 = 1e-5, 1.5e-3
+
+
+@contextlib.contextmanager
+def casts_kept(module: nn.Module) -> Iterator[None]:
+    """Inside the context, without gradients and within one `torch.autocast`, frozen fp32 weights are cast once.
+
+    autocast keeps the casts of leaves that need gradients, until it ends, and casts all others again in every call: of
+    a frozen base in fp32, each weight for each token.
+    """
+    frozen = [p for p in module.parameters() if not p.requires_grad and p.dtype == torch.float32]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def has_gpu() -> bool:

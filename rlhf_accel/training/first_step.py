@@ -43,7 +43,9 @@ class FirstStep:
         values = values_in_reach(experience, setup.config.ppo.cliprange_value)
         if values is not None and not values.passed:
             warn(values.message)
-        return cls(setup=setup, ratios=limits, references=ratio_limits(setup, rollout, of_one_pass=recompute))
+        # DoRA scales what its base computes, also untrained, and so rounds in another way than the base alone.
+        same_path = recompute and not (setup.config.lora.use_dora and setup.config.lora.adapter is None)
+        return cls(setup=setup, ratios=limits, references=ratio_limits(setup, rollout, of_one_pass=same_path))
 
     def check(self, metrics: Mapping[str, float], losses: LossStats) -> None:
         """Raises `RunFailed` where the first log-ratios are beyond their limits."""

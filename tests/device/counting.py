@@ -40,6 +40,19 @@ def counts(bench: Any) -> dict[str, dict[str, Any]]:
     return found
 
 
+def casts(bench: Any) -> dict[str, int]:
+    """How many weights of a frozen fp32 base are cast for responses of two lengths: all of them once."""
+    sections = {"run": {"eval_samples": 0, "precision": "bf16"}, "lora": {"r": 4}}
+    with pretend.Device() as device:
+        trainer = PPOTrainer(bench.config("cast", model={"name_or_path": "llama"}, **sections))
+        found = {}
+        for name, length in (("short", SHORT), ("long", LONG)):
+            device.casts.clear()
+            _sampled(device, trainer, {"max_new_tokens": length})
+            found[name] = sum(device.casts.values())
+    return found
+
+
 def planted_read(bench: Any) -> dict[str, Any]:
     """The counts per token with an `.item()` planted in each."""
     whole = sampling.pick

@@ -50,7 +50,23 @@ SAME: dict[str, Sections] = {
 }
 # In half precision or with rounding of their own: they have to run, and to pass the checks of step 1.
 ROUNDED: dict[str, tuple[Sections, float]] = {
-    "auto": ({"run": {**AUTO, "total_steps": 1}, "model": {"dtype": "auto"}, "rollout": {"logprobs": "auto"}}, 2**-27),
+    "auto, low logits": (
+        {
+            "run": {**AUTO, "total_steps": 1},
+            "model": {"name_or_path": "low", "dtype": "auto"},
+            "rollout": {"batch_size": 32, "logprobs": "auto"},
+        },
+        2**-20,
+    ),
+    "auto, dora": (
+        {
+            "run": {**AUTO, "total_steps": 1},
+            "model": {"name_or_path": "llama", "dtype": "auto"},
+            "lora": {**LORA, "use_dora": True},
+            "rollout": {"logprobs": "auto", "max_new_tokens": 12},
+        },
+        2**-27,
+    ),
     "auto, lora, classifier": (
         {
             "run": {**AUTO, "total_steps": 1},

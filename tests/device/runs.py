@@ -12,22 +12,28 @@ from tests.device import pretend  # before torch
 import contextlib
 import io
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate.state import AcceleratorState
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_accel import __main__ as command_line
 from rlhf_accel.algorithm import ppo
 from rlhf_accel.config.loading import parse
-from rlhf_accel.config.schema import Config
+from rlhf_accel.config.schema import Config, RewardTrainingConfig
 from rlhf_accel.rollout import sampling
+from rlhf_accel.training import feedback_trainer
 from rlhf_accel.training.ppo_trainer import PPOTrainer
+from rlhf_accel.training.reward_trainer import train_reward
+from tests.conftest import TEXTS
 from tests.device import counting
 from tests.device.plans import ROUNDED, SAME, SAVED, TOKENS, Sections
 
@@ -38,6 +44,21 @@ class Bench:
     def __init__(self, order: dict[str, Any]) -> None:
         self.folders: dict[str, str] = order["folders"]
         self.work = Path(order["work"])
+        self.folders["low"] = str(self._with_low_logits())
+
+    def _with_low_logits(self) -> Path:
+        """The GPT-2 with logits of about -100, as those of the real one are, where bf16 rounds them to halves."""
+        tied = AutoModelForCausalLM.from_pretrained(self.folders["gpt2"])
+        tied.config.tie_word_embeddings = False
+        model = type(tied)(tied.config)
+        model.load_state_dict(tied.state_dict())
+        with torch.no_grad():
+            model.lm_head.weight[:, 0] -= 10
+            model.transformer.ln_f.bias[0] += 10
+        folder = self.work / "low"
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(self.folders["gpt2"]).save_pretrained(folder)
+        return folder
 
     def config(self, folder: str, **sections: dict[str, Any]) -> Config:
         tree: Sections = {
@@ -109,7 +130,7 @@ def rounded(bench: Bench, name: str) -> dict[str, Any]:
     with pretend.Device(noise=noise):
         bench.trained(name, **sections)
     first = bench.metrics(name)[0]
-    return {key: first[key] for key in ("objective/kl_k3", "policy/first_ratio_error", "objective/score")}
+    return {key: first[key] for key in ("objective/kl_k3", "policy/first_ratio_error", "policy/ratio_max")}
 
 
 def commands(bench: Bench) -> dict[str, Any]:
@@ -136,6 +157,38 @@ def _raised(work: Callable[[], Any]) -> str | None:
         except BaseException as error:
             return f"{type(error).__name__}: {error}"
     return None
+
+
+def reward_training(bench: Bench) -> dict[str, str]:
+    """The device of a reward model in its training, as launched for a GPU and for the CPU of a machine with one."""
+    rows = [{"text": f"{text} ({i})", "rating": float(i % 5)} for i, text in enumerate(TEXTS * 5)]
+    source = bench.work / "ratings.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree: Sections = {
+        "run": {"precision": "fp32", "eval_every": 0},
+        "model": {"name_or_path": bench.folders["classifier"]},
+        "data": {"source": str(source), "max_tokens": 16},
+        "optim": {"lr": 1e-3, "epochs": 1, "batch_size": 16},
+    }
+    found, seen = {}, []
+    step = feedback_trainer.FeedbackTrainer.training_step
+
+    def noted(trainer: Any, model: Any, *rest: Any) -> Any:
+        seen.append(model.device.type)
+        return step(trainer, model, *rest)
+
+    for launched, variable in (("gpu", "false"), ("cpu", "true")):
+        tree["run"]["output_dir"] = str(bench.work / f"reward {launched}")
+        seen.clear()
+        with (
+            pretend.Device(),
+            _fresh_process(),
+            mock.patch.dict(os.environ, ACCELERATE_USE_CPU=variable),
+            mock.patch.object(feedback_trainer.FeedbackTrainer, "training_step", noted),
+        ):
+            train_reward(parse(RewardTrainingConfig, tree))
+        found[launched] = " ".join(sorted(set(seen)))
+    return found
 
 
 def planted(bench: Bench) -> dict[str, str | None]:
@@ -195,7 +248,8 @@ def main(order: dict[str, Any]) -> dict[str, Any]:
         for work, names in ((same, SAME), (rounded, ROUNDED)):
             for name in names:
                 found[name] = _or_error(lambda work=work, name=name: work(bench, name))
-        wholes = {"commands": commands, "planted": planted, "counts": counting.counts}
+        wholes: dict[str, Callable[[Bench], Any]] = {"reward training": reward_training}
+        wholes |= {"commands": commands, "planted": planted, "counts": counting.counts, "casts": counting.casts}
         for name, whole in {**wholes, "a planted read": counting.planted_read}.items():
             found[name] = _or_error(lambda whole=whole: whole(bench))
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,10 @@ def test_a_run_in_half_precision_passes_the_checks_of_its_first_step(name: str, 
     assert "raised" not in found[name], found[name]
 
 
+def test_reward_training_is_where_it_was_launched(found) -> None:
+    assert found["reward training"] == {"gpu": "cuda", "cpu": "cpu"}
+
+
 @pytest.mark.parametrize("command", ["generate", "evaluate", "merge", "replay"])
 def test_a_command_runs_on_the_device(command: str, found) -> None:
     assert found["commands"][command] is None
@@ -78,6 +83,10 @@ def test_a_command_runs_on_the_device(command: str, found) -> None:
 def test_the_host_waits_no_more_often_than_is_known(unit: str, found) -> None:
     counted = found["counts"][unit]
     assert waits(counted) == WAITS[unit], "\n".join(counted["where"])
+
+
+def test_the_weights_of_a_frozen_base_are_cast_once_for_a_rollout(found) -> None:
+    assert 0 < found["casts"]["short"] == found["casts"]["long"]
 
 
 def test_a_read_for_each_token_is_noticed(found) -> None:
@@ -95,6 +104,11 @@ def test_a_read_for_each_token_is_noticed(found) -> None:
 )
 def test_a_bug_that_a_cpu_does_not_mind_is_caught(bug: str, message: str, found) -> None:
     assert message in found["planted"][bug]
+
+
+def test_the_page_shows_these_counts() -> None:
+    rows = re.findall(r"^\| ([^|]+) \| \d+ \| (\d+) \|", (ROOT / "docs" / "gpu.md").read_text(), re.MULTILINE)
+    assert {unit: float(number) for unit, number in rows} == WAITS
 
 
 def waits(counted: dict[str, Any]) -> float:
