@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import random
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +20,14 @@ from rlhf_accel.distributed.runtime import Runtime
 from rlhf_accel.models import calls
 from rlhf_accel.models import cpu_kernels as kernels
 from rlhf_accel.rollout import scoring
+from rlhf_accel.rollout.engine import Seeds
 from rlhf_accel.runs import metrics as metrics_module
 from rlhf_accel.runs.recorder import Recorder
 from rlhf_accel.system.errors import ConfigError, RunFailed
 from rlhf_accel.training import ppo_trainer as trainer_module
 from rlhf_accel.training import run as run_module
 from rlhf_accel.training import setup as run_setup
-from rlhf_accel.training.first_step import ratio_limits, sampling_again
+from rlhf_accel.training.first_step import ratio_limits, sampled_is_recomputed
 from rlhf_accel.training.ppo_trainer import PPOTrainer, lr_factor
 from tests.conftest import share_of_o
 
@@ -524,6 +526,27 @@ def test_steps_on_prompts_of_ones_own(tiny, tmp_path):
     assert not (tmp_path / "own").exists(), "only fit() writes"
 
 
+def test_each_step_draws_its_own_minibatches_and_global_random_numbers(tiny, monkeypatch):
+    orders, drawn, cut = [], [], trainer_module.cut_micro_batches
+
+    def reward(prompts, responses, **columns):
+        drawn.append((random.random(), float(torch.rand(()))))
+        return [float(len(response)) for response in responses]
+
+    def noted(queries, responses, rows, *rest):
+        orders.append(tuple(rows.tolist()))
+        return cut(queries, responses, rows, *rest)
+
+    monkeypatch.setattr(trainer_module, "cut_micro_batches", noted)
+    trainer = PPOTrainer(tiny(reward={"function": []}, ppo={"ppo_epochs": 2, "num_minibatches": 2}), reward=reward)
+    for _ in range(2):
+        trainer.step(["The film"] * 8)
+    passes = [orders[i] + orders[i + 1] for i in (0, 2, 4, 6)]  # two epochs of two steps
+    assert len(orders) == 8 and len(set(passes)) == 4
+    assert all(sorted(rows) == list(range(8)) for rows in passes)
+    assert all(one != other for one, other in zip(drawn[-2], drawn[-1], strict=True))
+
+
 def test_a_reward_beside_the_configs_is_refused(tiny):
     with pytest.raises(ConfigError, match=r"reward\.function"):
         PPOTrainer(tiny(), reward=share_of_o)
@@ -693,12 +716,14 @@ def test_where_log_probabilities_are_recomputed_sampling_from_elsewhere_is_warne
 def test_a_rank_without_a_share_takes_part_in_the_look_at_sampling(tiny, monkeypatch):
     trainer = PPOTrainer(tiny(run={"precision": "bf16"}))
     prompts = trainer.setup.prompts.batch(1, 8)
+    responses = trainer.collector.sample(prompts, Seeds(0, 1))
     trainer.step(prompts)
-    assert trainer.rollout is not None
     limits = ratio_limits(trainer.setup, trainer.rollout)
-    monkeypatch.setattr(Runtime, "rank", property(lambda self: 1))
-    monkeypatch.setattr(Runtime, "shares", lambda self, count: [torch.arange(count), torch.arange(0)])
-    sampling_again(trainer.setup, prompts, trainer.rollout, limits)
+    look = (trainer.setup, responses.select(torch.arange(0)), trainer.rollout, limits)
+    monkeypatch.setattr(Runtime, "share", lambda self, count: torch.arange(0))
+    assert sampled_is_recomputed(*look).passed
+    monkeypatch.setattr(Runtime, "sum", lambda self, tensor: tensor + 100.0)  # of other ranks
+    assert not sampled_is_recomputed(*look).passed
 
 
 def test_checkpointing_trains_nothing_but_layers(tiny):

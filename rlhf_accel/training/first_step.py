@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from rlhf_accel.algorithm.batches import Experience, LossStats, PromptBatch, Rollout
+from rlhf_accel.algorithm.batches import Experience, LossStats, Responses, Rollout
 from rlhf_accel.algorithm.masked import masked_mean
 from rlhf_accel.models import probes
-from rlhf_accel.models.calls import model_inputs
 from rlhf_accel.models.policy_with_value import logit_sizes
-from rlhf_accel.rollout.engine import Seeds
 from rlhf_accel.system.errors import RunFailed
 from rlhf_accel.training.setup import Setup
 
-_SAMPLES = 16  # responses whose logits set the limits
-_TOKENS = 32  # of a response that is drawn again
+_SAMPLES = 4  # responses whose logits set the limits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +31,13 @@ class FirstStep:
 
     @classmethod
     def before_update(
-        cls, setup: Setup, prompts: PromptBatch, rollout: Rollout, experience: Experience, warn: Callable[[str], None]
+        cls, setup: Setup, responses: Responses, rollout: Rollout, experience: Experience, warn: Callable[[str], None]
     ) -> FirstStep:
         """The limits, from the logits before the update changes them. Called by all ranks."""
         recompute = setup.collector.recompute
         limits = ratio_limits(setup, rollout)
         if recompute:
-            finding = sampling_again(setup, prompts, rollout, limits)
+            finding = sampled_is_recomputed(setup, responses, rollout, limits)
             if not finding.passed:
                 warn(f"responses are drawn from another distribution than the one that is trained; {finding.message}")
         values = values_in_reach(experience, setup.config.ppo.cliprange_value)
@@ -77,26 +74,16 @@ def ratio_limits(setup: Setup, rollout: Rollout, *, of_one_pass: bool = False) -
     return probes.ratio_limits(spacing, setup.dtype)
 
 
-@torch.no_grad()
-def sampling_again(setup: Setup, prompts: PromptBatch, rollout: Rollout, limits: probes.RatioLimits) -> probes.Finding:
-    """Whether sampling's own log-probabilities are those of a pass over what it sampled, for a few responses.
+def sampled_is_recomputed(
+    setup: Setup, responses: Responses, rollout: Rollout, limits: probes.RatioLimits
+) -> probes.Finding:
+    """Whether the log-probabilities that sampling left of this rank's responses are those of the pass over them.
 
-    Where log-probabilities are recomputed, the ratio is 1 whatever sampling does: so these are drawn again. Called by
-    all ranks.
+    If they are recomputed, the ratio is 1 whatever sampling does. Called by all ranks.
     """
-    config, runtime = setup.config.rollout, setup.runtime
-    length, ranks = min(config.max_new_tokens, _TOKENS), runtime.world_size
-    of_rank = max(setup.config.ppo.micro_batch_tokens // (prompts.queries.shape[1] + length), 1)
-    few = prompts.select(torch.arange(min(max(_SAMPLES, ranks), of_rank * ranks, len(prompts))))
-    shorter = replace(config, max_new_tokens=length, min_new_tokens=min(config.min_new_tokens, length))
-    with runtime.gathered():
-        drawn = replace(setup.collector, config=shorter).sample(few, Seeds(setup.config.run.seed, 1))
-        # A rank without a share reads a row that is not counted: the pass may be a collective.
-        chunk = drawn.sequences if len(drawn) else rollout.sequences.select(torch.tensor([0]))
-        with runtime.autocast():
-            passed = runtime.plain_module(*model_inputs(chunk.to(runtime.device)))
-    mask = drawn.sequences.response_mask
-    off = (passed.logprobs.float().cpu()[: len(drawn), : mask.shape[1]] - drawn.logprobs)[mask].double()
+    runtime, mask = setup.runtime, responses.sequences.response_mask
+    recomputed = rollout.logprobs[runtime.share(len(rollout))]
+    off = (recomputed - responses.logprobs)[mask].double()
     total, count = runtime.sum(torch.stack([off.square().sum(), torch.tensor(float(off.numel()))])).tolist()
     largest = float(runtime.max(torch.cat([off.new_zeros(1), off.abs()]).amax()[None])[0])
     return probes.sampled_is_trained(math.sqrt(total / max(count, 1.0)), largest, limits, recomputed=True)

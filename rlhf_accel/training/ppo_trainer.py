@@ -100,7 +100,7 @@ class PPOTrainer:
         fault = rollout_fault(rollout, step)
         first = None
         if step == 1 and fault is None:
-            first = FirstStep.before_update(self.setup, prompts, rollout, experience, self.run.warn)
+            first = FirstStep.before_update(self.setup, responses, rollout, experience, self.run.warn)
         with watch("update"):
             losses = self.update(experience, step) if fault is None else self._skip_update(fault, experience)
             self.collector.engine.sync(self.runtime.trainable_weights)
