@@ -17,8 +17,6 @@ from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    Gemma4ForCausalLM,
-    Gemma4TextConfig,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
 )
@@ -47,37 +45,6 @@ def unreachable() -> OSError:
 
 
 SCALAR = "model.layers.1.layer_scalar"  # a persistent buffer
-
-
-@pytest.fixture(scope="module")
-def gemma4_folder(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Gemma 4 whose layer scales differ from initial ones."""
-    folder = tmp_path_factory.mktemp("gemma4")
-    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
-    config = Gemma4TextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        layer_types=["sliding_attention", "full_attention"],
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        global_head_dim=16,
-        vocab_size_per_layer_input=len(tokenizer),
-        hidden_size_per_layer_input=8,
-        max_position_embeddings=64,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    torch.manual_seed(0)
-    model = Gemma4ForCausalLM(config)
-    for layer in model.model.layers:
-        layer.layer_scalar.fill_(0.5)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def scalar(policy) -> float:

@@ -62,6 +62,7 @@ ROUNDED: dict[str, dict[str, dict[str, Any]]] = {
     "autocast": {"model": {"name_or_path": "{llama}"}, "run": {"total_steps": 2, "precision": "bf16"}},
 }
 RUNS |= ROUNDED
+RUNS["buffers"] = {"model": {"name_or_path": "{gemma4}"}, "run": {"total_steps": 1, "eval_samples": 0}}
 BUDGETS = (36, 90, 100_000)  # of micro-batches; the smallest holds one sample
 # Seven responses of 1 to 30 tokens: micro-batches of every size, and a rank with one row less.
 GRADIENT: dict[str, dict[str, Any]] = {
@@ -83,7 +84,7 @@ LAUNCHES: dict[tuple[str | None, int], list[str]] = {
     ("zero3", 2): [
         *BOTH,
         *("few", "in_step", "plain", "separate", "classifier", "bf16_base", "bf16_base_in_step"),
-        *("lora_portable", "from_one", "stopped_in_update"),
+        *("lora_portable", "from_one", "stopped_in_update", "buffers"),
     ],
     ("zero3_offload", 2): ["full"],
 }
@@ -157,7 +158,12 @@ def prompts_file(prompts_file: Path, shared: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def launched_runs(
-    gpt2_folder: Path, llama_folder: Path, classifier_folder: Path, prompts_file: Path, shared: Path
+    gpt2_folder: Path,
+    llama_folder: Path,
+    gemma4_folder: Path,
+    classifier_folder: Path,
+    prompts_file: Path,
+    shared: Path,
 ) -> Callable[[str | None, int], Path]:
     """A function that gives the folder of a launch's results, launching at the first call."""
 
@@ -205,7 +211,9 @@ def launched_runs(
             text = json.dumps(
                 [run for name in LAUNCHES[config, processes] for run in runs_of(name, config, processes, folder)]
             )
-            text = text.replace("{llama}", str(llama_folder)).replace("{classifier}", str(classifier_folder))
+            folders = {"llama": llama_folder, "gemma4": gemma4_folder, "classifier": classifier_folder}
+            for name, model in folders.items():
+                text = text.replace(f"{{{name}}}", str(model))
             run_all(json.loads(text), folder, config, processes)
 
         return once(folder, launch)

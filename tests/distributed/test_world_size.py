@@ -203,6 +203,11 @@ def test_what_zero3_writes_is_a_whole_model_that_trains_on(
     assert metrics[0]["objective/kl"] == pytest.approx(0, abs=1e-5) and metrics[0]["optim/grad_norm"] > 0
 
 
+def test_what_zero3_writes_has_the_buffers_of_the_model(launched_runs) -> None:
+    model = AutoModelForCausalLM.from_pretrained(launched_runs("zero3", 2) / "buffers" / "final")
+    assert [float(layer.layer_scalar) for layer in model.model.layers] == [0.5, 0.5], "initially 1"
+
+
 def gradients(folder: Path) -> list[dict[str, torch.Tensor]]:
     return [torch.load(folder / f"{budget}.pt", weights_only=True) for budget in BUDGETS]
 
