@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, checked, pruned, and found again."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -176,6 +177,41 @@ def test_every_damage_to_every_file_is_found_named_and_skipped(tiny, tmp_path):
             count += 1
     assert count == 5 * 8
     assert resume_folder(resumed, folder, pytest.fail).name == "step-000002"
+
+
+def leads_to_zeros(place, tree):
+    (place / "learned.safetensors").unlink()
+    (place / "learned.safetensors").symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda place, tree: tree.update(files={}), "does not list config.yaml, progress.json"),
+        (lambda place, tree: tree["files"].pop("learned.safetensors"), "does not list any weights"),
+        (lambda place, tree: tree.update(files=[1]), "does not have the form of a manifest"),
+        (lambda place, tree: tree.update(world_size="two"), "does not have the form of a manifest"),
+        (lambda place, tree: tree["files"].update({"../../config.yaml": {}}), "does not have the form of a manifest"),
+        (
+            lambda place, tree: tree["files"].update({"../latest": {"bytes": 11, "sha256": ""}}),
+            "'../latest' is not a plain file of its folder",
+        ),
+        (leads_to_zeros, "'learned.safetensors' is not a plain file of its folder"),
+    ],
+)
+def test_a_forged_manifest_is_not_believed(tmp_path, change, reason):
+    """Its own hash is right: a checkpoint from elsewhere is data."""
+    for step in (1, 2):
+        save(tmp_path, step)
+    place = tmp_path / "checkpoints" / "step-000002"
+    tree = json.loads((place / checkpoint.MANIFEST).read_text())
+    del tree["sha256"]
+    change(place, tree)
+    tree["sha256"] = checkpoint._digest(tree)
+    (place / checkpoint.MANIFEST).write_text(json.dumps(tree))
+    messages = []
+    assert found(tmp_path, messages=messages).name == "step-000001"
+    assert len(messages) == 1 and reason in messages[0]
 
 
 def test_when_all_are_damaged_there_is_none(tmp_path):

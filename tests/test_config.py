@@ -296,6 +296,12 @@ def test_limits_are_not_contradictions() -> None:
     assert BatchSizes.of(parse(Config, tree)) == BatchSizes(rollout=64, minibatch=1, updates_per_step=256)
 
 
+# A short text whose tree has nine times nine times … as many parts.
+ALIASES = "a: &a [x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
 @pytest.mark.parametrize(
     ("content", "part"),
     [
@@ -309,6 +315,7 @@ def test_limits_are_not_contradictions() -> None:
         (b"run: {seed: !!timestamp x}", "not valid YAML"),
         (b"[" * 1200, "not valid YAML"),
         (b"\0\0", "not valid YAML"),
+        (ALIASES.encode(), "not valid YAML; more than "),
         (b"!!python/object/apply:os.getcwd []", "not valid YAML (line 1)"),
         (b"ppo: {gamma: 1.0}\nppo: {lam: 1.0}\n", "not valid YAML (line 2); ppo is given twice"),
         (b"ppo:\n  lam: 0.9\n  lam: 1.0\n", "not valid YAML (line 3); lam is given twice"),

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import zlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,13 +15,17 @@ from rlhf_accel import __main__ as command_line
 from rlhf_accel.commands.checks.config_checks import read
 from rlhf_accel.commands.checks.data_checks import check_format, check_stops
 from rlhf_accel.commands.checks.findings import Findings
+from rlhf_accel.commands.checks.reward_checks import check_scores
 from rlhf_accel.commands.doctor import diagnose
 from rlhf_accel.config.loading import to_yaml
 from rlhf_accel.data.prompts import load_rows
 from rlhf_accel.data.tokenizer import Tokens
 from rlhf_accel.models import calls, loading
 from rlhf_accel.models.reference import Reference
+from rlhf_accel.reward import Classifier, Reward
+from rlhf_accel.rollout.engine import Seeds
 from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.training.ppo_trainer import PPOTrainer
 from tests.conftest import TEXTS
 from tests.test_tokenizer import llama2_tokens
 
@@ -244,6 +249,27 @@ def test_fp16_that_auto_means_overflows(examined, overflowing, monkeypatch):
     findings = examined(reward={"model": str(overflowing), "label": "POSITIVE", "function": [], "dtype": "auto"})
     assert "not finite in float16" in findings["problem", "reward in fp16"]
     assert ("ok", "gradient") in findings, "the other checks run in fp32"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_fp16_is_blamed_for_scores_that_are_not_finite_if_it_is_used(tiny, dtype):
+    """Texts of the policy may overflow where those of the checks did not."""
+
+    class Overflows(Classifier):
+        def __init__(self):
+            self.dtype = dtype
+
+        def __call__(self, prompts, responses, **columns):
+            return [float("inf")] * len(responses)
+
+    setup = PPOTrainer(tiny()).setup
+    responses = setup.collector.sample(setup.prompts.batch(1, 4), Seeds(0, 1))
+    findings = Findings(lambda line: None)
+    reward = Reward(terms=(("reward.model=x", 1.0, Overflows()),))
+    check_scores(findings, replace(setup, reward=reward), responses)
+    (found,) = findings
+    assert "the scores of 4 of 4 reference samples are not finite" in found.message
+    assert ("fp16 overflows, set reward.dtype" in found.message) == (dtype == torch.float16)
 
 
 def test_fp16_overflow_of_the_policy(examined, gpt2_folder, tmp_path_factory):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +19,10 @@ from rlhf_accel.config.schema import Config
 from rlhf_accel.models import calls, lora, policy_with_value, positions, probes, trainable
 from rlhf_accel.models.lora import POLICY
 from rlhf_accel.models.policy import load_policy
+from rlhf_accel.reward import Reward
 from rlhf_accel.rollout import padding
 from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.training import setup
 from tests.families import FAMILIES, PAD, REFUSED, save_tiny, tiny_config, tiny_model
 
 CPU = torch.device("cpu")
@@ -149,6 +152,38 @@ def test_all_linear_leaves_routers_out(name: str, folder_of: Any) -> None:
         passed(padding.policy_alone(policy, padding.made_up(IDS, PAD), torch.float32))
 
 
+@pytest.mark.filterwarnings("ignore:The following:RuntimeWarning")  # of peft, of layers without an adapter
+def test_adapters_on_experts_are_refused_where_zero3_cuts_them(folder_of: Any) -> None:
+    path = str(folder_of("mixtral"))
+    launch: Any = SimpleNamespace(zero_stage=3)
+
+    def build(targets: list[str] | None) -> None:
+        lora = {"r": 2, "target_modules": targets}
+        config = parse(Config, {"model": {"name_or_path": path, "dtype": "fp32"}, "lora": lora})
+        setup._build(config, launch, load_policy(config, path, CPU), path, None, critic=False)
+
+    build(None)
+    with pytest.raises(ConfigError, match=r"on the experts' tensors \(.*; name layers of attention") as refused:
+        build(["all-linear"])
+    assert refused.value.key == "lora.target_modules"
+
+
+def described(config: Config) -> str:
+    """The lines with which a run starts."""
+    path = config.model.name_or_path
+    module = policy_with_value.build(config, load_policy(config, path, CPU), path, None)
+    launch: Any = SimpleNamespace(world_size=1, device=CPU, precision="fp32")
+    return setup._describe(config, launch, module, trainable.freeze_unreached(module), 8, Reward(terms=()))
+
+
+def test_frozen_parts_and_chosen_layers_are_said(folder_of: Any) -> None:
+    said = described(config_of(folder_of("gemma3"), lora=False, critic="head"))
+    assert "tensors stay frozen, since no text reaches them (" in said and "vision_tower" in said
+    unknown, known = (described(config_of(folder_of(name), lora=True)) for name in ("olmo2", "gpt2"))
+    assert "adapters on all linear layers but experts and routers: peft has no default for olmo2" in unknown
+    assert "peft has no default" not in known and "stay frozen" not in known
+
+
 def test_what_no_text_reaches_is_frozen(folder_of: Any) -> None:
     """A vision tower, a bias that balances experts, the pooler of a critic: data parallelism would wait for them."""
     for name, part in (("gemma3", "vision_tower"), ("ernie4_5_moe", "e_score_correction_bias"), ("bert", "pooler")):
@@ -170,6 +205,18 @@ def test_training_mode_is_for_layers_that_are_checkpointed(folder_of: Any) -> No
             in_training_mode = {type(layer).__name__ for layer in module.modules() if layer.training}
         assert len(in_training_mode) == 1 and in_training_mode.pop().endswith("DecoderLayer")
         assert not any(layer.training for layer in module.modules())
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "falcon_mamba", "jamba"])
+def test_state_spaces_continue_from_their_state(name: str, folder_of: Any) -> None:
+    """They call it cache_params; without it each token would cost a reading of the whole text."""
+    config = config_of(folder_of(name), lora=False)
+    policy, widths = load_policy(config, config.model.name_or_path, CPU), []
+    policy.register_forward_pre_hook(
+        lambda model, args, given: widths.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    passed(padding.sampled_is_recomputed(policy, padding.made_up(IDS, PAD), PAD, torch.float32))
+    assert widths == [6, 1, 1, 9]
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,45 @@ def test_a_work_folder_replaces_its_place_and_touches_no_other_folder(tmp_path):
     assert all((tmp_path / name / "kept").exists() for name in (".git", ".git.work-notes", "git.old"))
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"[" * 100_000, "nested too deeply"),
+        (b"[" * 40 + b"]" * 40, "nested too deeply"),
+        (b'{"step": ' + b"9" * 400 + b"}", "a number with 400 digits"),
+        (b'{"a": "\\ud800"}', "half a character"),
+        (b"\xff\xfe", "not JSON"),
+        (b'{"half": ', "not JSON"),
+        (b" " * 200_001, "more than 200000 bytes"),
+    ],
+)
+def test_a_malformed_json_file_is_refused_with_the_reason(tmp_path, content, reason):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(files.Malformed, match=reason):
+        files.read_json(path, 200_000)
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe", "folder"])
+def test_only_regular_files_are_read(tmp_path, kind):
+    """A device may be read without end, and a pipe may have no writer."""
+    path = tmp_path / kind
+    make = {"device": lambda: path.symlink_to("/dev/zero"), "pipe": lambda: os.mkfifo(path), "folder": path.mkdir}
+    make[kind]()
+    for read in (files.read_bounded, files.read_tail):
+        with pytest.raises(files.Malformed, match="not a regular file"):
+            read(path, 10)
+
+
+def test_a_tree_is_bounded_with_its_aliases():
+    part = ["x"] * 10
+    assert files.bounded([part] * 4, 50) == [part] * 4
+    with pytest.raises(files.Malformed, match="more than 50 parts"):
+        files.bounded([part] * 5, 50)
+    with pytest.raises(files.Malformed, match="too many digits"):
+        files.bounded({"a": 10**60})
+
+
 def test_work_folders_of_killed_processes_are_removed_by_name(tmp_path):
     left = files.name_work_folder(tmp_path / "final")
     for folder in (left, tmp_path / ".final", files.name_work_folder(tmp_path / "best")):

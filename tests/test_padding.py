@@ -58,6 +58,12 @@ def test_a_cache_that_forgets(tiny, monkeypatch):
     assert not found.passed and "its cache does not continue a text" in found.message
 
 
+def test_a_run_whose_cache_forgets_is_refused(tiny, monkeypatch):
+    monkeypatch.setattr(decoding, "position_ids", shifted)  # of sampling alone
+    with pytest.raises(ConfigError, match=r"^model.name_or_path=.* gpt2: .* differ by .*its cache does not continue"):
+        PPOTrainer(tiny())
+
+
 def test_a_reward_model_padded_otherwise_is_refused(tiny, gpt2_classifier_folder, monkeypatch):
     reward = {"function": [], "model": str(gpt2_classifier_folder), "dtype": "fp32"}
     PPOTrainer(tiny(reward=reward))

@@ -498,6 +498,7 @@ def test_a_batch_is_a_function_of_seed_and_step(tokens: Tokens) -> None:
     two.fixed(3)
     assert same(one.batch(9, 16), two.batch(9, 16))
     assert not same(one.batch(9, 16), one.batch(10, 16))
+    assert one.batch(9, 16).query_mask.sum(1).tolist() != one.batch(10, 16).query_mask.sum(1).tolist()
     other = prompts_of(tokens, prompt_tokens=(2, 5), seed=1)
     assert one.batch(1, 16).columns != other.batch(1, 16).columns
 

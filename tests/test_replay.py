@@ -226,6 +226,14 @@ def test_a_fault_names_the_first_quantity_and_its_samples() -> None:
     assert explain(fault, rollout) == ("scores are not finite in the score of step 4: samples 1; the first: 'b' -> 'e'")
 
 
+@pytest.mark.parametrize("name", ["scores", "logprobs", "ref_logprobs", "values", "entropy"])
+def test_every_quantity_of_a_rollout_is_looked_at(name) -> None:
+    rollout = make_rollout()
+    getattr(rollout, name)[1] = math.nan
+    fault = rollout_fault(rollout, 4)
+    assert fault is not None and (fault.what, fault.rows) == (name, (1,))
+
+
 def test_a_loss_that_is_not_finite_is_dropped_though_its_gradient_is_finite(
     tiny, tmp_path, capsys, monkeypatch
 ) -> None:
@@ -300,6 +308,10 @@ def test_a_dump_is_replayed_on_the_device_and_in_the_dtypes_of_the_run(tiny, tmp
     )
     try:
         replay.replay_model(settled, place)
+        replay.replay_model(replace(settled, facts={**settled.facts, "phase": "update"}), place)
+        text = (place / "config.yaml").read_text()
+        (place / "config.yaml").write_text(text.replace("precision: bf16", "precision: auto"))
+        command_line.main(["replay", str(place)])
     finally:
         hook.remove()
     assert set(seen) == {("cpu", torch.bfloat16)}

@@ -70,13 +70,15 @@ def chat_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
     )
-    tokenizer.chat_template, tokenizer.padding_side = TEMPLATE, "left"
+    tokenizer.chat_template = TEMPLATE
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=1, n_head=2, num_labels=1, initializer_range=0.3
     )
     GPT2ForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "padding_side": "left"}))
     return folder
 
 
@@ -181,6 +183,16 @@ def test_what_differs_from_the_training_is_refused_in_one_line(chat_reward, tmp_
         judge(folder)
     assert "\n" not in str(caught.value) and str(caught.value).startswith("reward.model=")
     assert caught.value.key == "reward.model"
+
+
+def test_texts_are_cut_as_in_training(chat_reward, tmp_path) -> None:
+    shutil.copytree(chat_reward, tmp_path / "reward")
+    record = reward_texts.read(str(chat_reward), "it")
+    reward_texts.write(tmp_path / "reward", replace(record, max_tokens=12, truncation_side="left", probes=[]))
+    model = judge(tmp_path / "reward")
+    (row,), (cut,) = reward_texts.encode(model.tokenizer, TEXTS[:1], model.max_tokens)
+    whole = AutoTokenizer.from_pretrained(chat_reward)(TEXTS[0])["input_ids"]
+    assert cut and row["input_ids"] == [whole[0], *whole[-11:]], "BOS and the end"
 
 
 @pytest.mark.parametrize(
@@ -309,6 +321,14 @@ def test_the_side_that_a_folder_pads_on_changes_no_score(classifier_folder, gpt2
         assert AutoTokenizer.from_pretrained(place).padding_side == "left"
         assert left([""] * 8, TEXTS) == pytest.approx(right([""] * 8, TEXTS), abs=1e-5)
         assert left([""] * 8, TEXTS) == pytest.approx([left([""], [text])[0] for text in TEXTS], abs=1e-5)
+
+
+def test_reward_training_pads_on_the_right_whatever_the_folder_says(chat_base, tmp_path) -> None:
+    tokenizer = classifiers.load_tokenizer(str(chat_base), "it", trust_remote_code=False)
+    assert tokenizer.padding_side == "left"
+    classifiers.load(training(tmp_path, chat_base, pairs()), tokenizer, ("score",))
+    rows = [{"input_ids": ids, "labels": 0.0} for ids in ([5, 6], [5, 6, 7])]
+    assert feedback_trainer._Collator(tokenizer)(rows)["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
 
 
 def test_a_text_that_holds_the_padding_token_scores_as_alone(gpt2_classifier_folder) -> None:
