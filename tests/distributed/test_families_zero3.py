@@ -1,5 +1,5 @@
-"""The long form of tests/test_families.py under ZeRO-3: each family samples, trains a step and is exported; the probes of
-the run compare what it computes and what it writes."""
+"""The long form of tests/test_families.py under ZeRO-3: each family samples, trains a step and is exported; the probes
+of the run compare what it computes and what it writes."""
 
 from __future__ import annotations
 
