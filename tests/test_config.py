@@ -302,6 +302,12 @@ ALIASES = "a: &a [x]\n" + "".join(
 )
 
 
+# A short text whose tree has nine times nine times … as many parts.
+ALIASES = "a: &a [x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
 @pytest.mark.parametrize(
     ("content", "part"),
     [

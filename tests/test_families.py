@@ -256,10 +256,20 @@ def test_memory_that_cannot_be_planned_is_refused_by_name(folder_of: Any) -> Non
         model_sizes.measure(config, config.model.name_or_path)
 
 
+NOT_CHECKPOINTED = ("ctrl", "openai-gpt", "jetmoe")
+SHARED_LAYERS = ("zamba2",)  # which share weights, each with an adapter of its own: the command refuses the sum
+
+
+@pytest.mark.parametrize("name", NOT_CHECKPOINTED)
+def test_checkpointing_that_a_family_does_not_have_is_refused(name: str, folder_of: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"no checkpointing for {name}; set it to false") as refused:
+        built(config_of(folder_of(name), lora=False, gradient_checkpointing=True))
+    assert refused.value.key == "model.gradient_checkpointing"
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("name", FAMILIES)
-def test_checkpointing_and_merge(name: str, folder_of: Any, tmp_path: Path) -> None:
-    """Checkpointed layers give the gradient of plain ones, and a merged adapter gives the same logits."""
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in NOT_CHECKPOINTED])
+def test_checkpointed_layers_give_the_gradient_of_plain_ones(name: str, folder_of: Any) -> None:
     gradients = []
     for checkpointing in (False, True):
         config = config_of(folder_of(name), lora=True, gradient_checkpointing=checkpointing)
@@ -270,8 +280,14 @@ def test_checkpointing_and_merge(name: str, folder_of: Any, tmp_path: Path) -> N
             (outputs.logprobs.sum() + outputs.values.square().sum()).backward()
         gradients.append({name: p.grad for name, p in module.named_parameters() if p.grad is not None})
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
-    with torch.no_grad():
-        memory = module.policy(input_ids=HELD_OUT, use_cache=False).logits
-        merged = module.policy.merge_and_unload(adapter_names=[POLICY], safe_merge=True)
-        again = merged(input_ids=HELD_OUT, use_cache=False).logits
-    passed(probes.export_is_memory(memory, again, dtype=torch.float32))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_merged_adapter_gives_the_same_logits(name: str, folder_of: Any) -> None:
+    module = built(config_of(folder_of(name), lora=True))
+    shake_zeros(module)
+    memory = calls.logits_of(module.policy, HELD_OUT)
+    merged = module.policy.merge_and_unload(adapter_names=[POLICY], safe_merge=True)
+    found = probes.export_is_memory(memory, calls.logits_of(merged, HELD_OUT), dtype=torch.float32)
+    assert found.passed == (name not in SHARED_LAYERS), found.message

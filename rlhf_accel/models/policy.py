@@ -100,8 +100,15 @@ def end_of_text_ids(model: LanguageModel) -> list[int]:
 
 
 def with_checkpointing(model: LanguageModel, config: Config, **settings: Any) -> LanguageModel:
-    """The model, with gradient checkpointing if model.gradient_checkpointing asks for it."""
+    """The model, with gradient checkpointing if model.gradient_checkpointing asks for it; raises `ConfigError` if its
+    family has none."""
     if config.model.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise ConfigError(
+                f"model.gradient_checkpointing=true: transformers has no checkpointing for {model.config.model_type}; "
+                "set it to false, and lower ppo.micro_batch_tokens if memory is short",
+                key="model.gradient_checkpointing",
+            )
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **settings})
         if config.lora.r:
             model.enable_input_require_grads()

@@ -298,7 +298,9 @@ def _check_padding(config: Config, runtime: Runtime, prompts: Prompts, tokens: T
             problem = runtime.first_failure(padding.problem(check))
         if problem is not None:
             named = f"model.name_or_path={config.model.name_or_path}"
-            raise ConfigError(f"{named}: {problem}", key="model.name_or_path")
+            # Some layers read the weight of another, which ZeRO-3 gathers for the other alone.
+            cut = ", or launch with ZeRO-2 or ddp if it runs there" if runtime.zero_stage == 3 else ""
+            raise ConfigError(f"{named}: {problem}{cut}", key="model.name_or_path")
 
 
 def _collector(

@@ -3,7 +3,8 @@
     accelerate launch … tests/distributed/worker.py RUNS.json
 
 Each run is `{"config": tree}`. With `"gradient": path` the main process leaves its first gradient there and goes no
-further; with `"poison"`, `"stop": phase` and `"no_room"` something happens to the last rank.
+further; with `"poison"`, `"stop": phase` and `"no_room"` something happens to the last rank; with `"refused": text` the
+run has to be refused with this text.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState
 
@@ -28,6 +30,7 @@ from rlhf_accel.config.schema import Config
 from rlhf_accel.distributed.runtime import Runtime
 from rlhf_accel.models import calls
 from rlhf_accel.models import cpu_kernels as kernels
+from rlhf_accel.system.errors import ConfigError
 from rlhf_accel.training.ppo_trainer import PPOTrainer
 
 # fp32 that is fp32 also on a CPU with bf16 units, which tune_process() would use: the runs are compared digit by digit.
@@ -137,6 +140,10 @@ def main() -> None:
     Runtime.close = lambda self: self.anywhere(False)
     for run in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         AcceleratorState._reset_state()
+        if "refused" in run:
+            with pytest.raises(ConfigError, match=run["refused"]):
+                PPOTrainer(parse(Config, run["config"]))
+            continue
         trainer = PPOTrainer(parse(Config, run["config"]))
         if trainer.runtime.zero_stage == 3:
             check_that_weights_are_cut(trainer)
