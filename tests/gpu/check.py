@@ -7,6 +7,7 @@ the call. `--tiny` takes models of two layers, by which the check itself is test
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import tempfile
 import time
@@ -57,6 +58,9 @@ def outcome(name: str, bench: Bench) -> dict[str, Any]:
     except Exception as error:  # whatever a part meets, the others are still of use
         traceback.print_exc()
         found = {"status": "failed", "why": f"{type(error).__name__}: {error}"[:800]}
+    gc.collect()  # a trainer refers to itself
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     return {**found, "seconds": round(time.monotonic() - start, 1)}
 
 
