@@ -47,6 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
 # By the time that they take, so that no process of pytest-xdist is left with a long file in the end.
 LONGEST = [
     *("test_world_size", "test_ppo_trainer", "test_families", "test_fuzz", "test_nonfinite", "test_wheels"),
+    "test_device",
     *("test_checkpoint", "test_evaluate", "test_docs", "test_doctor", "test_two_nodes", "test_main", "test_recipes"),
 ]
 
