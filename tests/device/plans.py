@@ -54,7 +54,7 @@ ROUNDED: dict[str, tuple[Sections, float]] = {
         {
             "run": {**AUTO, "total_steps": 1},
             "model": {"name_or_path": "low", "dtype": "auto"},
-            "rollout": {"batch_size": 32, "logprobs": "auto"},
+            "rollout": {"batch_size": 16, "logprobs": "auto"},
         },
         2**-20,
     ),

@@ -168,7 +168,7 @@ def reward_training(bench: Bench) -> dict[str, str]:
         "run": {"precision": "fp32", "eval_every": 0},
         "model": {"name_or_path": bench.folders["classifier"]},
         "data": {"source": str(source), "max_tokens": 16},
-        "optim": {"lr": 1e-3, "epochs": 1, "batch_size": 16},
+        "optim": {"lr": 1e-3, "epochs": 1, "batch_size": 64},
     }
     found, seen = {}, []
     step = feedback_trainer.FeedbackTrainer.training_step
