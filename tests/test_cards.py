@@ -105,7 +105,7 @@ def test_the_card_has_training_and_results():
     assert "| spread of the scores (standard deviation) | 1.100 |  |" in card
     assert "| gain, in standard deviations of the score before | 1.250 |" in card
     assert "| win rate against the model before | 0.820 |" in card
-    assert "| PPO steps | 15 |" in card
+    assert "| training steps | 15 |" in card
     assert "left out" not in card
     assert "| samples" not in card
     assert "| whole" not in card

@@ -154,6 +154,8 @@ def test_a_run_without_a_critic(tiny, tmp_path, advantage):
     assert not (trainer.folder / "final" / "value_head.safetensors").exists()
     assert "critic" not in (trainer.folder / "final" / "README.md").read_text()
     samples = read_rows(trainer.folder / "samples.jsonl")[:12]
+    alike = [len({row["score"] for row in samples[i : i + 3]}) == 1 for i in range(0, 12, 3)]
+    assert rows[0]["rollout/flat_groups"] == sum(alike) / 4
     assert [row["prompt"] for row in samples[::3]] == [row["prompt"] for row in samples[1::3]]
     assert len({row["response"] for row in samples[:3]}) > 1, "samples of a prompt have random numbers of their own"
     resume = {"output_dir": str(tmp_path / "on"), "resume": str(trainer.folder / "checkpoints" / "step-000002")}
@@ -177,6 +179,19 @@ def test_a_step_whose_evaluation_waited_is_resumed(tiny, tmp_path, signalled, kl
     PPOTrainer(tiny(run={**run, "resume": "latest"}, **sections)).fit()
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2] and ("loss/kl" in rows[0]) == bool(kl)
+
+
+def test_keys_of_a_critic_are_reported_as_without_effect(tiny, tmp_path, capsys):
+    message = "ppo.lam, optim.critic_lr: without effect, as ppo.advantage=rloo has no critic"
+    for advantage in ("gae", "rloo"):
+        config = tiny(
+            run={"total_steps": 1, "output_dir": str(tmp_path / advantage)},
+            ppo={"advantage": advantage, "lam": 0.5},
+            rollout={"batch_size": 4, "samples_per_prompt": 2},
+            optim={"critic_lr": 1e-3},
+        )
+        PPOTrainer(config).fit()
+        assert (message in capsys.readouterr().out) == (advantage == "rloo")
 
 
 def test_prompts_of_ones_own_get_as_many_samples(tiny):

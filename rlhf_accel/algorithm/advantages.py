@@ -144,6 +144,20 @@ def group_sums(values: Float[Tensor, " B"], groups: Int[Tensor, " B"]) -> tuple[
     return sums[place], counts[place]
 
 
+def flat_groups(scores: Float[Tensor, " B"], groups: Int[Tensor, " B"]) -> Float32[Tensor, ""]:
+    """The share of groups whose responses all score alike, which teach nothing where a group is compared.
+
+    >>> flat_groups(torch.tensor([1.0, 1.0, 2.0, 3.0]), torch.tensor([0, 0, 1, 1]))
+    tensor(0.5000)
+    """
+    _, place = groups.unique(return_inverse=True)
+    extremes = [
+        scores.new_zeros(int(place.max()) + 1).scatter_reduce(0, place, scores, kind, include_self=False)
+        for kind in ("amin", "amax")
+    ]
+    return (extremes[0] == extremes[1]).float().mean()
+
+
 def on_each_token(values: Float[Tensor, " B"], mask: Bool[Tensor, "B R"]) -> Float32[Tensor, "B R"]:
     """A response's number on each of its tokens; 0 where masked out."""
     return where_counted(values[:, None].expand(mask.shape), mask)

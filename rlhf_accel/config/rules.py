@@ -177,10 +177,19 @@ def contradictions(config: Config) -> Iterator[ConfigError]:
                 key="data.prompt_tokens",
                 others=("rollout.max_prompt_tokens",),
             )
+    yield from _advantage_contradictions(config)
     yield from _scoring_contradictions(config)
     yield from _model_contradictions(config)
     yield from _ppo_contradictions(config)
-    yield from _advantage_contradictions(config)
+
+
+def without_effect(config: Config) -> list[str]:
+    """Keys of a critic that differ from their defaults where none is built."""
+    if config.ppo.has_critic:
+        return []
+    keys = ("ppo.lam", "ppo.vf_coef", "ppo.cliprange_value", "optim.critic_lr", "model.critic_init")
+    given, default = flatten(asdict(config)), flatten(asdict(type(config)()))
+    return [key for key in keys if given[key] != default[key]]
 
 
 def _responses(rollout: RolloutConfig) -> str:

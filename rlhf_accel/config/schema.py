@@ -260,8 +260,8 @@ class RewardConfig:
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class PPOConfig:
     advantage: Literal["gae", "rloo", "grpo", "dr_grpo", "reinforce++"] = "gae"
-    """Estimator of the advantage. `gae` uses a critic; of the others none is built. `rloo`, `grpo` and `dr_grpo`
-    compare the responses to one prompt (rollout.samples_per_prompt above 1)."""
+    """Estimator of the advantage. `gae` uses a critic, the others none. `rloo`, `grpo` and `dr_grpo` compare the
+    responses to one prompt (rollout.samples_per_prompt above 1); `reinforce++` needs one response."""
     ppo_epochs: PositiveInt = 4
     """Number of passes over each batch of rollouts."""
     num_minibatches: PositiveInt = 1

@@ -60,7 +60,7 @@ class Tokens:
         except ConfigError:
             raise
         except Exception as error:  # transformers raises many types for a missing or broken tokenizer
-            here = "" if os.path.exists(name_or_path) else "there is no such folder here, and "
+            here = "" if os.path.exists(name_or_path) else "there is no such folder of a run or a model here, and "
             raise ConfigError(
                 f"model.name_or_path={name_or_path}: {here}no tokenizer could be loaded; save one beside the model "
                 f"({_first_line(error)})",

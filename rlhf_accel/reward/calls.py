@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import threading
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -64,7 +66,8 @@ def call(
     except KeyboardInterrupt:  # Ctrl-C
         raise
     except BaseException as error:  # SystemExit and GeneratorExit too: a reward must not end the process
-        raise RewardError(f"{name} raised {describe(error)}", key=key_in(name), raised=type(error).__name__) from error
+        message = f"{name} raised {describe(error)}{_place(error)}"
+        raise RewardError(message, key=key_in(name), raised=type(error).__name__) from error
     try:
         scores = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
     except Exception as error:  # the returned object may raise anything when it is read
@@ -96,6 +99,13 @@ def describe(error: BaseException) -> str:
         return f"{type(error).__name__}: {error}"
     except Exception:
         return type(error).__name__
+
+
+def _place(error: BaseException) -> str:
+    """The file and line that raised it, unless they are this package's: a server that failed, or a time limit."""
+    frames = traceback.extract_tb(error.__traceback__)
+    path = Path(frames[-1].filename) if frames else Path(__file__)
+    return "" if path.parent == Path(__file__).parent else f" ({path.name}:{frames[-1].lineno})"
 
 
 def _within(seconds: float | None, work: Callable[[], T]) -> T:

@@ -28,7 +28,7 @@ _LABELS = {
     "kl": "KL to the reference, nats a response (k1)",
     "gain": "gain, in standard deviations of the score before",
     "win_rate": "win rate against the model before",
-    "steps": "PPO steps",
+    "steps": "training steps",
     "seconds": "seconds of training",
 }
 # Keys about this machine or this start, which mean nothing to others.

@@ -40,8 +40,9 @@ from rlhf_accel.system.files import (
 MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
-# Metrics that a step may lack: those of evaluations, of a critic, and of a KL in the loss.
-_OPTIONAL = {name for name in NAMES if name.startswith(("eval/", "value/")) or name in ("loss/value", "loss/kl")}
+# Metrics that a step may lack: those of evaluations, of a critic, of a KL in the loss, and of several samples a prompt.
+_OPTIONAL = {name for name in NAMES if name.startswith(("eval/", "value/"))}
+_OPTIONAL |= {"loss/value", "loss/kl", "rollout/flat_groups"}
 NAME = re.compile(r"step-(\d+)(\.old)?")
 
 

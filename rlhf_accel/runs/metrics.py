@@ -80,6 +80,12 @@ METRICS = (
     ),
     Metric("rollout/response_tokens", "tokens", "length of a response", "mean over responses"),
     Metric("rollout/eos_fraction", "", "responses that end with a stop token or text", "mean over responses"),
+    Metric(
+        "rollout/flat_groups",
+        "",
+        "prompts whose responses all score alike, where rollout.samples_per_prompt is above 1",
+        "mean over prompts",
+    ),
     Metric("optim/lr", "", "learning rate of the policy in this step", "same on all ranks"),
     Metric("optim/grad_norm", "", "norm of the gradient before clipping", "mean over updates"),
     Metric(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import traceback
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_accel.algorithm.batches import Experience
@@ -55,10 +54,7 @@ def gave_up_scoring(run: Run, error: FailedScoring) -> RunFailed:
         **error.inputs,
     }
     place = run.recorder.dump(facts, None)
-    raised = error.__cause__.__cause__ if error.__cause__ is not None else None
-    frames = traceback.extract_tb(raised.__traceback__) if raised is not None else []
-    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return saved_and_failed(run, f"{error}{where}; look with python -m rlhf_accel replay {place}")
+    return saved_and_failed(run, f"{error}; look with python -m rlhf_accel replay {place}")
 
 
 def saved_and_failed(run: Run, message: str) -> RunFailed:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlhf_accel.config.distribution import distribution, truncated
+from rlhf_accel.config.rules import without_effect
 from rlhf_accel.config.schema import Config
 from rlhf_accel.distributed.liveness import is_lost_contact, missing, who_is_missing
 from rlhf_accel.distributed.runtime import Runtime
@@ -134,6 +135,9 @@ class Run:
         keys = " and ".join(f"{key}=bf16" for key, dtype in asked.items() if dtype == "bf16")
         if keys and not computes_in_bf16(self.runtime.device):
             self.warn(f"{keys}: this device only emulates bf16, which takes many times longer than fp32")
+        unused = without_effect(config)
+        if unused:
+            self.warn(f"{', '.join(unused)}: without effect, as ppo.advantage={config.ppo.advantage} has no critic")
         cut = truncated(config.rollout)
         if cut is not None:
             self.warn(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from rlhf_accel.algorithm.advantages import flat_groups
 from rlhf_accel.algorithm.batches import Experience, LossStats, Rollout
 from rlhf_accel.algorithm.kl import kl_estimate
 from rlhf_accel.algorithm.masked import masked_mean, masked_row_sum
@@ -28,6 +29,8 @@ def step_metrics(
             "value/clip_fraction": math.nan if losses.value_clip_fraction is None else losses.value_clip_fraction,
             "value/explained_variance": float(fit),
         }
+    if len(rollout.groups.unique()) < len(rollout):
+        optional["rollout/flat_groups"] = float(flat_groups(rollout.scores, rollout.groups))
     if experience.ref_logprobs is not None:
         optional["loss/kl"] = math.nan if losses.kl is None else losses.kl
     found = {
