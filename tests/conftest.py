@@ -46,9 +46,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # By the time that they take, so that no process of pytest-xdist is left with a long file in the end.
 LONGEST = [
-    *("test_world_size", "test_ppo_trainer", "test_families", "test_fuzz", "test_nonfinite", "test_wheels"),
-    "test_device",
-    *("test_checkpoint", "test_evaluate", "test_docs", "test_doctor", "test_two_nodes", "test_main", "test_recipes"),
+    *("test_world_size", "test_ppo_trainer", "test_families", "test_nonfinite", "test_reward_trainer", "test_device"),
+    *("test_evaluate", "test_recipes", "test_check", "test_errors", "test_doctor", "test_main", "test_exports"),
+    *(
+        "test_two_nodes",
+        "test_reward_texts",
+        "test_report",
+        "test_resume",
+        "test_train_reward_script",
+        "test_evaluation",
+    ),
 ]
 
 

@@ -703,6 +703,7 @@ def test_inputs_are_never_mutated():
         "largest": [(b.values.abs(), b.mask)],
         "k3": [(b.values,)],
         "group_sums": [(b.values[:, 0], torch.tensor([3, 1, 3, 3]))],
+        "flat_groups": [(b.values[:, 0], torch.tensor([3, 1, 3, 3]))],
         "on_each_token": [(b.values[:, 0], b.mask)],
     }
     # Those that take rollouts are in test_advantages.py and test_estimators.py.

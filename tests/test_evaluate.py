@@ -243,8 +243,8 @@ REFUSED = [
     (["BEGUN"], 2, "has neither best/ nor final/ yet"),
     (["BEGUN", "--which", "base"], 2, "has neither summary.json nor a checkpoint yet, which record the scale"),
     (["BLIND"], 2, "run.eval_samples=0 in"),
-    (["BROKEN", "--which", "base"], 1, "raised RuntimeError: gone; nothing is written"),
-    (["BROKEN", "--frontier", "2"], 1, "raised RuntimeError: gone; nothing is written"),
+    (["BROKEN", "--which", "base"], 1, "raised RuntimeError: gone (test_evaluate.py:227); nothing is written"),
+    (["BROKEN", "--frontier", "2"], 1, "raised RuntimeError: gone (test_evaluate.py:227); nothing is written"),
 ]
 
 

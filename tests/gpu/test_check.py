@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import forks
 from tests.distributed.launch import ROOT, environment
 from tests.gpu import check, parts
 from tests.gpu.bench import Bench, Skipped
@@ -20,7 +20,7 @@ QUICK = [name for name in check.PARTS if name not in ("zero", "speed", "collecti
 
 def test_the_script_runs_each_part_or_says_why_not(tmp_path: Path) -> None:
     command = ["bash", str(ROOT / "scripts" / "gpu_check.sh"), str(tmp_path / "found"), "--tiny", "--parts", *QUICK]
-    settings = environment(PYTHON=sys.executable)
+    settings = environment(PYTHON=str(forks.python(tmp_path)))
     done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     found = json.loads((tmp_path / "found" / "gpu_check.json").read_text())
