@@ -98,7 +98,7 @@ LAUNCHES: dict[tuple[str | None, int], list[str]] = {
     ],
     ("zero3_offload", 2): ["full"],
 }
-# Runs that go on from their checkpoint once more, in a folder of their own; with DeepSpeed some of them are portable.
+# Runs that are resumed from their checkpoint, in a folder of their own; with DeepSpeed some checkpoints are portable.
 RESUMED: dict[tuple[str | None, int], list[str]] = {
     (None, 1): ["full", "lora", "grpo"],
     ("ddp", 2): ["full"],
