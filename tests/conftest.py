@@ -39,9 +39,12 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One server of forks for all processes of pytest-xdist, started by their controller."""
+    """One server of forks for all processes of pytest-xdist, started by their controller. They are its forks too,
+    unless coverage is measured, which has to see what is imported."""
     if getattr(config.option, "numprocesses", None):
         forks.start(build=True)
+        if not getattr(config.option, "cov_source", None):
+            config.option.tx = [f"popen//python={forks.python(forks.folder())}" for _ in config.option.tx]
 
 
 # By the time that they take, so that no process of pytest-xdist is left with a long file in the end.

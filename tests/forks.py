@@ -2,10 +2,15 @@
 
 `Forked` is a `subprocess.Popen` for commands that start with this interpreter. The child is a fork of the server, not
 of the process of the tests: it has no thread, no gradient and no patch of a test in it. What is read from the
-environment at import (HF_HOME, MALLOC_*) is the server's: a test that sets it needs a `subprocess.Popen`.
+environment at import is the server's: an empty hub cache, `hub_cache()`, that tests may fill, and MALLOC_*. Its disk
+fails where a test says so (faulty_disk.c). With `bare` the child has not imported this package, only the libraries.
 
 Under `accelerate launch`, run by `Forked`, the launcher's ranks are forks too; their environment and their end remain
 the launcher's matter. `python(folder)` writes a program that stands for the interpreter where a script starts one.
+
+    python -m tests.forks run WORDS…
+
+does what `python WORDS…` does, as a fork.
 """
 
 from __future__ import annotations
@@ -35,33 +40,38 @@ from typing import Any, NoReturn
 
 ROOT = Path(__file__).parents[1]
 ADDRESS = "RLHF_ACCEL_TESTS_FORKS"
-IMPORTS = (
+LIBRARIES = (
     "accelerate.commands.launch",
     "deepspeed.runtime.zero.muon.original_muon",  # which compiles as it is imported
     "deepspeed.runtime.zero.stage3",
     "matplotlib",
     "peft",
-    "rlhf_accel.commands.doctor",
-    "rlhf_accel.commands.evaluate",
-    "rlhf_accel.training.ppo_trainer",
-    "rlhf_accel.training.run",
-    "rlhf_accel.training.reward_trainer",
     "torch.distributed.run",
     "torch.utils.tensorboard",
     "transformers.models.gpt2.modeling_gpt2",
     "transformers.models.llama.modeling_llama",
     "transformers.models.roberta.modeling_roberta",
 )
+PACKAGE = (
+    "rlhf_accel.commands.doctor",
+    "rlhf_accel.commands.evaluate",
+    "rlhf_accel.training.ppo_trainer",
+    "rlhf_accel.training.run",
+    "rlhf_accel.training.reward_trainer",
+)
 _servers: list[subprocess.Popen] = []  # the one that this process started
+BARE = ".bare"  # the end of the second socket's name
 _STARTS = 180.0  # seconds that the server is given for its imports
 
 
 class Forked(subprocess.Popen):
     """`subprocess.Popen([sys.executable, …])` by a fork of the server, in a session of its own. `closed` are those of
-    its standard streams that it does not get."""
+    its standard streams that it does not get; `bare`: without this package imported."""
 
-    def __init__(self, command: Sequence[object], *, closed: Sequence[int] = (), **options: Any) -> None:
-        self._closed = closed
+    def __init__(
+        self, command: Sequence[object], *, closed: Sequence[int] = (), bare: bool = False, **options: Any
+    ) -> None:
+        self._closed, self._bare = closed, bare
         super().__init__([str(word) for word in command], **options)
 
     def _execute_child(
@@ -85,7 +95,7 @@ class Forked(subprocess.Popen):
             "process": os.getpid(),
         }
         streams = [given if given != -1 else own for own, given in enumerate((p2cread, c2pwrite, errwrite))]
-        self._connection = connect()
+        self._connection = connect(BARE * self._bare)
         try:
             text = json.dumps(request).encode()
             socket.send_fds(self._connection, [struct.pack("i", len(text))], streams)
@@ -130,6 +140,22 @@ def python(folder: Path) -> Path:
     return program
 
 
+def hub_cache() -> Path:
+    """Where the server and all its forks look for models and data sets of the hub, under names that one test uses."""
+    return folder() / "hf_home" / "hub"
+
+
+def has_faulty_disk() -> bool:
+    """Whether the disk of forks can be made to fail; it takes a C compiler and glibc."""
+    return (folder() / "faulty_disk.so").exists()
+
+
+def folder() -> Path:
+    """The server's own."""
+    start()
+    return Path(os.environ[ADDRESS]).parent
+
+
 def receive(connection: socket.socket, size: int) -> bytes:
     received = b""
     while len(received) < size:
@@ -145,10 +171,14 @@ def start(build: bool = False) -> None:
     `build` it compiles, beside the tests, what tests under DeepSpeed will ask for."""
     if ADDRESS in os.environ:
         return
-    folder = tempfile.TemporaryDirectory(prefix="forks-")
-    path = f"{folder.name}/socket"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    environment |= {"TOKENIZERS_PARALLELISM": "false"}
+    own = tempfile.TemporaryDirectory(prefix="forks-")
+    path = f"{own.name}/socket"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"TOKENIZERS_PARALLELISM": "false", **offline_environment(Path(own.name, "hf_home", "hub"))}
+    library = Path(own.name, "faulty_disk.so")
+    with suppress(OSError, subprocess.CalledProcessError):
+        compile_faulty_disk(library)
+        environment["LD_PRELOAD"] = str(library)
     server = subprocess.Popen(
         [sys.executable, "-m", "tests.forks", path, str(os.getpid()), *["build"] * build],
         cwd=ROOT,
@@ -161,18 +191,35 @@ def start(build: bool = False) -> None:
     def end() -> None:
         server.kill()
         server.wait()
-        folder.cleanup()
+        own.cleanup()
 
     atexit.register(end)
 
 
-def connect() -> socket.socket:
+def compile_faulty_disk(library: Path) -> None:
+    source = Path(__file__).with_name("faulty_disk.c")
+    command = ["cc", "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"]
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+
+
+def offline_environment(hub_cache: Path) -> dict[str, str]:
+    """Variables for a process that reads this cache and no other; the libraries read them when they are imported."""
+    home = hub_cache.parent
+    return {
+        "HF_HOME": str(home),
+        "HF_HUB_CACHE": str(hub_cache),
+        "HF_DATASETS_CACHE": str(home / "datasets"),
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def connect(which: str = "") -> socket.socket:
     start()
     deadline = time.monotonic() + _STARTS
     while True:
         connection = socket.socket(socket.AF_UNIX)
         try:
-            connection.connect(os.environ[ADDRESS])
+            connection.connect(os.environ[ADDRESS] + which)
             return connection
         except (FileNotFoundError, ConnectionRefusedError):
             connection.close()
@@ -193,10 +240,17 @@ def die_with(parent: int) -> None:
 
 def serve(path: str, parent: int, *, build: bool) -> None:
     die_with(parent)
-    for name in IMPORTS:
+    for name in LIBRARIES:
         importlib.import_module(name)
     if build and os.fork() == 0:
         build_extensions()
+    server = os.getpid()
+    if os.fork() == 0:
+        die_with(server)
+        path += BARE
+    else:
+        for name in PACKAGE:
+            importlib.import_module(name)
     gc.collect()
     gc.freeze()
     listener = socket.socket(socket.AF_UNIX)
@@ -363,9 +417,23 @@ def ranks_are_forks() -> None:
     SubprocessHandler._popen = popen
 
 
+def stand_for(command: list[str]) -> NoReturn:
+    """Ends as the fork does that runs `python COMMAND`; Ctrl-C reaches the fork."""
+    with Forked([sys.executable, *command]) as fork:
+        while True:
+            try:
+                status = fork.wait()
+            except KeyboardInterrupt:
+                fork.send_signal(signal.SIGINT)
+            else:
+                sys.exit(status)
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "as":
-        with Forked([sys.executable, *sys.argv[2:]]) as asked_for:
-            sys.exit(asked_for.wait())
+        stand_for(sys.argv[2:])
+    if sys.argv[1] == "run":
+        start(build=True)
+        stand_for(sys.argv[2:])
     ranks_are_forks()
     serve(sys.argv[1], int(sys.argv[2]), build=sys.argv[3:] == ["build"])

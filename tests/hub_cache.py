@@ -1,6 +1,6 @@
 """A hub cache without a hub: models and data sets as a machine holds them that has loaded them once.
 
-A process with `offline_environment` loads them under their hub ids; the libraries read it when they are imported.
+A process with `forks.offline_environment`, such as a fork, loads them under their hub ids.
 """
 
 from __future__ import annotations
@@ -16,17 +16,6 @@ from datasets.splits import SplitDict, SplitInfo
 
 # A commit and a builder's hash: any hexadecimal digits will do.
 COMMIT = "0" * 40
-
-
-def offline_environment(hub_cache: Path) -> dict[str, str]:
-    """Variables for a process that reads this cache and no other."""
-    home = hub_cache.parent
-    return {
-        "HF_HOME": str(home),
-        "HF_HUB_CACHE": str(hub_cache),
-        "HF_DATASETS_CACHE": str(home / "datasets"),
-        "HF_HUB_OFFLINE": "1",
-    }
 
 
 def put_model(hub_cache: Path, name: str, folder: Path) -> Path:

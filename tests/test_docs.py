@@ -22,7 +22,8 @@ from rlhf_accel.training.ppo_trainer import PPOTrainer
 from scripts import write_reference
 from tests.conftest import TEXTS
 from tests.distributed.launch import environment
-from tests.hub_cache import make_hub_cache_dataset, offline_environment, put_model
+from tests.forks import offline_environment
+from tests.hub_cache import make_hub_cache_dataset, put_model
 
 REPOSITORY = Path(__file__).parent.parent
 DOCS = REPOSITORY / "docs"

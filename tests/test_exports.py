@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +30,7 @@ from rlhf_accel.runs import exports
 from rlhf_accel.runs.exports import ExportError
 from rlhf_accel.system.errors import RunFailed
 from rlhf_accel.training.ppo_trainer import PPOTrainer
+from tests import forks
 
 
 def raise_(error: Exception) -> None:
@@ -274,9 +274,7 @@ def test_final_loads_and_writes_without_this_package(trained, llama_folder, tmp_
     }
     arguments = [text for kind, trainer in kinds.items() for text in (kind, str(trainer.folder / "final"))]
     # In another folder, so that the package could not even be found by chance.
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD_WITHOUT_US, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False
-    )
+    done = forks.run([sys.executable, "-c", LOAD_WITHOUT_US, *arguments], cwd=tmp_path, bare=True)
     assert done.returncode == 0, done.stderr
     written = json.loads(done.stdout.splitlines()[-1])
     for trainer in kinds.values():

@@ -288,48 +288,32 @@ def test_ctrl_c_says_where_it_stands(tiny, tmp_path: Path, signalled) -> None:
 # Disks
 
 
-@pytest.fixture(scope="session")
-def faulty_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    library = tmp_path_factory.mktemp("faulty_disk") / "faulty_disk.so"
-    source = Path(__file__).with_name("faulty_disk.c")
-    try:
-        subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"], check=True)
-    except (OSError, subprocess.CalledProcessError):
+def on_faulty_disk(what: str, config: Config) -> tuple[dict[str, int], str]:
+    if not forks.has_faulty_disk():
         pytest.skip("no C compiler here (or no glibc): disks that fail are not tested")
-    return library
-
-
-def on_faulty_disk(what: str, config: Config, library: Path) -> tuple[dict[str, int], str]:
     folder = Path(str(config.run.output_dir))
     path = folder.with_name("faulty.yaml")
     path.write_text(to_yaml(config), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.disk_worker", what, str(path)],
-        cwd=ROOT,
-        env=environment(
-            LD_PRELOAD=str(library), FAULTY_DISK=str(folder / "checkpoints" if what == "every" else folder)
-        ),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    under = folder / "checkpoints" if what == "every" else folder
+    command = [sys.executable, "-m", "tests.disk_worker", what, path]
+    done = forks.run(command, cwd=ROOT, env=environment(FAULTY_DISK=str(under)))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     return json.loads(done.stdout.splitlines()[-1]), done.stdout
 
 
-def test_whichever_call_of_a_save_fails_the_newest_checkpoint_is_whole(tiny, tmp_path: Path, faulty_disk: Path) -> None:
+def test_whichever_call_of_a_save_fails_the_newest_checkpoint_is_whole(tiny, tmp_path: Path) -> None:
     run = {"total_steps": 2, "save_every": 1, "eval_samples": 0, "output_dir": str(tmp_path / "run")}
     config = tiny(run={**run, "max_failed_saves": 1000}, lora={"r": 2})
-    counts, _ = on_faulty_disk("every", config, faulty_disk)
+    counts, _ = on_faulty_disk("every", config)
     assert counts.keys() == {"ENOSPC", "EIO"}
     assert min(counts.values()) > 25  # five files, each made, written and flushed; folders, renames
 
 
-def test_a_full_disk_does_not_end_a_run_and_loses_nothing(tiny, tmp_path: Path, faulty_disk: Path) -> None:
+def test_a_full_disk_does_not_end_a_run_and_loses_nothing(tiny, tmp_path: Path) -> None:
     run = {"total_steps": 6, "save_every": 1, "eval_every": 1, "sample_every": 1, "trackers": ["tensorboard"]}
     PPOTrainer(tiny(run={**run, "output_dir": str(tmp_path / "whole")})).fit()
     config = tiny(run={**run, "output_dir": str(tmp_path / "run"), "max_failed_saves": 4})
-    counts, said = on_faulty_disk("full", config, faulty_disk)
+    counts, said = on_faulty_disk("full", config)
     assert counts["calls"] > 10
     assert said.count("could not be written: No space left on device") == 3
     assert "warning: the checkpoint of step 3 could not be written" in said

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 import warnings
@@ -22,8 +21,9 @@ from rlhf_accel.data.prompts import Prompts, held_out, load_rows, split_rows
 from rlhf_accel.data.rows import Table
 from rlhf_accel.data.tokenizer import Tokens
 from rlhf_accel.system.errors import ConfigError
+from tests import forks
 from tests.conftest import TEXTS
-from tests.hub_cache import make_hub_cache_dataset, offline_environment, put_model
+from tests.hub_cache import make_hub_cache_dataset, put_model
 
 ROWS = [{"text": f"{text} ({i})", "number": i} for i, text in enumerate(TEXTS * 5)]
 
@@ -245,32 +245,31 @@ def test_an_unknown_split_names_its_key(tmp_path: Path, key: str, split: str) ->
     assert error_of(split_rows, DataConfig(source=source, **{key: split})).startswith(f"data.{key}={split}: Un")
 
 
-def test_a_data_set_under_its_hub_id_without_a_hub(tmp_path: Path, gpt2_folder: Path) -> None:
-    """In a process of its own: the libraries read the environment when they are imported."""
-    cache = tmp_path / "home" / "hub"
+def test_a_data_set_under_its_hub_id_without_a_hub(gpt2_folder: Path) -> None:
+    """In a fork, whose libraries read this cache when they were imported."""
+    cache = forks.hub_cache()
     rows = {split: [{"text": f"{split} {i}", "label": i} for i in range(4)] for split in ("train", "test")}
-    make_hub_cache_dataset(cache, "stanfordnlp/imdb", rows)
-    put_model(cache, "lvwerra/gpt2-imdb", gpt2_folder)
+    make_hub_cache_dataset(cache, "someone/reviews", rows)
+    put_model(cache, "someone/gpt2", gpt2_folder)
     code = """
 import datasets, json, transformers
 from rlhf_accel.config.schema import DataConfig
 from rlhf_accel.data.prompts import load_rows, split_rows
 from rlhf_accel.data.tokenizer import Tokens
 from rlhf_accel.system.errors import ConfigError
-plain = datasets.load_dataset("stanfordnlp/imdb", split="train")
-train, held = split_rows(DataConfig(source="stanfordnlp/imdb", eval_split="test"))
-tokens = Tokens.load("lvwerra/gpt2-imdb")
-model = transformers.AutoModelForCausalLM.from_pretrained("lvwerra/gpt2-imdb")
+plain = datasets.load_dataset("someone/reviews", split="train")
+train, held = split_rows(DataConfig(source="someone/reviews", eval_split="test"))
+tokens = Tokens.load("someone/gpt2")
+model = transformers.AutoModelForCausalLM.from_pretrained("someone/gpt2")
 errors = []
-for source, split in (("stanfordnlp/imdb", "dev"), ("no/such", "train")):
+for source, split in (("someone/reviews", "dev"), ("no/such", "train")):
     try:
         load_rows(source, split)
     except ConfigError as error:
         errors.append(str(error))
 print(json.dumps([plain.to_list(), train.to_list(), held.to_list(), len(tokens), model.config.n_layer, errors]))
 """
-    environment = {**os.environ, **offline_environment(cache), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
+    run = forks.run([sys.executable, "-c", code], timeout=300)
     assert run.returncode == 0, run.stderr
     plain, train, held, vocabulary, layers, errors = json.loads(run.stdout.splitlines()[-1])
     assert plain == train == rows["train"] and held == rows["test"]

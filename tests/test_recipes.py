@@ -1,8 +1,6 @@
 """The recipes as shipped, with tiny models under the real names in an offline hub cache."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,8 +9,10 @@ import pytest
 from rlhf_accel.config.loading import load
 from rlhf_accel.config.recipes import RECIPES, recipe_names
 from rlhf_accel.config.schema import Config, RewardTrainingConfig
+from tests import forks
 from tests.conftest import TEXTS
-from tests.hub_cache import make_hub_cache_dataset, offline_environment, put_model
+from tests.distributed.launch import environment
+from tests.hub_cache import make_hub_cache_dataset, put_model
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -47,18 +47,16 @@ def test_the_settings_of_the_reference_job():
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory, gpt2_folder, classifier_folder):
-    """Environment variables of a machine that has the models and the data set of the reference job in its cache."""
-    cache = tmp_path_factory.mktemp("hf_home") / "hub"
+def hub(gpt2_folder, classifier_folder):
+    """The models and the data set of the reference job in the cache of forks."""
+    cache = forks.hub_cache()
     put_model(cache, "lvwerra/gpt2-imdb", gpt2_folder)
     put_model(cache, "siebert/sentiment-roberta-large-english", classifier_folder)
     rows = [{"text": f"{text} <br />{text}", "label": i % 2} for i, text in enumerate(TEXTS * 20)]
     make_hub_cache_dataset(cache, "stanfordnlp/imdb", {"train": rows, "test": rows[:40]})
-    return offline_environment(cache)
 
 
 JOBS = ("imdb_sentiment", "imdb_sentiment_lora")
-# In an interpreter of its own, since the place of the hub's cache is read at import.
 TRAIN = "import sys; from rlhf_accel.__main__ import main; [main(words.split()) for words in sys.argv[1:]]"
 
 
@@ -67,14 +65,7 @@ def reference_jobs(hub, tmp_path_factory):
     """The folder that holds a run of one step of each of the JOBS."""
     folder = tmp_path_factory.mktemp("jobs")
     commands = [f"train --config {name} --run.total_steps 1 --run.output_dir {folder / name}" for name in JOBS]
-    done = subprocess.run(
-        [sys.executable, "-c", TRAIN, *commands],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**os.environ, **hub, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        check=False,
-    )
+    done = forks.run([sys.executable, "-c", TRAIN, *commands], cwd=folder, env=environment())
     assert done.returncode == 0, done.stderr
     return folder
 
