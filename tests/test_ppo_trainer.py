@@ -883,6 +883,15 @@ def test_learning_rates():
     assert factors("linear", 5, 3) == pytest.approx([0.2, 0.4, 0.6])
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_schedule_ends_with_the_last_step(schedule):
+    """Beyond it, the line of `linear` would fall below 0: the optimizer would climb the loss."""
+    with pytest.raises(ConfigError, match=r"^run\.total_steps=4 .* step 5; .*optim\.schedule=constant") as error:
+        lr_factor(OptimConfig(schedule=schedule), 5, 4)
+    assert error.value.key == "run.total_steps"
+    assert lr_factor(OptimConfig(schedule="constant"), 5, 4) == 1.0
+
+
 def test_the_critic_keeps_its_own_rate_through_the_schedule(tiny):
     trainer = PPOTrainer(tiny(model={"critic": "separate"}, optim={"lr": 1e-3, "critic_lr": 1e-2, "warmup_steps": 2}))
     trainer.step(["The film"] * 8)

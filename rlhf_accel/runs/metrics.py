@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_accel.system.console import Stream, standard_output
-from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.system.errors import ConfigError, why
 from rlhf_accel.system.files import Malformed, parse_json, read_bounded, read_tail, replace_text
 from rlhf_accel.system.terminal import Terminal
 
@@ -251,7 +251,7 @@ def _text_of_rows(path: Path) -> str:
 
 
 def _unreadable(path: Path, error: OSError | Malformed) -> ConfigError:
-    return ConfigError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})")
+    return ConfigError(f"{path} cannot be read ({why(error)})")
 
 
 class JsonLines:

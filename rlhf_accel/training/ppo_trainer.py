@@ -91,7 +91,8 @@ class PPOTrainer:
     def step(self, prompts: PromptBatch | Sequence[str]) -> dict[str, float]:
         """One PPO step. Returns the step's metrics, the same on every rank.
 
-        Raises `ConfigError` naming the first prompt that has no text or, with its response, too many positions.
+        Raises `ConfigError` for the first prompt that has no text or, with its response, too many positions, for fewer
+        responses than minibatches, and for a step beyond the learning-rate schedule.
         """
         prompts, step, watch = self._start_step(prompts)
         with self._whole_weights(watch):
@@ -312,9 +313,17 @@ def kl_controller(config: PPOConfig, coef: float) -> FixedKLController | Adaptiv
 def lr_factor(optim: OptimConfig, step: int, total_steps: int) -> float:
     """Share of the peak learning rate at a step counted from 1: rises over the warm-up, then follows the schedule.
 
+    Raises `ConfigError` for a step beyond `total_steps`, unless the schedule is constant.
+
     >>> [lr_factor(OptimConfig(schedule="linear", warmup_steps=2), step, 6) for step in range(1, 7)]
     [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     """
+    if step > total_steps and optim.schedule != "constant":
+        raise ConfigError(
+            f"run.total_steps={total_steps} is below step {step}, for which optim.schedule={optim.schedule} has no "
+            "learning rate; raise it, or set optim.schedule=constant",
+            key="run.total_steps",
+        )
     if step <= optim.warmup_steps:
         return step / optim.warmup_steps
     done = (step - 1 - optim.warmup_steps) / max(total_steps - optim.warmup_steps, 1)

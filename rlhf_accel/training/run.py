@@ -18,7 +18,6 @@ from rlhf_accel.config.rules import without_effect
 from rlhf_accel.config.schema import Config
 from rlhf_accel.distributed.liveness import is_lost_contact, missing, who_is_missing
 from rlhf_accel.distributed.runtime import Runtime
-from rlhf_accel.reward import Classifier
 from rlhf_accel.rollout.scoring import FailedScoring
 from rlhf_accel.runs import checkpoint, hub, resume, run_folder
 from rlhf_accel.runs.checkpoint import Progress, SaveError
@@ -268,9 +267,7 @@ class Run:
     def _cut_texts(self) -> dict[str, dict[str, int]]:
         """For each classifier that had to cut texts on any rank, how many; each is reported, too."""
         found = {}
-        for name, _, term in self.trainer.reward.terms:
-            if not isinstance(term, Classifier):
-                continue
+        for name, _, term in self.trainer.reward.classifiers:
             counts = torch.tensor([term.read, term.cut, term.unread])
             read, cut, unread = self.runtime.sum(counts).tolist()
             if cut:
