@@ -10,7 +10,8 @@ import pytest
 
 from rlhf_accel.config.loading import load
 from rlhf_accel.config.recipes import RECIPES, recipe_names
-from rlhf_accel.config.schema import Config, RewardTrainingConfig
+from rlhf_accel.config.reward_schema import RewardTrainingConfig
+from rlhf_accel.config.schema import Config
 from tests.conftest import TEXTS
 from tests.hub_cache import make_hub_cache_dataset, offline_environment, put_model
 

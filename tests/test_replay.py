@@ -63,7 +63,7 @@ def test_scores_that_are_not_finite_skip_the_step_and_finally_end_the_run(tiny, 
         trainer.fit()
     place = tmp_path / "run" / "dumps" / "step-000003"
     assert (
-        f"3 steps in a row were skipped (run.max_skipped_steps); look with python -m rlhf_accel replay {place}"
+        f"3 steps in a row were skipped (run.max_skipped_steps); inspect it with python -m rlhf_accel replay {place}"
         in str(stopped.value)
     )
     output = capsys.readouterr().out
@@ -186,7 +186,7 @@ def test_a_reward_that_keeps_failing_leaves_a_checkpoint_and_its_inputs(tiny, tm
     place = tmp_path / "run" / "dumps" / "step-000001"
     line = needs_a_number.__code__.co_firstlineno + 2
     assert str(stopped.value) == (
-        f"reward.function=tests.test_replay:needs_a_number raised KeyError: 'minus one' (test_replay.py:{line}); look "
+        f"reward.function=tests.test_replay:needs_a_number raised KeyError: 'minus one' (test_replay.py:{line}); inspect it "
         f"with python -m rlhf_accel replay {place}; the last checkpoint is {tmp_path}/run/checkpoints/step-000000, "
         f"resume with --run.output_dir {tmp_path}/run --run.resume latest"
     )

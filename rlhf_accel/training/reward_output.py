@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from rlhf_accel.config.schema import RewardTrainingConfig
+from rlhf_accel.config.reward_schema import RewardTrainingConfig
 from rlhf_accel.system.errors import ConfigError, RunFailed, first_line
 from rlhf_accel.system.lock import hold
 from rlhf_accel.system.terminal import say
