@@ -186,9 +186,9 @@ def test_a_reward_that_keeps_failing_leaves_a_checkpoint_and_its_inputs(tiny, tm
     place = tmp_path / "run" / "dumps" / "step-000001"
     line = needs_a_number.__code__.co_firstlineno + 2
     assert str(stopped.value) == (
-        f"reward.function=tests.test_replay:needs_a_number raised KeyError: 'minus one' (test_replay.py:{line}); inspect it "
-        f"with python -m rlhf_accel replay {place}; the last checkpoint is {tmp_path}/run/checkpoints/step-000000, "
-        f"resume with --run.output_dir {tmp_path}/run --run.resume latest"
+        f"reward.function=tests.test_replay:needs_a_number raised KeyError: 'minus one' (test_replay.py:{line}); "
+        f"inspect it with python -m rlhf_accel replay {place}; the last checkpoint is "
+        f"{tmp_path}/run/checkpoints/step-000000, resume with --run.output_dir {tmp_path}/run --run.resume latest"
     )
     dump = read_dump(place)
     assert len(dump.facts["prompts"]) == len(dump.facts["responses"]) == len(dump.facts["columns"]["number"]) == 8

@@ -27,7 +27,7 @@ from rlhf_accel.models.positions import check_prompts
 from rlhf_accel.reward import Reward, RewardError, load_reward_here
 from rlhf_accel.rollout import sampling as decoding
 from rlhf_accel.rollout.engine import sampling_settings
-from rlhf_accel.runs.metrics import plain
+from rlhf_accel.runs.progress_line import plain
 from rlhf_accel.runs.run_folder import model_folder
 from rlhf_accel.runs.summary import reward_scale
 from rlhf_accel.system.arithmetic import has_gpu

@@ -21,7 +21,7 @@ from rlhf_accel.models.calls import model_inputs
 from rlhf_accel.models.loading import DTYPES
 from rlhf_accel.reward import RewardError, load_reward_here
 from rlhf_accel.runs.dumps import Dump, read_dump
-from rlhf_accel.runs.metrics import plain
+from rlhf_accel.runs.progress_line import plain
 from rlhf_accel.system.arithmetic import has_gpu
 from rlhf_accel.system.errors import ConfigError, RunFailed
 from rlhf_accel.system.process import quiet_libraries, tune_process

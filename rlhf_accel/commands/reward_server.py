@@ -31,7 +31,7 @@ from rlhf_accel.commands.parsers import LOOPBACK
 from rlhf_accel.config.loading import parse
 from rlhf_accel.config.schema import RewardConfig
 from rlhf_accel.reward import TOKEN_VARIABLE, Reward, RewardError, load_reward_here
-from rlhf_accel.runs.metrics import finite_or_none
+from rlhf_accel.runs.json_lines import finite_or_none
 from rlhf_accel.system.errors import ConfigError
 from rlhf_accel.system.process import quiet_libraries, tune_process
 from rlhf_accel.system.terminal import say

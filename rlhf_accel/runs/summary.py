@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf_accel.runs import records
 from rlhf_accel.runs.checkpoint import load_progress, newest
-from rlhf_accel.runs.metrics import finite_or_none
+from rlhf_accel.runs.json_lines import finite_or_none
 from rlhf_accel.system.errors import ConfigError, why
 from rlhf_accel.system.files import Malformed, replace_text
 

@@ -34,9 +34,9 @@ from rlhf_accel.reward import RewardFunction
 from rlhf_accel.rollout.engine import Seeds
 from rlhf_accel.rollout.scoring import score, score_parts
 from rlhf_accel.runs.checkpoint import Progress
-from rlhf_accel.runs.metrics import Stopwatch
 from rlhf_accel.system.errors import ConfigError
 from rlhf_accel.system.process import reseed
+from rlhf_accel.system.stopwatch import Stopwatch
 from rlhf_accel.training import failures, setup
 from rlhf_accel.training.first_step import FirstStep
 from rlhf_accel.training.losses import Terms, UpdateTotals, computed_terms

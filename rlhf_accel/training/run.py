@@ -22,7 +22,7 @@ from rlhf_accel.rollout.scoring import FailedScoring
 from rlhf_accel.runs import checkpoint, hub, resume, run_folder
 from rlhf_accel.runs.checkpoint import Progress, SaveError
 from rlhf_accel.runs.exports import ExportError, ExportProbe
-from rlhf_accel.runs.metrics import Progressline
+from rlhf_accel.runs.progress_line import ProgressLine
 from rlhf_accel.runs.recorder import Recorder
 from rlhf_accel.runs.report import page
 from rlhf_accel.system.arithmetic import computes_in_bf16
@@ -66,7 +66,7 @@ class Run:
         self.trainer, self.config, self.runtime = trainer, trainer.config, trainer.runtime
         config, runtime = self.config, self.runtime
         folder = runtime.from_main(lambda: run_folder.choose_folder(config))
-        self.line = Progressline(config.run.total_steps, enabled=runtime.is_main)
+        self.line = ProgressLine(config.run.total_steps, enabled=runtime.is_main)
         self.recorder = Recorder(config, folder, runtime, self.line, given)
         runtime.from_main(self.recorder.claim)
         self.resume_from = _resume_from(config, runtime, folder, self.line.say)

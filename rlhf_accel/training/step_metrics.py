@@ -10,7 +10,8 @@ from rlhf_accel.algorithm.batches import Experience, LossStats, Rollout
 from rlhf_accel.algorithm.kl import kl_estimate
 from rlhf_accel.algorithm.masked import masked_mean, masked_row_sum
 from rlhf_accel.algorithm.ppo import explained_variance
-from rlhf_accel.runs.metrics import METRICS, Stopwatch
+from rlhf_accel.runs.metrics import METRICS
+from rlhf_accel.system.stopwatch import Stopwatch
 
 
 def step_metrics(
