@@ -7,7 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from rlhf_accel.config.schema import Config, RewardTrainingConfig
+from rlhf_accel.config.reward_schema import RewardTrainingConfig
+from rlhf_accel.config.schema import Config
 from rlhf_accel.runs.metrics import markdown_table
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference.md"

@@ -29,6 +29,7 @@ from rlhf_accel.config.loading import (
     to_yaml,
 )
 from rlhf_accel.config.recipes import DEFAULT_RECIPE, RECIPES, recipe_names
+from rlhf_accel.config.reward_schema import RewardTrainingConfig
 from rlhf_accel.config.rules import changed_keys, check_trainable
 from rlhf_accel.config.schema import (
     BatchSizes,
@@ -36,7 +37,6 @@ from rlhf_accel.config.schema import (
     ModelConfig,
     OptimConfig,
     PPOConfig,
-    RewardTrainingConfig,
     RolloutConfig,
     RunConfig,
 )
@@ -293,7 +293,7 @@ def test_limits_are_not_contradictions() -> None:
         "lora": {"r": 1},
         "ppo": {"micro_batch_tokens": 96, "num_minibatches": 64},
     }
-    assert BatchSizes.of(parse(Config, tree)) == BatchSizes(prompts=64, rollout=64, minibatch=1, updates_per_step=256)
+    assert BatchSizes.of(parse(Config, tree)) == BatchSizes(prompts=64, rollout=64, minibatch=1)
 
 
 # A short text whose tree has nine times nine times … as many parts.

@@ -8,7 +8,7 @@ import sys
 import pytest
 import yaml
 
-from rlhf_accel.runs.metrics import Progressline
+from rlhf_accel.runs.progress_line import ProgressLine
 from rlhf_accel.system import console
 from rlhf_accel.system.errors import RunFailed
 from tests import forks
@@ -59,7 +59,7 @@ def test_characters_that_the_encoding_lacks_become_question_marks():
 
 def test_a_progress_line_survives_its_console(monkeypatch):
     monkeypatch.setattr(sys, "stdout", Fails(BrokenPipeError(32, "Broken pipe")))
-    with Progressline(3, enabled=True) as line:
+    with ProgressLine(3, enabled=True) as line:
         line.say("text")
         line.table("samples", [{"a": 1.0, "b": "😀"}])
         line.advance(1, "text")

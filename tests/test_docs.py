@@ -15,7 +15,8 @@ from rlhf_accel import __main__ as command_line
 from rlhf_accel.commands.reward_server import RewardServer
 from rlhf_accel.config.keys import key_names
 from rlhf_accel.config.loading import load, to_yaml
-from rlhf_accel.config.schema import Config, RewardConfig, RewardTrainingConfig
+from rlhf_accel.config.reward_schema import RewardTrainingConfig
+from rlhf_accel.config.schema import Config, RewardConfig
 from rlhf_accel.reward import load_reward
 from rlhf_accel.runs import metrics
 from rlhf_accel.training.ppo_trainer import PPOTrainer

@@ -18,13 +18,13 @@ from rlhf_accel.config.loading import load
 from rlhf_accel.config.schema import Config
 from rlhf_accel.rollout.engine import Seeds
 from rlhf_accel.runs.checkpoint import load_progress
-from rlhf_accel.runs.metrics import Progressline
+from rlhf_accel.runs.progress_line import ProgressLine
 from rlhf_accel.training.evaluation import EVALUATION_SEED, EVALUATION_STEP
 from rlhf_accel.training.ppo_trainer import PPOTrainer
 
 pytestmark = pytest.mark.usefixtures("exact_fp32")
 
-QUIET = Progressline(1, enabled=False)
+QUIET = ProgressLine(1, enabled=False)
 RUN = {"total_steps": 3, "eval_every": 1, "save_every": 1, "keep_checkpoints": 0, "eval_samples": 4, "sample_every": 0}
 GOLD = {"calibrate": True, "calibrate_samples": 32, "gold": "tests.test_ppo_trainer:length"}
 
@@ -314,7 +314,7 @@ def test_ctrl_c_while_drawing_leaves_all_as_it_was(fitted, monkeypatch, capsys) 
         if done == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Progressline, "advance", interrupted)
+    monkeypatch.setattr(ProgressLine, "advance", interrupted)
     with pytest.raises(SystemExit) as stopped:
         command_line.main(["evaluate", str(run), "--trust_code", "--frontier", "5"])
     assert stopped.value.code == 130

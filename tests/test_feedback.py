@@ -11,7 +11,7 @@ import pytest
 from tokenizers import processors
 
 from rlhf_accel.config.loading import parse
-from rlhf_accel.config.schema import RewardTrainingConfig
+from rlhf_accel.config.reward_schema import RewardTrainingConfig
 from rlhf_accel.data import feedback as preferences
 from rlhf_accel.data.feedback import Feedback, Sets, draw_pairs, origins
 from rlhf_accel.system.errors import ConfigError

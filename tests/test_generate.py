@@ -239,6 +239,14 @@ def test_scores_need_no_column_of_the_data(run_folder, monkeypatch):
         generate._writers(parsers.generate([str(trainer.folder), "--score", "--trust_code"]))
 
 
+def test_a_reward_model_that_is_gone_is_named(run_folder, tmp_path):
+    trainer = run_folder()
+    gone = replace(trainer.config.reward, model=str(tmp_path / "gone"), function=())
+    with pytest.raises(ConfigError, match=r"^reward\.model=.*/gone: no such folder") as error:
+        generate._reward(replace(trainer.config, reward=gone), trainer.folder)
+    assert error.value.key == "reward.model"
+
+
 def test_scores_of_a_run_that_did_not_end_have_no_scale(run_folder):
     trainer = run_folder(reward={"calibrate": True})
     (trainer.folder / "summary.json").unlink()

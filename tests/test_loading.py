@@ -14,7 +14,8 @@ from rlhf_accel.commands import generate, merge, model_sizes, parsers
 from rlhf_accel.commands.checks.building import build
 from rlhf_accel.commands.checks.findings import Findings
 from rlhf_accel.config.loading import parse
-from rlhf_accel.config.schema import Config, RewardConfig, RewardTrainingConfig
+from rlhf_accel.config.reward_schema import RewardTrainingConfig
+from rlhf_accel.config.schema import Config, RewardConfig
 from rlhf_accel.data import loading
 from rlhf_accel.data.tokenizer import Tokens
 from rlhf_accel.models import classifier as classifiers

@@ -829,7 +829,7 @@ def test_a_reward_that_fails_on_a_part_later_says_where(tiny):
         PPOTrainer(tiny(reward=settings, run={"eval_samples": 0}), reward=reward).fit()
     line = inspect.getsourcelines(reward)[1] + 2
     said = rf"OSError: gone \(test_ppo_trainer\.py:{line}\); .* unfinished responses \(reward\.partial_every=1\)"
-    found = re.search(rf"{said}: .*; look .*replay ([^\s;]+)", str(raised.value))
+    found = re.search(rf"{said}: .*; inspect it .*replay ([^\s;]+)", str(raised.value))
     assert found, raised.value
     facts = json.loads((Path(found[1]) / "dump.json").read_text())
     assert len(facts["prompts"]) == 8 and all(0 < len(response) < 8 for response in facts["responses"])
@@ -881,6 +881,15 @@ def test_learning_rates():
     assert factors("constant", 4, 6) == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 1.0])
     # A warm-up as long as the run, or longer.
     assert factors("linear", 5, 3) == pytest.approx([0.2, 0.4, 0.6])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_schedule_ends_with_the_last_step(schedule):
+    """Beyond it, the line of `linear` would fall below 0: the optimizer would climb the loss."""
+    with pytest.raises(ConfigError, match=r"^run\.total_steps=4 is below step 5, .*optim\.schedule=constant") as error:
+        lr_factor(OptimConfig(schedule=schedule), 5, 4)
+    assert error.value.key == "run.total_steps"
+    assert lr_factor(OptimConfig(schedule="constant"), 5, 4) == 1.0
 
 
 def test_the_critic_keeps_its_own_rate_through_the_schedule(tiny):

@@ -550,5 +550,8 @@ def test_prompts_of_ones_own_that_cannot_be_used(tokens: Tokens) -> None:
 
 def test_a_text_of_which_a_tokenizer_makes_nothing(tokens: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokens, "encode", lambda texts: [[] if text == "odd" else [5, 6] for text in texts])
-    message = error_of(prompts_of, tokens, [{"text": "a"}, {"text": "odd"}])
+    rows = [{"text": "a"}, {"text": "odd"}]
+    message = error_of(prompts_of, tokens, rows)
     assert message.startswith("data.text_field=text: the tokenizer makes no token of the text 'odd'")
+    beginnings = prompts_of(tokens, rows, prompt_tokens=(1, 2))  # whose texts are encoded when their turn comes
+    assert error_of(beginnings.batch, 1, 2) == message

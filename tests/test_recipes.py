@@ -8,7 +8,8 @@ import pytest
 
 from rlhf_accel.config.loading import load
 from rlhf_accel.config.recipes import RECIPES, recipe_names
-from rlhf_accel.config.schema import Config, RewardTrainingConfig
+from rlhf_accel.config.reward_schema import RewardTrainingConfig
+from rlhf_accel.config.schema import Config
 from tests import forks
 from tests.conftest import TEXTS
 from tests.distributed.launch import environment

@@ -17,7 +17,7 @@ from rlhf_accel.commands import replay
 from rlhf_accel.config.loading import parse
 from rlhf_accel.config.schema import Config
 from rlhf_accel.models import policy_with_value
-from rlhf_accel.reward import Reward
+from rlhf_accel.reward import Reward, loading
 from rlhf_accel.rollout.engine import Seeds
 from rlhf_accel.runs.dumps import Dump, read_dump
 from rlhf_accel.system.errors import RunFailed
@@ -63,7 +63,7 @@ def test_scores_that_are_not_finite_skip_the_step_and_finally_end_the_run(tiny, 
         trainer.fit()
     place = tmp_path / "run" / "dumps" / "step-000003"
     assert (
-        f"3 steps in a row were skipped (run.max_skipped_steps); look with python -m rlhf_accel replay {place}"
+        f"3 steps in a row were skipped (run.max_skipped_steps); inspect it with python -m rlhf_accel replay {place}"
         in str(stopped.value)
     )
     output = capsys.readouterr().out
@@ -186,9 +186,9 @@ def test_a_reward_that_keeps_failing_leaves_a_checkpoint_and_its_inputs(tiny, tm
     place = tmp_path / "run" / "dumps" / "step-000001"
     line = needs_a_number.__code__.co_firstlineno + 2
     assert str(stopped.value) == (
-        f"reward.function=tests.test_replay:needs_a_number raised KeyError: 'minus one' (test_replay.py:{line}); look "
-        f"with python -m rlhf_accel replay {place}; the last checkpoint is {tmp_path}/run/checkpoints/step-000000, "
-        f"resume with --run.output_dir {tmp_path}/run --run.resume latest"
+        f"reward.function=tests.test_replay:needs_a_number raised KeyError: 'minus one' (test_replay.py:{line}); "
+        f"inspect it with python -m rlhf_accel replay {place}; the last checkpoint is "
+        f"{tmp_path}/run/checkpoints/step-000000, resume with --run.output_dir {tmp_path}/run --run.resume latest"
     )
     dump = read_dump(place)
     assert len(dump.facts["prompts"]) == len(dump.facts["responses"]) == len(dump.facts["columns"]["number"]) == 8
@@ -322,14 +322,15 @@ def test_a_reward_is_called_again_on_the_runs_device_and_in_its_dtype(classifier
     facts = {"arithmetic": {"device": "cuda", "reward_dtype": "fp16"}, "prompts": ["A"], "responses": [" film"]}
     dump = Dump(config=config, facts=facts, experience={}, weights={})
     monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
-    monkeypatch.setattr(replay, "has_gpu", lambda: True)
+    for module in (replay, loading):
+        monkeypatch.setattr(module, "has_gpu", lambda: True)
     asked: list[tuple[str, str]] = []
 
     def load(config: Any, path: str, device: torch.device, **rest: Any) -> Any:
         asked.append((config.dtype, device.type))
         return Reward(terms=(("f", 1.0, lambda p, r: [1.0]),))
 
-    monkeypatch.setattr(replay, "load_reward", load)
+    monkeypatch.setattr(loading, "load_reward", load)
     settled, where = replay.with_arithmetic_of_the_run(dump)
     assert replay.replay_reward(settled)[0]["score"] == 1.0
     assert asked == [("fp16", "cuda")] and where == "on cuda in reward_dtype fp16"

@@ -16,7 +16,7 @@ from rlhf_accel.__main__ import main
 from rlhf_accel.algorithm import frontier
 from rlhf_accel.config.loading import to_yaml
 from rlhf_accel.config.schema import Config
-from rlhf_accel.runs import metrics
+from rlhf_accel.runs import json_lines
 from rlhf_accel.runs.metrics import METRICS
 from rlhf_accel.runs.report import charts, run_data
 from rlhf_accel.runs.report import page as report
@@ -363,12 +363,12 @@ def test_of_samples_beyond_the_bound_the_last_are_shown(folder: Path, monkeypatc
     assert most < (folder / "samples.jsonl").stat().st_size
     for name, bound in (("_MOST_BYTES", most), ("_MOST_ROWS", 100)):
         with monkeypatch.context() as patch:
-            patch.setattr(metrics, name, bound)
+            patch.setattr(json_lines, name, bound)
             run = run_data.read_run(folder)
         steps = [row["step"] for row in run.samples]
         assert steps == list(range(201 - len(steps), 201)) and 0 < len(steps) <= 100
         assert run.notes == ("samples.jsonl is too large to be read whole; its first rows are left out",)
-    monkeypatch.setattr(metrics, "_MOST_BYTES", most - 1)
+    monkeypatch.setattr(json_lines, "_MOST_BYTES", most - 1)
     with pytest.raises(ConfigError, match=r"metrics\.jsonl cannot be read \(more than"):
         run_data.read_run(folder)
 

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassificatio
 
 from rlhf_accel.commands.checks.reward_checks import check_classifier
 from rlhf_accel.config.loading import parse
-from rlhf_accel.config.schema import Config, RewardConfig, RewardTrainingConfig
+from rlhf_accel.config.reward_schema import RewardTrainingConfig
+from rlhf_accel.config.schema import Config, RewardConfig
 from rlhf_accel.data import reward_texts
 from rlhf_accel.models import classifier as classifiers
 from rlhf_accel.models import probes

@@ -25,7 +25,8 @@ from transformers import (
 
 from rlhf_accel.commands import parsers
 from rlhf_accel.config.loading import load, parse
-from rlhf_accel.config.schema import Config, RewardConfig, RewardTrainingConfig
+from rlhf_accel.config.reward_schema import RewardTrainingConfig
+from rlhf_accel.config.schema import Config, RewardConfig
 from rlhf_accel.data import feedback as preferences
 from rlhf_accel.reward import Classifier
 from rlhf_accel.system import lock

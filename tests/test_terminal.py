@@ -15,7 +15,7 @@ from rich.text import Text
 
 import rlhf_accel
 from rlhf_accel import __main__ as command_line
-from rlhf_accel.runs.metrics import Progressline
+from rlhf_accel.runs.progress_line import ProgressLine
 from rlhf_accel.system import terminal
 from rlhf_accel.system.errors import ConfigError, RunFailed
 from rlhf_accel.system.terminal import Terminal, guard_messages, say, visible
@@ -65,7 +65,7 @@ def test_text_in_rich_is_escaped_and_its_own_colours_work(tty) -> None:
 
 
 def test_the_progress_line_is_escaped(capsys) -> None:
-    with Progressline(2, enabled=True) as line:
+    with ProgressLine(2, enabled=True) as line:
         line.say(f"warning: {EVIL}")
         line.advance(1, EVIL)
         line.table(EVIL, [{"prompt": EVIL, "score": 1.0}])

@@ -34,7 +34,8 @@ from rlhf_accel.rollout.engine import Seeds
 from rlhf_accel.rollout.scoring import score
 from rlhf_accel.runs.checkpoint import CHECKPOINTS
 from rlhf_accel.runs.exports import exported_weights
-from rlhf_accel.runs.metrics import Progressline, read_rows
+from rlhf_accel.runs.json_lines import read_rows
+from rlhf_accel.runs.progress_line import ProgressLine
 from rlhf_accel.runs.run_folder import model_folder
 from rlhf_accel.runs.summary import read_summary, reward_scale, write_json
 from rlhf_accel.system import console
@@ -106,11 +107,11 @@ class Judge:
             prompts=setup.held_out.fixed(count),
         )
 
-    def base(self, samples: int, line: Progressline, done: int = 0) -> Evaluation:
+    def base(self, samples: int, line: ProgressLine, done: int = 0) -> Evaluation:
         """Evaluates the reference, which is the policy as it was set up. Call it before `model`."""
         return self._evaluate(samples, line, done, BASE, None)
 
-    def model(self, which: str, base: Evaluation, samples: int, line: Progressline, done: int = 0) -> Evaluation:
+    def model(self, which: str, base: Evaluation, samples: int, line: ProgressLine, done: int = 0) -> Evaluation:
         """Evaluates a model of the run's folder: `final`, `best`, or the portable checkpoint `step-NNNNNN`. With
         `@SCALE` after its name, its adapter is scaled."""
         name, scale = _split(which)
@@ -118,7 +119,7 @@ class Judge:
         self.setup.runtime.set_weights(weights if scale == 1 else scaled_adapter(weights, scale))
         return self._evaluate(samples, line, done, which, base)
 
-    def reference_scores(self, samples: int, line: Progressline) -> Float[Tensor, "P N"]:
+    def reference_scores(self, samples: int, line: ProgressLine) -> Float[Tensor, "P N"]:
         """Scores of so many responses of the reference to each prompt, with separate random numbers. Call it before
         `model`. Raises `RewardError` if the reward fails or returns a score that is not finite."""
         runtime, collector, count = self.setup.runtime, self.setup.collector, len(self.prompts)
@@ -140,7 +141,7 @@ class Judge:
             )
         return scores
 
-    def _evaluate(self, samples: int, line: Progressline, done: int, name: str, base: Evaluation | None) -> Evaluation:
+    def _evaluate(self, samples: int, line: ProgressLine, done: int, name: str, base: Evaluation | None) -> Evaluation:
         line.say(f"evaluating {name} on {len(self.prompts)} held-out prompts")
         reseed(self.config.run.seed, 0, self.setup.runtime.rank)
         return evaluate(
@@ -175,20 +176,20 @@ def main(options: argparse.Namespace) -> None:
     curves, reference, evaluations = None, None, {}
     try:
         if options.frontier is not None:
-            with Progressline(options.frontier, enabled=main_only, unit="sample") as line:
+            with ProgressLine(options.frontier, enabled=main_only, unit="sample") as line:
                 reference = judge.reference_scores(options.frontier, line)
             curves = frontier.estimate(reference.double().numpy())
             curves = replace(curves, no_share=truncated(config.rollout) or curves.no_share)
         if names is not None:
             total = (len(names) + 1) * options.samples
-            with Progressline(total, enabled=main_only, unit="evaluation") as line:
+            with ProgressLine(total, enabled=main_only, unit="evaluation") as line:
                 base = judge.base(options.samples, line)
                 evaluations[BASE] = base
                 for number, name in enumerate(names, start=1):
                     evaluations[name] = judge.model(name, base, options.samples, line, number * options.samples)
     except RewardError as error:
         raise RunFailed(f"{error}; nothing is written") from error
-    console_line = Progressline(1, enabled=main_only)
+    console_line = ProgressLine(1, enabled=main_only)
     if evaluations:
         _write(judge, "evaluation.json", evaluation_tree(judge, options.samples, evaluations), console_line)
         console_line.console.print(_table(evaluations, in_words(distribution(config.rollout))))
@@ -349,7 +350,7 @@ def _split(which: str) -> tuple[str, float]:
         return name, math.nan
 
 
-def _write(judge: Judge, name: str, tree: Mapping[str, Any], line: Progressline) -> None:
+def _write(judge: Judge, name: str, tree: Mapping[str, Any], line: ProgressLine) -> None:
     runtime, path = judge.setup.runtime, judge.run / name
     problem = runtime.first_failure(failure(lambda: write_json(path, tree)) if runtime.is_main else None)
     if problem is not None:

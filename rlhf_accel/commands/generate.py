@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import AutoPeftModelForCausalLM
 from rich.table import Table
 from transformers import AutoModelForCausalLM
@@ -25,14 +24,14 @@ from rlhf_accel.data.rows import text_lines
 from rlhf_accel.data.tokenizer import Tokens
 from rlhf_accel.models.policy import end_of_text_ids
 from rlhf_accel.models.positions import check_prompts
-from rlhf_accel.reward import Reward, RewardError, load_reward
+from rlhf_accel.reward import Reward, RewardError, load_reward_here
 from rlhf_accel.rollout import sampling as decoding
 from rlhf_accel.rollout.engine import sampling_settings
-from rlhf_accel.runs.metrics import plain
+from rlhf_accel.runs.progress_line import plain
 from rlhf_accel.runs.run_folder import model_folder
 from rlhf_accel.runs.summary import reward_scale
 from rlhf_accel.system.arithmetic import has_gpu
-from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.system.errors import ConfigError, first_line, why
 from rlhf_accel.system.process import quiet_libraries, tune_process
 from rlhf_accel.system.terminal import Terminal
 
@@ -148,15 +147,12 @@ def _load(kind: Any, path: str, trust_remote_code: bool, base: str | None = None
     except ConfigError:
         raise
     except Exception as error:  # a missing, broken or foreign file raises many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"{path}: the model cannot be loaded ({reason})") from error
+        raise ConfigError(f"{path}: the model cannot be loaded ({first_line(error)})") from error
 
 
 def _reward(config: Config | None, run: Path) -> Reward:
     assert config is not None, "checked with the options"
-    device = torch.device("cuda" if has_gpu() else "cpu")
-    path = wheels.resolve_model(config.reward.model) if config.reward.model else None
-    reward = load_reward(config.reward, path, device, trust_remote_code=config.model.trust_remote_code)
+    reward = load_reward_here(config.reward, trust_remote_code=config.model.trust_remote_code)
     if not config.reward.calibrate:
         return reward
     scale = reward_scale(run)
@@ -175,8 +171,7 @@ def _prompts(options: argparse.Namespace) -> Iterator[list[str]]:
         try:
             lines = text_lines(options.file.read_bytes())
         except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", error)
-            raise ConfigError(f"--file {options.file}: cannot be read ({reason})", key="--file") from error
+            raise ConfigError(f"--file {options.file}: cannot be read ({why(error)})", key="--file") from error
     elif sys.stdin.isatty():
         yield from ([line] for line in _typed(input))
         return

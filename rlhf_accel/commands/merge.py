@@ -24,7 +24,7 @@ from rlhf_accel.models.probes import Finding, export_is_memory
 from rlhf_accel.runs.exports import VALUE_HEAD, ExportError
 from rlhf_accel.runs.run_folder import model_folder
 from rlhf_accel.system import console, files
-from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.system.errors import ConfigError, first_line
 from rlhf_accel.system.files import failure
 from rlhf_accel.system.process import quiet_libraries
 from rlhf_accel.system.terminal import say
@@ -87,8 +87,7 @@ def merge(
     except ConfigError:
         raise
     except Exception as error:  # peft raises many kinds for broken or foreign files
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"{adapter} does not fit the base {name} ({reason})") from error
+        raise ConfigError(f"{adapter} does not fit the base {name} ({first_line(error)})") from error
     found = export_is_memory(before, logits_of(merged, ids), dtype=DTYPES["fp32"])
     if not found.passed:
         raise ExportError(
@@ -168,7 +167,6 @@ def _settings(adapter: Path) -> PeftConfig:
     except ConfigError:
         raise
     except Exception as error:  # peft raises many kinds for files that it did not write
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"{adapter / 'adapter_config.json'} does not have the form that peft writes ({reason})"
+            f"{adapter / 'adapter_config.json'} does not have the form that peft writes ({first_line(error)})"
         ) from error

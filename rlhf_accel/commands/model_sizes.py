@@ -26,7 +26,7 @@ from rlhf_accel.models import cpu_kernels as kernels
 from rlhf_accel.models import policy_with_value, trainable
 from rlhf_accel.models.policy import fitted, resolve_dtype
 from rlhf_accel.reward import reward_dtype
-from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.system.errors import ConfigError, first_line
 
 # NF4 with block scales quantised again, 8 bits for 64 weights and 32 for 64 x 256 (Dettmers et al. 2023, section 3).
 BYTES_OF_NF4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8
@@ -141,8 +141,9 @@ def _model_config(path: str, key: str, trusted: bool) -> Any:
     except ConfigError:
         raise
     except Exception as error:  # a missing, broken or foreign file raises many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"{key}={path}: the model's config could not be read ({reason})", key=key) from error
+        raise ConfigError(
+            f"{key}={path}: the model's config could not be read ({first_line(error)})", key=key
+        ) from error
 
 
 def _critic(config: Config, settings: Any, reward_path: str | None, policy: Any) -> Any:

@@ -18,7 +18,8 @@ from rlhf_accel.system.errors import ConfigError
 from rlhf_accel.system.terminal import say
 
 if TYPE_CHECKING:
-    from rlhf_accel.config.schema import Config, RewardTrainingConfig
+    from rlhf_accel.config.reward_schema import RewardTrainingConfig
+    from rlhf_accel.config.schema import Config
 
 FRONTIER_SAMPLES = 64
 # Keys by which `evaluate` may differ from the run; the files that it writes record them.
@@ -42,7 +43,7 @@ def train(arguments: Sequence[str]) -> Config:
 
 def train_reward(arguments: Sequence[str]) -> RewardTrainingConfig:
     from rlhf_accel.config.loading import from_command_line
-    from rlhf_accel.config.schema import RewardTrainingConfig
+    from rlhf_accel.config.reward_schema import RewardTrainingConfig
 
     return from_command_line(RewardTrainingConfig, arguments, REWARD_RECIPE)
 

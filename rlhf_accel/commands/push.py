@@ -9,7 +9,7 @@ from rlhf_accel.config.loading import load_run
 from rlhf_accel.runs import hub, records
 from rlhf_accel.runs.cards import base_model, is_hub_id
 from rlhf_accel.system import console
-from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.system.errors import ConfigError, why
 from rlhf_accel.system.files import Malformed
 from rlhf_accel.system.terminal import say
 
@@ -35,8 +35,6 @@ def check_base(folder: Path) -> None:
     try:
         named = records.read(folder / hub.ADAPTER, records.Adapter)["base_model_name_or_path"]
     except (OSError, Malformed) as error:
-        raise ConfigError(
-            f"{folder / hub.ADAPTER} does not have the form that peft writes ({records.why(error)})"
-        ) from None
+        raise ConfigError(f"{folder / hub.ADAPTER} does not have the form that peft writes ({why(error)})") from None
     if named is None or not is_hub_id(named):
         raise ConfigError(f"{folder}: the adapter's base, {named}, is not a hub id; name it with --base", key="--base")

@@ -17,12 +17,11 @@ from rlhf_accel.algorithm.batches import Experience, Sequences
 from rlhf_accel.config.places import absolute
 from rlhf_accel.config.schema import RewardConfig
 from rlhf_accel.config.trust import require_trust
-from rlhf_accel.data import wheels
 from rlhf_accel.models.calls import model_inputs
 from rlhf_accel.models.loading import DTYPES
-from rlhf_accel.reward import RewardError, load_reward
+from rlhf_accel.reward import RewardError, load_reward_here
 from rlhf_accel.runs.dumps import Dump, read_dump
-from rlhf_accel.runs.metrics import plain
+from rlhf_accel.runs.progress_line import plain
 from rlhf_accel.system.arithmetic import has_gpu
 from rlhf_accel.system.errors import ConfigError, RunFailed
 from rlhf_accel.system.process import quiet_libraries, tune_process
@@ -86,9 +85,7 @@ def with_arithmetic_of_the_run(dump: Dump) -> tuple[Dump, str]:
 def replay_reward(dump: Dump) -> list[dict[str, Any]]:
     """Score each text by itself: a row for each with the score, or with the error that the reward raised."""
     config, facts, trusted = dump.config.reward, dump.facts, dump.config.model.trust_remote_code
-    path = None if config.model is None else wheels.resolve_model(config.model, "reward.model")
-    device = torch.device("cuda" if has_gpu() else "cpu")
-    reward = replace(load_reward(config, path, device, trust_remote_code=trusted), retries=0)
+    reward = replace(load_reward_here(config, trust_remote_code=trusted), retries=0)
     rows = []
     for i, (prompt, response) in enumerate(zip(facts["prompts"], facts["responses"], strict=True)):
         columns = {name: [column[i]] for name, column in facts.get("columns", {}).items()}

@@ -25,16 +25,13 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rlhf_accel.commands.parsers import LOOPBACK
 from rlhf_accel.config.loading import parse
 from rlhf_accel.config.schema import RewardConfig
-from rlhf_accel.data import wheels
-from rlhf_accel.reward import TOKEN_VARIABLE, Reward, RewardError, load_reward
-from rlhf_accel.runs.metrics import finite_or_none
-from rlhf_accel.system.arithmetic import has_gpu
+from rlhf_accel.reward import TOKEN_VARIABLE, Reward, RewardError, load_reward_here
+from rlhf_accel.runs.json_lines import finite_or_none
 from rlhf_accel.system.errors import ConfigError
 from rlhf_accel.system.process import quiet_libraries, tune_process
 from rlhf_accel.system.terminal import say
@@ -186,9 +183,7 @@ def main(options: argparse.Namespace) -> None:
     config = parse(RewardConfig, keys)
     tune_process()
     quiet_libraries()
-    path = None if config.model is None else wheels.resolve_model(config.model, "reward.model")
-    device = torch.device("cuda" if has_gpu() else "cpu")
-    reward = replace(load_reward(config, path, device, trust_remote_code=options.trust_remote_code), retries=0)
+    reward = replace(load_reward_here(config, trust_remote_code=options.trust_remote_code), retries=0)
     try:
         server = RewardServer((options.host, options.port), reward, options.max_bytes, deadline=options.deadline)
     except (OSError, OverflowError) as error:

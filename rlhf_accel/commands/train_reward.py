@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import transformers
 
-from rlhf_accel.config.schema import RewardTrainingConfig
+from rlhf_accel.config.reward_schema import RewardTrainingConfig
 from rlhf_accel.system import console
 from rlhf_accel.system.process import quiet_libraries, tune_process
 from rlhf_accel.training.reward_trainer import RewardTrainer

@@ -1,4 +1,5 @@
-"""Every choice of a run: `schema` has the keys, `rules` their contradictions, `loading` YAML and the command line.
+"""Every choice of a run: the keys (`schema`, `reward_schema`), their contradictions (`rules`), and how YAML and the
+command line become a config (`loading`).
 
 Knows no tensor, no model and no rank: an error in a config is found before any of them is touched.
 """
@@ -11,7 +12,8 @@ from rlhf_accel.system.lazy import lazy
 
 if TYPE_CHECKING:
     from rlhf_accel.config.loading import load
-    from rlhf_accel.config.schema import Config, RewardTrainingConfig
+    from rlhf_accel.config.reward_schema import RewardTrainingConfig
+    from rlhf_accel.config.schema import Config
     from rlhf_accel.system.errors import ConfigError, RunFailed
 
 __all__ = ["Config", "ConfigError", "RewardTrainingConfig", "RunFailed", "load"]
@@ -22,7 +24,7 @@ __getattr__ = lazy(
     {
         "Config": "rlhf_accel.config.schema",
         "ConfigError": "rlhf_accel.system.errors",
-        "RewardTrainingConfig": "rlhf_accel.config.schema",
+        "RewardTrainingConfig": "rlhf_accel.config.reward_schema",
         "RunFailed": "rlhf_accel.system.errors",
         "load": "rlhf_accel.config.loading",
     },

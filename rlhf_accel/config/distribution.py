@@ -1,4 +1,7 @@
-"""The sampling distribution, temperature and truncation, in files and in words. Knows only the keys of rollout."""
+"""The distribution that responses are sampled from, temperature and truncation: for files and in words.
+
+Knows only the keys of rollout.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,10 @@ def in_words(drawn_from: Mapping[str, Any]) -> str:
 
 
 def truncated(config: RolloutConfig) -> str | None:
-    """A caution about the KL if sampling is truncated, since log-probabilities are those of the untruncated policy;
-    None if it is not."""
+    """A warning about the KL if sampling is truncated, since log-probabilities are those of the untruncated policy.
+
+    None if it is not truncated.
+    """
     keys = [f"rollout.top_k={config.top_k}"] if config.top_k else []
     keys += [f"rollout.top_p={config.top_p:g}"] if config.top_p < 1 else []
     if not keys:

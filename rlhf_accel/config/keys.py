@@ -23,7 +23,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @cache
 def type_hints(cls: Any) -> dict[str, Any]:
-    """The types of a config class's fields. Kept, since resolving them from text takes milliseconds."""
+    """The types of a config class's fields; cached, since resolving them from text takes milliseconds."""
     return get_type_hints(cls)
 
 

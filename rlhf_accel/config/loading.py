@@ -1,4 +1,4 @@
-"""YAML and dotted overrides <-> a config: loading, parsing, suggestions for misspelt keys, and the command line.
+"""From YAML and dotted overrides to a config and back; the command line of a config.
 
 Knows the files of the recipes. Knows no tensor, no model and no rank.
 """
@@ -164,7 +164,7 @@ def read_yaml(source: str | Path) -> dict[str, Any]:
 
 
 def _read_text(path: Path) -> str:
-    """The text of a file, or of a pipe that the shell made; reads only so much of an endless device."""
+    """The text of a file, or of a pipe that the shell made; an endless device is read up to a limit."""
     if stat.S_ISFIFO(path.stat().st_mode) and not str(path).startswith(("/dev/", "/proc/")):
         raise files.Malformed("a named pipe, which may have no writer")
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""The recipes that come with the package, by name. Knows none of their keys."""
+"""The recipes that come with the package, by name. Knows nothing of their content."""
 
 from __future__ import annotations
 

@@ -15,11 +15,11 @@ from rlhf_accel.config.keys import flatten, key_names, short, unknown
 from rlhf_accel.system.errors import ConfigError
 
 if TYPE_CHECKING:  # the schema calls these rules when a config is made
-    from rlhf_accel.config.schema import Config, RewardConfig, RewardTrainingConfig, RolloutConfig
+    from rlhf_accel.config.reward_schema import RewardTrainingConfig
+    from rlhf_accel.config.schema import Config, RewardConfig, RolloutConfig
 
 # Keys of local paths: a run records them as absolute paths, older versions recorded them as they were given.
 _PATHS = ("model.name_or_path", "lora.adapter", "data.source", "data.eval_split", "reward.model")
-
 
 # Keys that may change when a run is resumed: results depend on them only by rounding. The exception is total_steps,
 # which is part of the learning rate's schedule; users who raise it expect that.
@@ -29,16 +29,9 @@ MAY_CHANGE = frozenset(
         *("run.max_failed_saves", "run.max_skipped_steps", "run.eval_every", "run.sample_every", "run.sample_count"),
         *("run.resume", "run.changes", "run.collective_timeout", "run.trackers", "run.project", "run.best_kl_budget"),
         *("run.push_to_hub", "run.hub_private", "run.report", "reward.gold"),
-        *("run.fast_kernels", "rollout.logprobs"),
-        *("model.gradient_checkpointing", "rollout.gather_parameters", "rollout.forward_batch_size"),
-        *(
-            "reward.import_from",
-            "reward.batch_size",
-            "reward.timeout",
-            "reward.retries",
-            "reward.retry_wait",
-            "ppo.micro_batch_tokens",
-        ),
+        *("run.fast_kernels", "model.gradient_checkpointing", "ppo.micro_batch_tokens"),
+        *("rollout.logprobs", "rollout.gather_parameters", "rollout.forward_batch_size"),
+        *("reward.import_from", "reward.batch_size", "reward.timeout", "reward.retries", "reward.retry_wait"),
     ]
 )
 
@@ -92,9 +85,9 @@ def reward_contradictions(config: RewardTrainingConfig) -> Iterator[ConfigError]
 def check_trainable(config: Config) -> None:
     """Raises `ConfigError` for settings that older versions allowed and that give wrong results.
 
-    In the reward, an estimator c(y) has the gradient E[c grad log pi], which is not that of its mean. For k1 the two
-    are equal. For k3 it is grad KL(pi || ref) - grad KL(ref || pi), and for k2 that of squared log-ratios of either
-    sign: near the reference both vanish to first order, so nothing pulls the policy back, and the rest pushes it away
+    In the reward, an estimator c(y) has the gradient E[c grad log pi]. Only for k1 is this the gradient of its mean.
+    For k3 it is grad KL(pi || ref) - grad KL(ref || pi), and for k2 that of squared log-ratios of either sign: near the
+    reference both vanish to first order, so nothing pulls the policy back, and the rest pushes it away
     (arXiv 2512.21852).
     """
     ppo = config.ppo
@@ -217,14 +210,14 @@ def _advantage_contradictions(config: Config) -> Iterator[ConfigError]:
         )
     if ppo.kl_in == "loss" and ppo.kl_estimator == "k1" and ppo.kl_coef > 0:
         yield ConfigError(
-            "ppo.kl_in=loss with ppo.kl_estimator=k1 pulls the policy nowhere: the gradient of k1 is 0 on average; set "
+            "ppo.kl_in=loss with ppo.kl_estimator=k1 has no effect on average, where the gradient of k1 is 0; set "
             "ppo.kl_estimator to k2 or k3",
             key="ppo.kl_estimator",
             others=("ppo.kl_in",),
         )
     if ppo.policy_loss == "cispo" and ppo.dual_clip is not None:
         yield ConfigError(
-            "ppo.dual_clip bounds a clipped ratio, which ppo.policy_loss=cispo has not; remove ppo.dual_clip",
+            "ppo.dual_clip bounds a clipped ratio, and ppo.policy_loss=cispo clips none; remove ppo.dual_clip",
             key="ppo.dual_clip",
             others=("ppo.policy_loss",),
         )
@@ -313,24 +306,14 @@ def _scoring_contradictions(config: Config) -> Iterator[ConfigError]:
             key="reward.partial_every",
             others=("ppo.whiten_rewards",),
         )
-    if reward.model is None and reward.label is not None:
-        yield ConfigError(
-            "reward.label is set without reward.model; name the model or remove the label",
-            key="reward.label",
-            others=("reward.model",),
-        )
-    if reward.model is None and reward.format != "auto":
-        yield ConfigError(
-            f"reward.format={reward.format} is set without reward.model; name the model or remove the format",
-            key="reward.format",
-            others=("reward.model",),
-        )
-    if reward.model is None and reward.chat_field is not None:
-        yield ConfigError(
-            "reward.chat_field is set without reward.model; name the model or remove the field",
-            key="reward.chat_field",
-            others=("reward.model",),
-        )
+    for key, default in (("label", None), ("format", "auto"), ("chat_field", None)):
+        value = getattr(reward, key)
+        if reward.model is None and value != default:
+            yield ConfigError(
+                f"reward.{key}={value} is set without reward.model; name the model or remove reward.{key}",
+                key=f"reward.{key}",
+                others=("reward.model",),
+            )
     if reward.format == "plain" and reward.chat_field is not None:
         yield ConfigError(
             "reward.chat_field is set, but reward.format=plain does not use turns; remove one of them",

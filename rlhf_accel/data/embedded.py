@@ -19,9 +19,10 @@ import pyarrow.parquet
 
 from rlhf_accel.config.loading import load
 from rlhf_accel.config.recipes import REWARD_RECIPE
-from rlhf_accel.config.schema import RewardTrainingConfig
-from rlhf_accel.data.cache import built_once, cache_dir, note, sha256
+from rlhf_accel.config.reward_schema import RewardTrainingConfig
+from rlhf_accel.data.cache import built_once, cache_dir, note
 from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.system.files import sha256
 
 MOVIE_REVIEWS = Path(__file__).parents[1] / "movie_reviews" / "movie_reviews.parquet"
 SPLITS = ("train", "validation", "heldout")

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from rlhf_accel.algorithm.calibration import PAIR_MARGIN
-from rlhf_accel.config.schema import RewardDataConfig
+from rlhf_accel.config.reward_schema import RewardDataConfig
 from rlhf_accel.data import prompts as data
 from rlhf_accel.data import reward_texts
 from rlhf_accel.data.reward_texts import Turns

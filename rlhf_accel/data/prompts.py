@@ -23,7 +23,7 @@ from rlhf_accel.config.schema import DataConfig
 from rlhf_accel.data import embedded
 from rlhf_accel.data.rows import READERS, Table, read_file
 from rlhf_accel.data.tokenizer import Tokens
-from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.system.errors import ConfigError, first_line
 
 _ARGUMENTS = ("prompts", "responses")  # of every reward function; columns are passed to it by name beside them
 
@@ -116,7 +116,7 @@ def held_out(text: str) -> bool:
 def split_rows(config: DataConfig) -> tuple[Table, Table]:
     """Rows to train on and rows held out from training.
 
-    Without data.eval_split the second may be empty, if the texts are few.
+    Without data.eval_split, the latter may be empty if there are few texts.
     """
     rows = load_rows(config.source, config.split, config.max_samples)
     texts = checked_texts(rows, config.source, config.text_field)
@@ -147,7 +147,10 @@ def _eval_rows(config: DataConfig, eval_split: str) -> Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """Prompts of a run: `batch(step)` for training, `fixed(n)` for evaluation."""
+    """Prompts of a run: `batch(step, size)` for training, `fixed(count)` for evaluation.
+
+    Both raise `ConfigError` for a text of which the tokenizer makes no token.
+    """
 
     rows: Table
     tokens: Tokens
@@ -159,18 +162,10 @@ class Prompts:
     def of(cls, rows: Table, tokens: Tokens, config: DataConfig, max_prompt_tokens: int, seed: int) -> Prompts:
         """Without data.prompt_tokens, rows that are too long for a whole prompt are left out with a warning.
 
-        Raises `ConfigError` if none is left.
+        Raises `ConfigError` if none is left, or if the tokenizer makes no token of a text.
         """
         if config.prompt_tokens is None:
-            texts = checked_texts(rows, config.source, config.text_field)
-            encoded = tokens.encode(texts)
-            if [] in encoded:
-                row = encoded.index([])
-                raise ConfigError(
-                    f"data.text_field={config.text_field}: the tokenizer makes no token of the text {texts[row]!r:.40} "
-                    f"of {config.source}; remove the row",
-                    key="data.text_field",
-                )
+            encoded = _encoded(checked_texts(rows, config.source, config.text_field), tokens, config)
             lengths = [len(ids) - len(tokens.prefix) for ids in encoded]
             short = [i for i, length in enumerate(lengths) if length <= max_prompt_tokens]
             if not short:
@@ -221,12 +216,24 @@ class Prompts:
         low, high = self.config.prompt_tokens or (self.max_prompt_tokens, self.max_prompt_tokens)
         limits = lengths.integers(low, high, size=len(rows), endpoint=True)
         texts = chosen.pop(self.config.text_field)
-        encoded = self.tokens.encode(texts)
+        encoded = _encoded(texts, self.tokens, self.config)
         return prompt_batch(
             [ids[: limit + len(self.tokens.prefix)] for ids, limit in zip(encoded, limits, strict=True)],
             self.tokens,
             chosen,
         )
+
+
+def _encoded(texts: Sequence[str], tokens: Tokens, config: DataConfig) -> list[list[int]]:
+    """The ids of each text; raises `ConfigError` for the first text without any."""
+    encoded = tokens.encode(texts)
+    if [] in encoded:
+        raise ConfigError(
+            f"data.text_field={config.text_field}: the tokenizer makes no token of the text "
+            f"{texts[encoded.index([])]!r:.40} of {config.source}; remove the row",
+            key="data.text_field",
+        )
+    return encoded
 
 
 def prompt_batch(
@@ -269,7 +276,7 @@ def _load_file(source: str, key: str, most: int | None) -> Table:
     try:
         return read_file(path, most)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or _first_line(error)
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise ConfigError(f"{key}={source}: cannot be read as {path.suffix} ({reason})", key=key) from error
 
 
@@ -279,7 +286,7 @@ def _load_hub(source: str, split: str, source_key: str, split_key: str) -> Table
             rows: Table = datasets.load_dataset(source, split=split)
             return rows
     except Exception as error:  # errors of network, permission and format have many types
-        reason = _first_line(error)
+        reason = first_line(error)
         if isinstance(error, ValueError) and reason.startswith(("Unknown split", "Unrecognized instruction")):
             raise ConfigError(f"{split_key}={split}: {reason}", key=split_key) from error
         cache = Path(datasets.config.HF_DATASETS_CACHE)
@@ -307,14 +314,10 @@ def _is_refused(error: Exception, folder: Path) -> bool:
 
 @contextmanager
 def _quiet_readers() -> Iterator[None]:
-    """Without the messages that `datasets` logs before it raises an error with the same text."""
+    """Silence the messages that `datasets` logs before it raises an error with the same text."""
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         yield
     finally:
         datasets.logging.set_verbosity(verbosity)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 from transformers.utils import cached_file
 
 from rlhf_accel.data.tokenizer import special_ids_around
-from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.system.errors import ConfigError, first_line
 
 FILE = "reward_texts.json"
 LARGEST_FILE = 16 << 20  # bytes of a record; four texts fit many times
@@ -95,7 +95,7 @@ def lay_out(tokenizer: Any, turns: Turns) -> str:
     try:
         return once(tokenizer, [tokenizer.apply_chat_template(turns, tokenize=False)])[0]
     except Exception as error:  # a template may raise anything, for example about the order of roles
-        raise ValueError((str(error).strip() or type(error).__name__).splitlines()[0]) from error
+        raise ValueError(first_line(error)) from error
 
 
 def is_conversation(content: Any) -> bool:

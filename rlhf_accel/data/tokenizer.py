@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from rlhf_accel.algorithm.batches import Sequences
 from rlhf_accel.data.loading import pretrained
-from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.system.errors import ConfigError, first_line
 from rlhf_accel.system.transfer import to_device
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"  # in place of bytes that are not a character
@@ -63,7 +63,7 @@ class Tokens:
             here = "" if os.path.exists(name_or_path) else "there is no such folder of a run or a model here, and "
             raise ConfigError(
                 f"model.name_or_path={name_or_path}: {here}no tokenizer could be loaded; save one beside the model "
-                f"({_first_line(error)})",
+                f"({first_line(error)})",
                 key="model.name_or_path",
             ) from error
         return cls(tokenizer)
@@ -253,7 +253,3 @@ def special_ids_around(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 def _common_length(one: str, other: str) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

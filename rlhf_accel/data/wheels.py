@@ -14,11 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf_accel.data.cache import built_once, cache_dir, note, sha256
+from rlhf_accel.data.cache import built_once, cache_dir, note
 from rlhf_accel.data.embedded import embedded_reward_model
 from rlhf_accel.data.loading import pretrained
 from rlhf_accel.system.errors import ConfigError
-from rlhf_accel.system.files import flush_all
+from rlhf_accel.system.files import flush_all, sha256
 
 
 @dataclass(frozen=True, kw_only=True)

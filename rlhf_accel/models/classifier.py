@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from rlhf_accel.config.schema import RewardTrainingConfig
+from rlhf_accel.config.reward_schema import RewardTrainingConfig
 from rlhf_accel.data import wheels
 from rlhf_accel.data.loading import adapted, pretrained
 from rlhf_accel.models import lora

@@ -8,7 +8,7 @@ from rlhf_accel.reward.calls import RewardError, RewardFunction
 from rlhf_accel.reward.cautions import cautions
 from rlhf_accel.reward.classifier import Classifier, reward_dtype
 from rlhf_accel.reward.functions import import_function, vader
-from rlhf_accel.reward.loading import load_golds, load_reward, reward_of
+from rlhf_accel.reward.loading import load_golds, load_reward, load_reward_here, reward_of
 from rlhf_accel.reward.server import TOKEN_VARIABLE, RemoteReward
 from rlhf_accel.reward.weighted import Reward
 
@@ -23,6 +23,7 @@ __all__ = [
     "import_function",
     "load_golds",
     "load_reward",
+    "load_reward_here",
     "reward_dtype",
     "reward_of",
     "vader",

@@ -17,10 +17,9 @@ def cautions(reward: Reward, prompt_tokens: int, new_tokens: int) -> list[tuple[
     The policy's prompts have up to `prompt_tokens` tokens, its responses up to `new_tokens`.
     """
     found: list[tuple[str, str]] = []
-    for name, _, term in reward.terms:
-        if isinstance(term, Classifier):
-            found += (("reward window", message) for message in _cut(name, term, prompt_tokens, new_tokens))
-            found += (("reward texts", message) for message in _other_format(name, term))
+    for name, _, term in reward.classifiers:
+        found += (("reward window", message) for message in _cut(name, term, prompt_tokens, new_tokens))
+        found += (("reward texts", message) for message in _other_format(name, term))
     return found
 
 
@@ -32,7 +31,7 @@ def _cut(name: str, term: Classifier, prompt_tokens: int, new_tokens: int) -> It
     end = "beginning" if term.tokenizer.truncation_side == "left" else "end"
     whole = ""
     if prompt_tokens >= term.max_tokens:
-        whole = ", and of the longest prompts' responses nothing is read"
+        whole = ", and nothing is read of the responses to the longest prompts"
     fix = "lower rollout.max_prompt_tokens" + (", or train it again with more" if term.record else "")
     fix = f"set reward.text=response, {fix}" if term.config.text == "full" else fix
     yield (

@@ -11,11 +11,13 @@ import torch
 
 from rlhf_accel.config.rules import gold_name
 from rlhf_accel.config.schema import RewardConfig
+from rlhf_accel.data import wheels
 from rlhf_accel.reward.calls import RewardFunction
 from rlhf_accel.reward.classifier import Classifier
 from rlhf_accel.reward.functions import import_function
 from rlhf_accel.reward.server import RemoteReward
 from rlhf_accel.reward.weighted import Reward
+from rlhf_accel.system.arithmetic import has_gpu
 from rlhf_accel.system.errors import ConfigError
 
 
@@ -52,6 +54,13 @@ def load_reward(
         )
     weights = config.weights or (1.0,) * len(functions)
     return reward_of(config, tuple(zip(names, weights, functions, strict=True)))
+
+
+def load_reward_here(config: RewardConfig, *, trust_remote_code: bool = False) -> Reward:
+    """The config's reward in a command of one process, on a GPU if there is one. Raises as `load_reward`."""
+    path = None if config.model is None else wheels.resolve_model(config.model, "reward.model")
+    device = torch.device("cuda" if has_gpu() else "cpu")
+    return load_reward(config, path, device, trust_remote_code=trust_remote_code)
 
 
 def reward_of(config: RewardConfig, terms: tuple[tuple[str, float, RewardFunction], ...]) -> Reward:

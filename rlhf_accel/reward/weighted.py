@@ -1,6 +1,6 @@
 """The reward of a run: a weighted sum of named terms, retried, calibrated and clipped.
 
-Knows how a sum is made of scores; knows neither where the terms come from nor what they compute.
+Knows how scores are summed; knows neither where the terms come from nor what they compute.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ class Reward:
     retry_wait: float = 1.0  # seconds, doubled after each retry
     timeout: float | None = None  # seconds
 
+    @property
+    def classifiers(self) -> tuple[tuple[str, float, Classifier], ...]:
+        """The terms that are classifiers, with their names and weights."""
+        return tuple((name, weight, term) for name, weight, term in self.terms if isinstance(term, Classifier))
+
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], columns: Mapping[str, Sequence[Any]]
     ) -> Float[Tensor, " B"]:
@@ -47,20 +52,17 @@ class Reward:
         self, prompts: Sequence[str], responses: Sequence[str], columns: Mapping[str, Sequence[Any]]
     ) -> Float[Tensor, " B"]:
         """The same scores; raises `RewardError` also for a score that is not finite."""
-        parts = [self._retried(name, term, prompts, responses, columns) for name, _, term in self.terms]
-        for (name, _, _), part in zip(self.terms, parts, strict=True):
-            check_finite(name, part, responses)
+        parts = []
+        for name, _, term in self.terms:
+            parts.append(self._retried(name, term, prompts, responses, columns))
+            check_finite(name, parts[-1], responses)
         return self._sum(parts)
 
     def try_out(
         self, prompts: Sequence[str], responses: Sequence[str], columns: Mapping[str, Sequence[Any]]
     ) -> Float[Tensor, " B"]:
-        """The same scores without retries; raises `RewardError` also for a score that is not finite."""
-        parts = []
-        for name, _, term in self.terms:
-            parts.append(call(name, term, prompts, responses, columns, self.timeout))
-            check_finite(name, parts[-1], responses)
-        return self._sum(parts)
+        """`finite` without retries."""
+        return replace(self, retries=0).finite(prompts, responses, columns)
 
     def calibrated(self, scores: Float[Tensor, " N"]) -> Reward:
         """The reward under which samples of the reference have mean 0, variance 1 (Ziegler et al. 2019, section 2.1).

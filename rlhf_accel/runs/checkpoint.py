@@ -19,12 +19,11 @@ from typing import Any
 
 from rlhf_accel.config.loading import to_yaml
 from rlhf_accel.config.schema import Config
-from rlhf_accel.data.cache import sha256
 from rlhf_accel.distributed.runtime import Runtime
 from rlhf_accel.runs import records
 from rlhf_accel.runs.metrics import NAMES
 from rlhf_accel.system import provenance
-from rlhf_accel.system.errors import ConfigError, RunFailed
+from rlhf_accel.system.errors import ConfigError, RunFailed, why
 from rlhf_accel.system.files import (
     Malformed,
     failure,
@@ -35,6 +34,7 @@ from rlhf_accel.system.files import (
     remove_work_folders,
     replace_folder,
     replace_text,
+    sha256,
 )
 
 MANIFEST = "manifest.json"
@@ -115,12 +115,8 @@ def check(place: Path) -> Manifest:
                 raise Damaged(f"{name} has {size} bytes, expected {expected['bytes']}")
             if sha256(place / name) != expected["sha256"]:
                 raise Damaged(f"{name} was changed: its hash differs from the manifest")
-        except (
-            OSError,
-            RuntimeError,
-            ValueError,
-        ) as error:  # a loop of links, or a name with a null character
-            raise Damaged(f"{name:.80} cannot be read ({records.why(error)})") from None
+        except (OSError, RuntimeError, ValueError) as error:  # a loop of links, or a name with a null character
+            raise Damaged(f"{name:.80} cannot be read ({why(error)})") from None
     return manifest
 
 
@@ -200,7 +196,7 @@ def load_progress(checkpoint: Path) -> Progress:
         return replace(progress, base=tree.get("base"), unrecorded=tree.get("unrecorded"))
     except (OSError, Malformed) as error:
         raise ConfigError(
-            f"run.resume: {checkpoint / 'progress.json'} was not written by this version ({records.why(error)})",
+            f"run.resume: {checkpoint / 'progress.json'} was not written by this version ({why(error)})",
             key="run.resume",
         ) from None
 

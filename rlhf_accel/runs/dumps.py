@@ -15,11 +15,7 @@ from rlhf_accel.config.loading import load_run, to_yaml
 from rlhf_accel.config.schema import Config
 from rlhf_accel.runs import records
 from rlhf_accel.system.errors import ConfigError
-from rlhf_accel.system.files import (
-    Malformed,
-    replace_folder,
-    work_folder,
-)
+from rlhf_accel.system.files import Malformed, replace_folder, work_folder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ from rlhf_accel.models.lora import CRITIC, POLICY
 from rlhf_accel.models.policy import loading_settings
 from rlhf_accel.models.policy_with_value import PolicyWithValue
 from rlhf_accel.models.probes import Finding, export_is_memory, tensors_are_memory
-from rlhf_accel.system.errors import ConfigError, RunFailed
+from rlhf_accel.system.errors import ConfigError, RunFailed, first_line
 from rlhf_accel.system.files import flush_all, remove_work_folders, replace_folder, work_folder
 from rlhf_accel.system.memory import free_memory
 
@@ -129,7 +129,7 @@ class ExportProbe:
 
 
 def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _is_environmental(error: BaseException | None) -> bool:
@@ -177,8 +177,7 @@ def exported_weights(policy: LanguageModel, config: Config, folder: str) -> dict
         saved = load_peft_weights(folder, device="cpu")
         return {names[id(mark)]: saved[name] for name, mark in in_files.items()}
     except Exception as error:  # a missing, broken or foreign file raises errors of many types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"{folder}: holds no adapter of this run ({reason})") from error
+        raise ConfigError(f"{folder}: holds no adapter of this run ({first_line(error)})") from error
 
 
 VALUE_HEAD = "value_head.safetensors"

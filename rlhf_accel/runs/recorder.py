@@ -27,7 +27,8 @@ from rlhf_accel.runs.cards import model_card
 from rlhf_accel.runs.checkpoint import Progress, SaveError
 from rlhf_accel.runs.dumps import Dump, write_dump
 from rlhf_accel.runs.exports import ExportError, ExportProbe
-from rlhf_accel.runs.metrics import Journal, Progressline
+from rlhf_accel.runs.journal import Journal
+from rlhf_accel.runs.progress_line import ProgressLine
 from rlhf_accel.runs.run_folder import Claim
 from rlhf_accel.runs.summary import write_environment, write_summary
 from rlhf_accel.system.arithmetic import product_arithmetic
@@ -42,7 +43,7 @@ _RETRY = 60.0  # seconds before final/ is written again, in which its user may f
 class Recorder:
     """Writes the folder of a run: metrics, samples, checkpoints, models, dumps, and the log of each process."""
 
-    def __init__(self, config: Config, folder: Path, runtime: Runtime, line: Progressline, given: Config) -> None:
+    def __init__(self, config: Config, folder: Path, runtime: Runtime, line: ProgressLine, given: Config) -> None:
         """`given` is the config as its user wrote it; what leaves this machine names paths as it does."""
         self.config = config
         self._given = given

@@ -93,8 +93,3 @@ def check(tree: Any, kind: Any) -> Any:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])[:80]
         raise Malformed(f"{place}: {first['msg']}" if place else first["msg"]) from None
-
-
-def why(error: Exception) -> str:
-    """The reason of an error in one line."""
-    return str(getattr(error, "strerror", None) or error)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rlhf_accel.algorithm.calibration import BINS, Reliability
 from rlhf_accel.config.loading import to_yaml
-from rlhf_accel.config.schema import RewardTrainingConfig
+from rlhf_accel.config.reward_schema import RewardTrainingConfig
 
 PLOT = "reliability.png"
 

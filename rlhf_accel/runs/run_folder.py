@@ -12,9 +12,7 @@ from rlhf_accel.config.loading import to_yaml
 from rlhf_accel.config.schema import Config
 from rlhf_accel.runs.checkpoint import CHECKPOINTS, LATEST, NAME, Damaged, check, checkpoints, of_the_run
 from rlhf_accel.system.errors import ConfigError
-from rlhf_accel.system.files import (
-    replace_text,
-)
+from rlhf_accel.system.files import replace_text
 from rlhf_accel.system.lock import Lock, hold
 
 _LOCK = ".lock"

@@ -10,12 +10,9 @@ from typing import Any
 
 from rlhf_accel.runs import records
 from rlhf_accel.runs.checkpoint import load_progress, newest
-from rlhf_accel.runs.metrics import finite_or_none
-from rlhf_accel.system.errors import ConfigError
-from rlhf_accel.system.files import (
-    Malformed,
-    replace_text,
-)
+from rlhf_accel.runs.json_lines import finite_or_none
+from rlhf_accel.system.errors import ConfigError, why
+from rlhf_accel.system.files import Malformed, replace_text
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
@@ -36,7 +33,7 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
         return None
     except (OSError, Malformed) as error:
         raise ConfigError(
-            f"{folder / 'summary.json'} does not have the form that a run writes ({records.why(error)})",
+            f"{folder / 'summary.json'} does not have the form that a run writes ({why(error)})",
             key="run.output_dir",
         ) from None
 
@@ -63,7 +60,7 @@ def reward_scale(folder: Path) -> dict[str, Any] | None:
 
 def write_environment(folder: Path, facts: Mapping[str, Any]) -> None:
     """Write environment.json, the facts about the machine of the last start. Raises `OSError`."""
-    replace_text(folder / "environment.json", json.dumps(facts, indent=2, ensure_ascii=False))
+    write_json(folder / "environment.json", facts)
 
 
 def is_finished(folder: Path, steps: int) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from rlhf_accel.system.errors import RunFailed
+from rlhf_accel.system.errors import RunFailed, why
 
 
 class Stream:
@@ -65,9 +65,7 @@ class Stream:
             self.given_up = True
             _to_nowhere(stream)
             if self.strict:
-                raise RunFailed(
-                    f"standard output cannot be written ({getattr(error, 'strerror', None) or error})"
-                ) from error
+                raise RunFailed(f"standard output cannot be written ({why(error)})") from error
 
 
 def _write(stream: Any, text: str) -> None:

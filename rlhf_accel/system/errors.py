@@ -46,5 +46,19 @@ def key_in(named: str) -> str:
     return named.partition(" ")[0].partition("=")[0].removesuffix(":")
 
 
+def first_line(error: BaseException) -> str:
+    r"""The first line of an error's text, or its type if it has no text.
+
+    >>> first_line(ValueError("no such tensor\n  in file x")), first_line(ValueError())
+    ('no such tensor', 'ValueError')
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def why(error: BaseException) -> str:
+    """The reason of an error: the system's where it has one, such as `No space left on device`, else its text."""
+    return str(getattr(error, "strerror", None) or error)
+
+
 def _one_line(message: str) -> str:
     return visible(" ".join(line.strip() for line in message.splitlines()))

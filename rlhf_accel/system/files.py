@@ -7,6 +7,7 @@ content.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -101,6 +102,15 @@ def _integer(text: str) -> int:
     if len(text) > _MAX_DIGITS:
         raise Malformed(f"a number with {len(text)} digits")
     return int(text)
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file's content, in hex. Raises `OSError`."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -1,7 +1,7 @@
-"""How good a policy is on held-out prompts: always the same ones, with the same random numbers.
+"""Evaluation of a policy on held-out prompts: always the same ones, with the same random numbers.
 
-Shapes: P prompts, K responses to each, B = P x K. A figure that is a mean over prompts comes with the half-width of its
-95 % interval, see `mean_interval`. Knows no run and no folder.
+Shapes: P prompts, K responses to each, B = P x K. A figure that is a mean over prompts has the half-width of its 95 %
+interval beside it, see `mean_interval`. Knows no run and no folder.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from rlhf_accel.rollout.collector import Collector
 from rlhf_accel.rollout.engine import Seeds
 from rlhf_accel.rollout.scoring import score
 
-# Step number of the sampling stream: training steps count from 1, and the calibration uses 0. The k-th responses are
-# those of the k-th number from here on. The seed is fixed, so that runs with different seeds are compared on the same
-# random numbers.
+# Step number of the random numbers: training steps count from 1, and the calibration uses 0. The k-th responses to the
+# prompts have the k-th number from here on. The seed is fixed, so that runs with different seeds are compared on the
+# same random numbers.
 EVALUATION_STEP = 2**31
 EVALUATION_SEED = 0
-_REPEATED = 4  # length of the n-grams of `self_repetition`
+_REPEATED = 4  # length of the n-grams in `self_repetition`
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What a policy's responses to P prompts, K to each, are worth.
+    """The evaluation of a policy's responses to P prompts, K to each.
 
-    scores and kls (P, K), the latter in nats (k1); golds (P, K) by name, NaN of one that failed; rollout: the first
-    response to each prompt. figures, all of them over all responses:
+    scores and kls (P, K), the latter in nats (k1); golds (P, K) by name, NaN for one that failed; rollout: the first
+    response to each prompt. The figures, each over all responses:
 
     - score, kl, length (tokens up to and including the stop), eos_fraction (ended by a stop, not by the length limit)
       and gold/NAME are means; score_ci, kl_ci, gold_ci/NAME the half-widths of their 95 % intervals.
     - score_std: standard deviation of the scores.
     - distinct_1, distinct_2 and self_repetition: see the functions of these names; over token ids.
     - reference_perplexity: see `perplexity`.
-    - win_rate, win_rate_ci: only where the base's scores are known; see `wins`.
+    - win_rate, win_rate_ci: only if the base's scores are known; see `wins`.
     """
 
     scores: Float[Tensor, "P K"]
@@ -52,7 +52,7 @@ class Evaluation:
     figures: dict[str, float]
 
     def metrics(self) -> dict[str, float]:
-        """The figures as metrics.jsonl names them."""
+        """The figures by their names in metrics.jsonl."""
         return {f"eval/{name}": value for name, value in self.figures.items() if name != "score_std"}
 
 
@@ -67,12 +67,12 @@ def evaluate(
     say: Callable[[str], None] = lambda _: None,
     after: Callable[[int], None] = lambda _: None,
 ) -> Evaluation:
-    """Sample `samples` responses to every prompt and score them; on every rank alike.
+    """Sample `samples` responses to every prompt and score them. Called by all ranks; the result is the same on all.
 
-    `base` are the scores of the base's responses to the same prompts with the same random numbers. A gold reward that
-    fails, or returns what is not finite, is named to `say` and its figures are NaN. `after` is told how many responses
-    to each prompt are there. Figures of a rollout that holds numbers which are not finite are not finite either.
-    Raises `FailedScoring` on every rank if the reward failed on any.
+    `base` are the scores of the base's responses to the same prompts with the same random numbers. If a gold reward
+    fails, or returns a number that is not finite, `say` gets a warning and its figures are NaN. `after` is called with
+    the number of responses to each prompt so far. Figures of a rollout with numbers that are not finite are not finite
+    either. Raises `FailedScoring` on every rank if the reward failed on any.
     """
     rollouts, rewards = [], dict(golds or {})
     parts: dict[str, list[Tensor]] = {name: [] for name in rewards}
@@ -86,7 +86,7 @@ def evaluate(
 
 
 def roll_out(collector: Collector, prompts: PromptBatch, reward: Reward, seeds: Seeds) -> Rollout:
-    """Responses to the prompts, scored, with the outputs of policy and reference; on every rank alike."""
+    """Scored responses to the prompts, with the outputs of policy and reference; the same on every rank."""
     runtime = collector.runtime
     with runtime.gathered():
         responses = collector.sample(prompts, seeds)
@@ -134,8 +134,8 @@ def measure(
 def mean_interval(values: Float[Tensor, " P"]) -> tuple[float, float]:
     """The mean of one number for each prompt, and the half-width of its 95 % interval: 1.96 s / sqrt(P).
 
-    s is their standard deviation with P - 1. Of a single prompt the half-width is NaN: one number does not say how far
-    others lie.
+    s is their standard deviation, with P - 1 in its denominator. For a single prompt the half-width is NaN, since one
+    number has no spread.
 
     >>> mean, half = mean_interval(torch.tensor([1.0, 3.0, 2.0, 2.0]))
     >>> mean, round(half, 3)  # s = sqrt(2 / 3)
@@ -148,9 +148,9 @@ def mean_interval(values: Float[Tensor, " P"]) -> tuple[float, float]:
 
 
 def distinct(responses: Sequence[Sequence[int]], n: int) -> float:
-    """Distinct n-grams of all responses by the number of their n-grams (Li et al. 2016, distinct-n); NaN of none.
+    """Share of distinct n-grams among the n-grams of all responses (Li et al. 2016, distinct-n); NaN if there is none.
 
-    It falls with the number and the length of responses: compare where both are alike.
+    It falls with the number and the length of the responses: compare it only where both are similar.
 
     >>> distinct([[1, 2, 1], [1, 2]], 1), distinct([[1, 2, 1], [1, 2]], 2)  # 1 2 of five; (1 2) (2 1) of three
     (0.4, 0.6666666666666666)
@@ -162,7 +162,7 @@ def distinct(responses: Sequence[Sequence[int]], n: int) -> float:
 
 
 def self_repetition(response: Sequence[int]) -> float:
-    """Share of a response's 4-grams that it already had; 0 of a response that is too short for one.
+    """Share of a response's 4-grams that occur earlier in it; 0 for a response that is too short for one.
 
     >>> self_repetition([1, 2, 3, 1, 2, 3, 1, 2])  # 1231 2312 3123, and 1231 2312 again
     0.4
@@ -178,9 +178,9 @@ def _ngrams(response: Sequence[int], n: int) -> list[tuple[int, ...]]:
 
 
 def perplexity(logprobs: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"]) -> float:
-    """exp of the mean negative log-probability (nats) of the tokens that count, of all rows together; NaN of none.
+    """exp of the mean negative log-probability (nats) over the tokens that count in all rows; NaN if there is none.
 
-    Of the reference's log-probabilities, which are at rollout.temperature, it says how strange the responses are to it.
+    For the reference's log-probabilities, which are at rollout.temperature, it measures how unusual the responses are.
 
     >>> halves = torch.tensor([[0.5, 0.5], [0.125, 0.9]]).log()
     >>> round(perplexity(halves, torch.tensor([[True, True], [True, False]])), 4)  # (2 x 2 x 8) ** (1/3)
@@ -192,8 +192,8 @@ def perplexity(logprobs: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"]) -> flo
 
 
 def wins(scores: Float[Tensor, "P K"], base: Float[Tensor, "P K"]) -> Float[Tensor, "P K"]:
-    """1 where a response scores above the base's of the same prompt and random numbers, 0.5 where alike, else 0; NaN
-    where one of the two is not finite.
+    """1 where a response scores above the base's for the same prompt and random numbers, 0.5 for equal scores, else 0;
+    NaN where one of the two is not finite.
 
     >>> wins(torch.tensor([[2.0], [1.0], [0.0]]), torch.tensor([[1.0], [1.0], [1.0]])).flatten().tolist()
     [1.0, 0.5, 0.0]
@@ -210,7 +210,7 @@ def _gold_scores(
     figure: str,
     say: Callable[[str], None],
 ) -> Float[Tensor, " P"]:
-    """Scores of the responses by a gold reward, which is not trained on; NaN throughout if it fails on any rank."""
+    """Scores of the responses by a gold reward, which is not trained on; all NaN if it fails on any rank."""
     runtime = collector.runtime
     mine = runtime.share(len(prompts))
     scores, failure = torch.zeros(len(mine)), None
@@ -221,15 +221,15 @@ def _gold_scores(
         failure = str(error)
     failure = runtime.first_failure(failure)
     if failure is not None:
-        say(f"warning: {failure}; {figure} is left empty here, and nothing else depends on it")
+        say(f"warning: {failure}; {figure} is left empty here; nothing else depends on it")
         return torch.full((len(prompts),), math.nan)
     return runtime.gather_rows(scores, len(prompts))
 
 
 def compare(base: dict[str, float] | None, trained: Evaluation) -> dict[str, Any]:
-    """Figures before and after, and the gain: the rise of the mean score in standard deviations of the base's.
+    """Figures before and after training, and the gain: the rise of the mean score in standard deviations of the base's.
 
-    Without the figures before, of a run that was not evaluated at its start, only those after.
+    A run that was not evaluated at its start has only the figures after.
     """
     comparison: dict[str, Any] = {"base": base or {}, "trained": trained.figures}
     if base is not None and base["score_std"] > 0:
@@ -238,7 +238,7 @@ def compare(base: dict[str, float] | None, trained: Evaluation) -> dict[str, Any
 
 
 def first_samples(evaluation: Evaluation, count: int) -> list[dict[str, Any]]:
-    """The first `count` responses and their scores, to be shown beside later ones by `sample_pairs`."""
+    """The first `count` responses and their scores, for `sample_pairs` after training."""
     rows = zip(evaluation.rollout.texts[:count], evaluation.rollout.scores.tolist()[:count], strict=True)
     return [{"base": text, "base score": score} for text, score in rows]
 

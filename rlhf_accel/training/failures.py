@@ -1,6 +1,6 @@
-"""How a run ends before its last step: what is saved, what is dumped, and the line that its user reads.
+"""Runs that end before their last step: the checkpoint, the dump and the message for the user.
 
-Each function is called by all ranks and gives the exception to raise.
+Every function is called by all ranks. Those that return an exception leave raising it to the caller.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def stopped(run: Run, received: str | None) -> SystemExit:
-    """By a signal, answered with a checkpoint."""
+    """The exit after a stop signal, which is answered with a checkpoint."""
     progress = run.trainer.progress
     saved = run.recorder.save(progress)
     run.line.say(
@@ -31,16 +31,16 @@ def stopped(run: Run, received: str | None) -> SystemExit:
 
 
 def interrupted(run: Run) -> BaseException:
-    """By Ctrl-C, which waits for nobody: the main process reports how to resume."""
+    """The exit after Ctrl-C, without waiting for other processes: the main process reports how to resume."""
     if not run.runtime.is_main:
         return SystemExit(130)
     where = f"{run.recorder.heartbeat.now} (of {run.config.run.total_steps})"
     return KeyboardInterrupt(f"stopped by Ctrl-C in {where}; {run.recorder.how_to_resume()}")
 
 
-def gave_up_scoring(run: Run, error: FailedScoring) -> RunFailed:
-    """By a reward that failed for good, after a checkpoint and the inputs that it failed on were written."""
-    if not run.recorder.is_open:  # while calibrating: nothing was trained, and nothing is left behind
+def scoring_failed(run: Run, error: FailedScoring) -> RunFailed:
+    """The error after a reward has failed for good. Writes a checkpoint, and a dump of the inputs that it failed on."""
+    if not run.recorder.is_open:  # during the calibration, when nothing has been trained or written
         return RunFailed(str(error))
     progress = run.trainer.progress
     evaluating = progress.unrecorded is not None
@@ -54,11 +54,11 @@ def gave_up_scoring(run: Run, error: FailedScoring) -> RunFailed:
         **error.inputs,
     }
     place = run.recorder.dump(facts, None)
-    return saved_and_failed(run, f"{error}; look with python -m rlhf_accel replay {place}")
+    return saved_and_failed(run, f"{error}; inspect it with python -m rlhf_accel replay {place}")
 
 
 def saved_and_failed(run: Run, message: str) -> RunFailed:
-    """Between two steps, after a checkpoint; the message gets how to resume."""
+    """The error that ends a run between two steps. Writes a checkpoint, and adds to the message how to resume."""
     try:
         run.recorder.save(run.trainer.progress)
     except RunFailed as unsaved:
@@ -67,7 +67,7 @@ def saved_and_failed(run: Run, message: str) -> RunFailed:
 
 
 def skip(run: Run, fault: Fault, experience: Experience) -> None:
-    """Count a step that is not taken and report why; raises `RunFailed` if it is one too many in a row."""
+    """Count a step that is not taken and print why. Raises `RunFailed` if too many in a row were skipped."""
     trainer, most = run.trainer, run.config.run.max_skipped_steps
     count = trainer.progress.skipped_in_a_row + 1
     trainer.progress = replace(trainer.progress, skipped_in_a_row=count)
@@ -83,7 +83,7 @@ def skip(run: Run, fault: Fault, experience: Experience) -> None:
         facts |= {"prompts": trainer.rollout.prompts, "responses": trainer.rollout.texts}
         facts |= {"scores": trainer.rollout.scores.tolist(), "columns": trainer.columns}
     place = run.recorder.dump(facts, experience)
-    message += f"; look with python -m rlhf_accel replay {place}"
-    if fault.phase == "update":  # a step that is half taken cannot be resumed
+    message += f"; inspect it with python -m rlhf_accel replay {place}"
+    if fault.phase == "update":  # the step may be half taken, which no checkpoint records
         raise RunFailed(f"{message}; {run.recorder.how_to_resume()}")
     raise saved_and_failed(run, message)

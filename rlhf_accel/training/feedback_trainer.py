@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from rlhf_accel.algorithm.calibration import preference_loss
-from rlhf_accel.config.schema import RewardTrainingConfig
+from rlhf_accel.config.reward_schema import RewardTrainingConfig
 from rlhf_accel.data import reward_texts
 from rlhf_accel.data.feedback import Feedback, Sets
 from rlhf_accel.data.reward_texts import Record

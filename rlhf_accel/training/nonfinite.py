@@ -1,4 +1,4 @@
-"""Numbers that are not finite: where, what and of which samples. Knows batches; knows no model and no rank."""
+"""Numbers that are not finite: the phase, the quantity and the samples. Knows batches; knows no model and no rank."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from rlhf_accel.algorithm.batches import Rollout
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """Something that was not finite, for which a step was skipped; the same on every rank.
+    """A quantity that was not finite, so that a step was skipped; the same on every rank.
 
-    rows are places in the step's global batch: of the samples that are at fault where that is known (scores, rollout),
-    else of the minibatch that was skipped.
+    `rows` are places in the step's global batch: of the samples at fault where these are known (scores, rollout), else
+    of the minibatch that was skipped.
     """
 
     step: int
     phase: str  # score, rollout or update
     what: str  # the quantity: scores, logprobs, …, loss, gradient
     rows: tuple[int, ...]
-    where: str = ""  # of an update: its epoch and minibatch
+    where: str = ""  # in an update: epoch and minibatch
 
 
 def rollout_fault(rollout: Rollout, step: int) -> Fault | None:
-    """The first quantity of a rollout that is not finite for some samples, and which these are."""
+    """The first quantity of a rollout that is not finite for some samples; None if all are finite."""
     for name in ("scores", "logprobs", "ref_logprobs", "values", "entropy"):
         figures = getattr(rollout, name)
         if figures is None:  # without a critic
@@ -36,7 +36,7 @@ def rollout_fault(rollout: Rollout, step: int) -> Fault | None:
 
 
 def explain(fault: Fault, rollout: Rollout | None) -> str:
-    """One line that says what was not finite, where, and for which samples."""
+    """One line with the quantity, the place and the samples, and the text of the first one."""
     shown = ", ".join(map(str, fault.rows[:8])) + (", …" if len(fault.rows) > 8 else "")
     verb = "is" if fault.what in ("loss", "gradient", "entropy") else "are"
     message = f"{fault.what} {verb} not finite in the {fault.phase} of step {fault.step}{fault.where}: samples {shown}"

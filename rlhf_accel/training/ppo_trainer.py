@@ -1,7 +1,7 @@
 """PPO from human feedback: the step and the update (Schulman et al. 2017; Ziegler et al. 2019).
 
-What surrounds a step, such as evaluation, checkpoints and stop signals, is in `run.py`; what a run is made of, in
-`setup.py`.
+Evaluation, checkpoints, stop signals and everything else around a step are in `run.py`; `setup.py` builds the parts of
+a run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from rlhf_accel.config.rules import check_trainable
 from rlhf_accel.config.schema import Config, OptimConfig, PPOConfig
 from rlhf_accel.data.prompts import own_prompts
 from rlhf_accel.distributed.batching import cut_micro_batches
-from rlhf_accel.models.calls import model_inputs
 from rlhf_accel.models.masks import known_mask, mask_of
 from rlhf_accel.models.positions import check_prompts
 from rlhf_accel.models.trainable import training_mode
@@ -35,27 +34,27 @@ from rlhf_accel.reward import RewardFunction
 from rlhf_accel.rollout.engine import Seeds
 from rlhf_accel.rollout.scoring import score, score_parts
 from rlhf_accel.runs.checkpoint import Progress
-from rlhf_accel.runs.metrics import Stopwatch
 from rlhf_accel.system.errors import ConfigError
 from rlhf_accel.system.process import reseed
+from rlhf_accel.system.stopwatch import Stopwatch
 from rlhf_accel.training import failures, setup
 from rlhf_accel.training.first_step import FirstStep
-from rlhf_accel.training.losses import Terms, UpdateTotals, loss_terms
+from rlhf_accel.training.losses import Terms, UpdateTotals, computed_terms
 from rlhf_accel.training.nonfinite import Fault, rollout_fault
 from rlhf_accel.training.run import Run
 from rlhf_accel.training.setup import Setup
 from rlhf_accel.training.step_metrics import step_metrics
 
-_MINIBATCHES = 4  # stream of random numbers, beside those of data/prompts.py
+_MINIBATCHES = 4  # stream of random numbers; data/prompts.py has the others
 _CALIBRATION_STEP = 0  # training steps count from 1
-_STEP = 0  # stream of the global random numbers; evaluations have another
+_STEP = 0  # stream of the global random numbers; evaluations have their own (run.py)
 
 
 class PPOTrainer:
     """A PPO run from a config, with the config's reward or one passed as a callable.
 
-    `fit()` does the whole run. `step(prompts)` does one step on prompts of your own and returns its metrics.
-    Raises `ConfigError` for whatever cannot work, before anything is trained or written.
+    `fit()` does the whole run. `step(prompts)` takes one step on prompts of your own and returns its metrics.
+    Raises `ConfigError` for everything that cannot work, before anything is trained or written.
     """
 
     def __init__(self, config: Config, reward: RewardFunction | None = None) -> None:
@@ -78,20 +77,21 @@ class PPOTrainer:
 
     @property
     def folder(self) -> Path:
-        """The run's; of a default folder it is known once training has begun, for another run may take it before."""
+        """The folder of the run. A default folder may change until training begins: another run may take it."""
         return self.run.recorder.folder
 
     def fit(self) -> dict[str, Any]:
-        """Calibrate, evaluate, train, evaluate, export. Returns what `summary.json` holds.
+        """Calibrate, evaluate, train, evaluate, export. Returns the content of `summary.json`.
 
-        SIGTERM and SIGUSR1 end it with a checkpoint and `SystemExit` 143. Raises `RunFailed` when it cannot continue.
+        SIGTERM and SIGUSR1 end it with a checkpoint and `SystemExit` 143. Raises `RunFailed` if it cannot continue.
         """
         return self.run.fit()
 
     def step(self, prompts: PromptBatch | Sequence[str]) -> dict[str, float]:
         """One PPO step. Returns the step's metrics, the same on every rank.
 
-        Raises `ConfigError` naming the first prompt that has no text or, with its response, too many positions.
+        Raises `ConfigError` for the first prompt that has no text or, with its response, too many positions, for fewer
+        responses than minibatches, and for a step beyond the learning-rate schedule.
         """
         prompts, step, watch = self._start_step(prompts)
         with self._whole_weights(watch):
@@ -133,20 +133,9 @@ class PPOTrainer:
         return totals.stats()
 
     def _start_step(self, prompts: PromptBatch | Sequence[str]) -> tuple[PromptBatch, int, Stopwatch]:
-        """The prompts of the step as a batch that fits, the step's number, and a watch over its phases."""
+        """The prompts of the step, a row for each response; the step's number; and a stopwatch for its phases."""
         self.prepare()
-        if not isinstance(prompts, PromptBatch):
-            prompts = own_prompts(prompts, self.setup.tokens)
-        prompts = prompts.repeated(self.config.rollout.samples_per_prompt)
-        policy, new_tokens = self.runtime.plain_module.policy, self.config.rollout.max_new_tokens
-        lengths = prompts.query_mask.sum(1).tolist()
-        check_prompts(policy, prompts.texts, lengths, new_tokens, "rollout.max_new_tokens")
-        minibatches = self.config.ppo.num_minibatches
-        if len(prompts) < minibatches:
-            raise ConfigError(
-                f"ppo.num_minibatches={minibatches} is above this step's {len(prompts)} responses; lower it",
-                key="ppo.num_minibatches",
-            )
+        prompts = checked_prompts(prompts, self.setup)
         step = self.progress.step + 1
         watch = Stopwatch(entering=lambda phase: self.run.recorder.heartbeat(f"{phase} of step {step}"))
         reseed(self.config.run.seed, step, self.runtime.rank, _STEP)
@@ -155,7 +144,7 @@ class PPOTrainer:
 
     @contextmanager
     def _whole_weights(self, watch: Stopwatch) -> Iterator[None]:
-        """With ZeRO-3 the weights are gathered for sampling and the passes after it, if rollout.gather_parameters."""
+        """With ZeRO-3, gather the weights for sampling and the passes after it, as rollout.gather_parameters says."""
         with ExitStack() as stack:
             with watch("rollout"):
                 stack.enter_context(self.runtime.gathered())
@@ -194,8 +183,8 @@ class PPOTrainer:
     def _update_minibatch(
         self, experience: Experience, rows: Int[Tensor, " n"], totals: UpdateTotals, fault: Fault
     ) -> bool:
-        """One optimizer step; False if the policy had moved too far to take it. `fault` is what it would be called if
-        its gradient were not finite."""
+        """One optimizer step; False if the policy had moved too far to take it. `fault` describes the step in case its
+        gradient is not finite."""
         config, sequences = self.config.ppo, experience.sequences
         micro_batches = cut_micro_batches(
             sequences.query_mask.sum(1),
@@ -212,7 +201,7 @@ class PPOTrainer:
         means: dict[str, Tensor] = {}
 
         def no_step() -> bool:
-            """It moved too far, or the loss is not finite, though its gradient may be."""
+            """Whether the policy moved too far, or the loss is not finite, though its gradient may be."""
             means.update(totals.add_losses(Terms.added(noted).over(self.runtime.sum_and_max), tokens, denominator))
             too_far = config.target_kl_stop is not None and bool(means["approx_kl"] > config.target_kl_stop)
             return too_far or not means["total"].isfinite()
@@ -236,18 +225,16 @@ class PPOTrainer:
     ) -> Callable[[], Tensor]:
         """The loss of a micro-batch as a function, which also notes its terms.
 
-        An empty micro-batch reads one row with nothing of it counted: its passes keep the rank in step with others.
+        An empty micro-batch reads one row and counts no token of it: its passes keep this rank in step with the others.
         """
         part = experience.select(rows if len(rows) else torch.zeros(1, dtype=torch.int64)).trimmed()
         attended = mask_of(part.sequences)
         part = part.to(self.runtime.device)
-        sequences, mask = part.sequences, part.sequences.response_mask & bool(len(rows))
+        mask = part.sequences.response_mask & bool(len(rows))
 
         def loss() -> Tensor:
-            with_entropy = self.config.ppo.entropy_coef > 0
             with known_mask(attended, self.runtime.device):
-                outputs = self.runtime.module(*model_inputs(sequences), with_entropy=with_entropy)
-            terms = loss_terms(outputs, part, mask, self.config.ppo, self.kl_controller.coef)
+                terms = computed_terms(self.runtime.module, part, mask, self.config.ppo, self.kl_controller.coef)
             noted.append(terms.detached())
             return terms.sums["total"] / denominator
 
@@ -302,8 +289,24 @@ class PPOTrainer:
         return self.runtime.gather_rows(score(self.runtime, responses, replace(self.reward, clip=None)), count)
 
 
+def checked_prompts(prompts: PromptBatch | Sequence[str], setup: Setup) -> PromptBatch:
+    """The prompts of a step as a batch with a row for each response. Raises `ConfigError` as `PPOTrainer.step`."""
+    rollout, minibatches = setup.config.rollout, setup.config.ppo.num_minibatches
+    if not isinstance(prompts, PromptBatch):
+        prompts = own_prompts(prompts, setup.tokens)
+    prompts = prompts.repeated(rollout.samples_per_prompt)
+    policy, lengths = setup.runtime.plain_module.policy, prompts.query_mask.sum(1).tolist()
+    check_prompts(policy, prompts.texts, lengths, rollout.max_new_tokens, "rollout.max_new_tokens")
+    if len(prompts) < minibatches:
+        raise ConfigError(
+            f"ppo.num_minibatches={minibatches} is above this step's {len(prompts)} responses; lower it",
+            key="ppo.num_minibatches",
+        )
+    return prompts
+
+
 def kl_controller(config: PPOConfig, coef: float) -> FixedKLController | AdaptiveKLController:
-    """The controller that ppo.kl_target asks for, an adaptive one from `coef` on."""
+    """The controller that ppo.kl_target asks for; an adaptive one starts from `coef`."""
     if config.kl_target is None:
         return FixedKLController(coef=config.kl_coef)
     return AdaptiveKLController(coef=coef, target=config.kl_target, horizon=config.kl_horizon)
@@ -312,9 +315,17 @@ def kl_controller(config: PPOConfig, coef: float) -> FixedKLController | Adaptiv
 def lr_factor(optim: OptimConfig, step: int, total_steps: int) -> float:
     """Share of the peak learning rate at a step counted from 1: rises over the warm-up, then follows the schedule.
 
+    Raises `ConfigError` for a step beyond `total_steps`, unless the schedule is constant.
+
     >>> [lr_factor(OptimConfig(schedule="linear", warmup_steps=2), step, 6) for step in range(1, 7)]
     [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     """
+    if step > total_steps and optim.schedule != "constant":
+        raise ConfigError(
+            f"run.total_steps={total_steps} is below step {step}, for which optim.schedule={optim.schedule} has no "
+            "learning rate; raise it, or set optim.schedule=constant",
+            key="run.total_steps",
+        )
     if step <= optim.warmup_steps:
         return step / optim.warmup_steps
     done = (step - 1 - optim.warmup_steps) / max(total_steps - optim.warmup_steps, 1)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from rlhf_accel.algorithm import calibration
-from rlhf_accel.config.schema import RewardConfig, RewardTrainingConfig
+from rlhf_accel.config.reward_schema import RewardTrainingConfig
+from rlhf_accel.config.schema import RewardConfig
 from rlhf_accel.data import reward_texts
 from rlhf_accel.data.feedback import Feedback
 from rlhf_accel.data.reward_texts import Probe, Record

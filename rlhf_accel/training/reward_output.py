@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from rlhf_accel.config.schema import RewardTrainingConfig
-from rlhf_accel.system.errors import ConfigError, RunFailed
+from rlhf_accel.config.reward_schema import RewardTrainingConfig
+from rlhf_accel.system.errors import ConfigError, RunFailed, first_line
 from rlhf_accel.system.lock import hold
 from rlhf_accel.system.terminal import say
 
@@ -73,7 +73,7 @@ def on_main(work: Callable[[], None]) -> None:
             work()
         except Exception as error:
             failed = error
-    message = [None if failed is None else (str(failed).strip() or type(failed).__name__).splitlines()[0]]
+    message = [None if failed is None else first_line(failed)]
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(message)
     if failed is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import transformers
 
 from rlhf_accel.algorithm.calibration import Reliability
-from rlhf_accel.config.schema import RewardTrainingConfig
+from rlhf_accel.config.reward_schema import RewardTrainingConfig
 from rlhf_accel.data import feedback as preferences
 from rlhf_accel.data import wheels
 from rlhf_accel.data.feedback import Sets

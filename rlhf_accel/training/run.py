@@ -1,4 +1,4 @@
-"""What surrounds the steps of a run: its folder, evaluations, the best model, stop signals, and how a run ends.
+"""The run around its steps: its folder, evaluations, the best model, stop signals, and the end of a run.
 
 Every public method is called by all ranks. The maths of a step is in `ppo_trainer.py`.
 """
@@ -18,12 +18,11 @@ from rlhf_accel.config.rules import without_effect
 from rlhf_accel.config.schema import Config
 from rlhf_accel.distributed.liveness import is_lost_contact, missing, who_is_missing
 from rlhf_accel.distributed.runtime import Runtime
-from rlhf_accel.reward import Classifier
 from rlhf_accel.rollout.scoring import FailedScoring
 from rlhf_accel.runs import checkpoint, hub, resume, run_folder
 from rlhf_accel.runs.checkpoint import Progress, SaveError
 from rlhf_accel.runs.exports import ExportError, ExportProbe
-from rlhf_accel.runs.metrics import Progressline
+from rlhf_accel.runs.progress_line import ProgressLine
 from rlhf_accel.runs.recorder import Recorder
 from rlhf_accel.runs.report import page
 from rlhf_accel.system.arithmetic import computes_in_bf16
@@ -38,8 +37,8 @@ from rlhf_accel.training.step_metrics import logged_samples
 if TYPE_CHECKING:
     from rlhf_accel.training.ppo_trainer import PPOTrainer
 
-_EVALUATION = 1  # stream of the global random numbers; steps have another
-_SHOWN = 10  # held-out samples that the summary shows before and after
+_EVALUATION = 1  # stream of the global random numbers; steps have their own (ppo_trainer.py)
+_SHOWN = 10  # held-out samples in the summary, before and after training
 
 
 class Stopped(Exception):
@@ -47,7 +46,7 @@ class Stopped(Exception):
 
 
 def check_folder(config: Config, runtime: Runtime) -> None:
-    """What a run checks of its folder and of the hub before it is set up. Raises `ConfigError` on every rank."""
+    """Check the folder and access to the hub as a run does before it is set up. Raises `ConfigError` on every rank."""
     folder = runtime.from_main(lambda: run_folder.choose_folder(config))
     _resume_from(config, runtime, folder, lambda _: None)
 
@@ -67,7 +66,7 @@ class Run:
         self.trainer, self.config, self.runtime = trainer, trainer.config, trainer.runtime
         config, runtime = self.config, self.runtime
         folder = runtime.from_main(lambda: run_folder.choose_folder(config))
-        self.line = Progressline(config.run.total_steps, enabled=runtime.is_main)
+        self.line = ProgressLine(config.run.total_steps, enabled=runtime.is_main)
         self.recorder = Recorder(config, folder, runtime, self.line, given)
         runtime.from_main(self.recorder.claim)
         self.resume_from = _resume_from(config, runtime, folder, self.line.say)
@@ -75,7 +74,7 @@ class Run:
         self._stop = StopRequest()
 
     def check_exports(self, setup: Setup) -> None:
-        """Compare what is exported with what is in memory, on a few prompts of the set-up run."""
+        """Have every export compared with the model in memory, on a few prompts of the run."""
         self.recorder.left_out = setup.left_out
         self.export_probe = ExportProbe(self.config, self.runtime.device, (setup.held_out or setup.prompts).fixed(16))
 
@@ -83,7 +82,7 @@ class Run:
         self.line.say(f"warning: {message}")
 
     def fit(self) -> dict[str, Any]:
-        """As `PPOTrainer.fit`."""
+        """`PPOTrainer.fit`."""
         trainer = self.trainer
         trainer.between = self.stop_if_asked
         with StopRequest() as self._stop:
@@ -95,7 +94,7 @@ class Run:
             except Stopped:
                 raise failures.stopped(self, self._stop.received) from None
             except FailedScoring as error:
-                raise failures.gave_up_scoring(self, error) from error
+                raise failures.scoring_failed(self, error) from error
             except KeyboardInterrupt:
                 raise failures.interrupted(self) from None
             except RunFailed:
@@ -110,7 +109,7 @@ class Run:
                 self.recorder.close()
 
     def resumed(self, place: Path) -> Progress:
-        """Where the checkpoint at `place` stands."""
+        """The progress of the checkpoint at `place`, for this run."""
         progress = checkpoint.load_progress(place)
         if not self.runtime.from_main((self.recorder.folder / "best").is_dir):  # another run's best, in another folder
             progress = replace(progress, best_score=None, best_kl=None, best_step=None)
@@ -121,7 +120,7 @@ class Run:
         return progress
 
     def stop_if_asked(self) -> None:
-        """Between phases, on all ranks together if any was asked."""
+        """Raises `Stopped` on every rank if any rank has received a stop signal. Called between phases."""
         if self.runtime.anywhere(self._stop.received is not None):
             raise Stopped
 
@@ -177,7 +176,7 @@ class Run:
         self.stop_if_asked()
 
     def _conclude(self) -> None:
-        """What follows a step, now or when the run is resumed: evaluate, record, save, as far as they are due."""
+        """Evaluate, record and save after a step, as far as they are due; also after a resume, for the step before."""
         trainer = self.trainer
         metrics = trainer.progress.unrecorded
         if metrics is None:
@@ -194,7 +193,7 @@ class Run:
             self.recorder.save(trainer.progress)
 
     def evaluate(self) -> Evaluation | None:
-        """The policy as it is on the held-out prompts; None if there are none or run.eval_samples is 0."""
+        """Evaluate the current policy on the held-out prompts; None if there are none or run.eval_samples is 0."""
         trainer, setup = self.trainer, self.trainer.setup
         if setup.held_out is None or self.config.run.eval_samples == 0:
             return None
@@ -223,22 +222,25 @@ class Run:
             self.recorder.export("best", results, trainer.setup.tokens, self.export_probe)
         except SaveError as error:
             self.warn(f"best/ could not be written: {error}")
-        except ExportError as error:  # and so would be all that follow
+        except ExportError as error:  # all later exports would fail too
             raise failures.saved_and_failed(self, str(error)) from error
         else:
             trainer.progress = replace(trainer.progress, best_score=score, best_kl=kl, best_step=trainer.progress.step)
 
     def _without_best_beyond_budget(self, progress: Progress) -> Progress:
-        """Of a run resumed with another run.best_kl_budget: its best/ stays until an evaluation is within it."""
+        """The progress of a run resumed with another run.best_kl_budget, without a best model that exceeds it.
+
+        The folder best/ stays until an evaluation is within the budget.
+        """
         budget, kl = self.config.run.best_kl_budget, progress.best_kl
         if budget is None or progress.best_score is None or (kl is not None and kl <= budget):
             return progress
         found = "an unknown KL" if kl is None else f"a KL of {kl:.2f} nats"
-        self.line.say(f"best/ has {found}, beyond run.best_kl_budget={budget:g}: the next within it takes its place")
+        self.line.say(f"best/ has {found}, beyond run.best_kl_budget={budget:g}: the next within it will replace it")
         return replace(progress, best_score=None, best_kl=None, best_step=None)
 
     def _finish(self) -> dict[str, Any]:
-        """Export the policy and write what the run did to the held-out score."""
+        """Export the policy and write the summary, with the held-out score before and after."""
         trainer, run = self.trainer, self.config.run
         last, best = self.evaluation or self.evaluate(), trainer.progress
         summary: dict[str, Any] = {
@@ -266,18 +268,16 @@ class Run:
         return summary
 
     def _cut_texts(self) -> dict[str, dict[str, int]]:
-        """For each classifier that had to cut texts on any rank, how many; each is reported, too."""
+        """For each classifier that had to cut texts on any rank, their number; prints a warning for each."""
         found = {}
-        for name, _, term in self.trainer.reward.terms:
-            if not isinstance(term, Classifier):
-                continue
+        for name, _, term in self.trainer.reward.classifiers:
             counts = torch.tensor([term.read, term.cut, term.unread])
             read, cut, unread = self.runtime.sum(counts).tolist()
             if cut:
                 found[name] = {"read": read, "cut": cut, "unread": unread}
-                nothing = f", of {unread} it read nothing of the response" if unread else ""
+                nothing = f", and read nothing of {unread} responses" if unread else ""
                 share = f"{cut} of {read} texts ({cut / read:.1%})"
-                self.warn(f"{name} cut {share} to the {term.max_tokens} tokens that it reads{nothing}")
+                self.warn(f"{name} cut {share} to the {term.max_tokens} tokens that it can read{nothing}")
         return found
 
 

@@ -27,7 +27,7 @@ from rlhf_accel.models.policy_with_value import PolicyWithValue, build
 from rlhf_accel.models.positions import check_window
 from rlhf_accel.models.reference import load_reference
 from rlhf_accel.models.trainable import freeze_unreached, parameter_groups
-from rlhf_accel.reward import Classifier, Reward, RewardError, RewardFunction, load_golds, load_reward, reward_of
+from rlhf_accel.reward import Reward, RewardError, RewardFunction, load_golds, load_reward, reward_of
 from rlhf_accel.reward import cautions as cautions_of
 from rlhf_accel.rollout import padding
 from rlhf_accel.rollout.collector import Collector
@@ -131,9 +131,8 @@ class Setup:
             "precision": self.runtime.precision,
             "model_dtype": names[resolve_dtype(self.config, self.runtime.device)],
         }
-        for _, _, term in self.reward.terms:
-            if isinstance(term, Classifier):
-                found["reward_dtype"] = names[term.dtype]
+        for _, _, term in self.reward.classifiers:
+            found["reward_dtype"] = names[term.dtype]
         return found
 
 
@@ -194,8 +193,8 @@ def _load_reward(config: Config, runtime: Runtime, reward: RewardFunction | None
 
 def _check_turns(config: Config, reward: Reward, prompts: Prompts) -> None:
     """Raises `ConfigError` where a classifier would read prompts, which hold a chat's layout, as a user's turn."""
-    for name, _, term in reward.terms:
-        if not isinstance(term, Classifier) or not term.reads_prompts_as_turns:
+    for name, _, term in reward.classifiers:
+        if not term.reads_prompts_as_turns:
             continue
         few = prompts.fixed(_READ)
         rows = [ids[mask].tolist() for ids, mask in zip(few.queries, few.query_mask, strict=True)]

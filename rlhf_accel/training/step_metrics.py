@@ -1,4 +1,4 @@
-"""What a step reports: its metrics by their names in metrics.jsonl, and samples of it."""
+"""The report of a step: its metrics, by their names in metrics.jsonl, and samples."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from rlhf_accel.algorithm.batches import Experience, LossStats, Rollout
 from rlhf_accel.algorithm.kl import kl_estimate
 from rlhf_accel.algorithm.masked import masked_mean, masked_row_sum
 from rlhf_accel.algorithm.ppo import explained_variance
-from rlhf_accel.runs.metrics import METRICS, Stopwatch
+from rlhf_accel.runs.metrics import METRICS
+from rlhf_accel.system.stopwatch import Stopwatch
 
 
 def step_metrics(
     rollout: Rollout, experience: Experience, losses: LossStats, watch: Stopwatch, run: dict[str, float]
 ) -> dict[str, float]:
-    """The metrics of one step, in the order of their columns; `run` brings those that depend on steps before."""
+    """The metrics of one step, in the order of `METRICS`; `run` holds those that depend on earlier steps."""
     mask, partial = rollout.sequences.response_mask, rollout.partial_scores
     k1, k3 = (
         masked_row_sum(kl_estimate(rollout.logprobs, rollout.ref_logprobs, kind), mask).mean() for kind in ("k1", "k3")

@@ -28,7 +28,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf_accel import __main__ as command_line
 from rlhf_accel.algorithm import ppo
 from rlhf_accel.config.loading import parse
-from rlhf_accel.config.schema import Config, RewardTrainingConfig
+from rlhf_accel.config.reward_schema import RewardTrainingConfig
+from rlhf_accel.config.schema import Config
 from rlhf_accel.rollout import sampling
 from rlhf_accel.training import feedback_trainer
 from rlhf_accel.training.ppo_trainer import PPOTrainer

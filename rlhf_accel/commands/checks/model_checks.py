@@ -18,7 +18,6 @@ from rlhf_accel.models.calls import model_inputs
 from rlhf_accel.models.lora import CRITIC
 from rlhf_accel.models.reference import reference_policy
 from rlhf_accel.models.trainable import training_mode
-from rlhf_accel.reward import Classifier
 from rlhf_accel.training.first_step import ratio_limits, values_in_reach
 from rlhf_accel.training.losses import loss_of
 from rlhf_accel.training.setup import Setup
@@ -38,13 +37,12 @@ def check_vocabulary(findings: Findings, setup: Setup) -> None:
         )
     else:
         findings.note("ok", "tokenizer", f"{len(setup.tokens)} ids for {rows} embeddings")
-    for name, _, term in setup.reward.terms:
-        if isinstance(term, Classifier):
-            rows = term.model.get_input_embeddings().weight.shape[0]
-            level: Level = "problem" if len(term.tokenizer) > rows else "ok"
-            message = f"{name}: the tokenizer has {len(term.tokenizer)} ids for {rows} embeddings"
-            fix = "; it belongs to another model, save the right one beside this one" if level == "problem" else ""
-            findings.note(level, "reward tokenizer", message + fix)
+    for name, _, term in setup.reward.classifiers:
+        rows = term.model.get_input_embeddings().weight.shape[0]
+        level: Level = "problem" if len(term.tokenizer) > rows else "ok"
+        message = f"{name}: the tokenizer has {len(term.tokenizer)} ids for {rows} embeddings"
+        fix = "; it belongs to another model, save the right one beside this one" if level == "problem" else ""
+        findings.note(level, "reward tokenizer", message + fix)
     for check, message in setup.cautions():
         findings.note("warning", check, message)
 

