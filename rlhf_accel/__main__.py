@@ -1,4 +1,4 @@
-"""rlhf-accel COMMAND, or python -m rlhf_accel COMMAND: one process, or each process of an `accelerate launch`."""
+"""rlhf-accel COMMAND, or python -m rlhf_accel COMMAND: one process, or each process of a launch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from rlhf_accel.commands import parsers
 from rlhf_accel.config.recipes import DEFAULT_RECIPE, recipe_names
+from rlhf_accel.distributed.deepspeed_launch import take_launch_options
 from rlhf_accel.system import console
 from rlhf_accel.system.errors import ConfigError, Finished, RunFailed
 from rlhf_accel.system.terminal import guard_messages, say
@@ -52,7 +53,12 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
 }
 
 
+LAUNCHED = ("train", "train-reward", "evaluate")  # by several processes together
+
+
 def start(name: str, arguments: list[str]) -> None:
+    if name in LAUNCHED:
+        arguments = take_launch_options(arguments)
     options = COMMANDS[name](arguments)
     importlib.import_module(f"rlhf_accel.commands.{name.replace('-', '_')}").main(options)
 
@@ -110,6 +116,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         say(USAGE)
         return
+    if arguments[0].startswith("--local_rank="):  # `deepspeed --module rlhf_accel train` puts it before the command
+        arguments = [*arguments[1:2], arguments[0], *arguments[2:]]
     if arguments[0] not in COMMANDS:
         say(f"error: unknown command {arguments[0]!r}; commands are {', '.join(COMMANDS)}", error=True)
         sys.exit(2)

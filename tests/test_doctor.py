@@ -431,8 +431,8 @@ def test_the_command_prints_problems_and_plans_memory(tiny, tmp_path, monkeypatc
     (tmp_path / "config.yaml").write_text(to_yaml(tiny()))
     command_line.main(["doctor", "--config", "config.yaml", "--num_processes", "2", "--zero_stage", "2"])
     output = capsys.readouterr().out
-    assert "ok      memory: 2 process(es), ZeRO-2" in output
-    assert "smallest that fits as configured: 1 process(es), no ZeRO" in output
+    assert "ok      memory: 2 processes, ZeRO-2" in output
+    assert "smallest that fits as configured: 1 process, no ZeRO" in output
     assert "0 problem(s)" in output
     with pytest.raises(SystemExit) as stopped:
         command_line.main(["doctor", "--config", "config.yaml", "--gpu_memory", "100MiB"])

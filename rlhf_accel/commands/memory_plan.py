@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from rlhf_accel.commands.model_sizes import Sizes, longest_sample, measure
 from rlhf_accel.config.schema import BatchSizes, Config
 from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.system.terminal import counted
 
 MIB = 2**20
 FP32 = 4  # bytes of a trainable parameter, of its gradient and of each of AdamW's two moments
@@ -45,7 +46,7 @@ class Launch:
 
     def __str__(self) -> str:
         name = f"ZeRO-{self.zero_stage}" if self.zero_stage else "no ZeRO"
-        return f"{self.processes} process(es), {name}{' with offload' if self.offload else ''}"
+        return f"{counted(self.processes, 'process', 'processes')}, {name}{' with offload' if self.offload else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhf_accel.config.options import take_option
 from rlhf_accel.config.recipes import DEFAULT_RECIPE, REWARD_RECIPE
 from rlhf_accel.config.trust import add_flag
 from rlhf_accel.system.errors import ConfigError
@@ -50,7 +51,7 @@ def train_reward(arguments: Sequence[str]) -> RewardTrainingConfig:
 
 def doctor(arguments: Sequence[str]) -> argparse.Namespace:
     """`source` and `overrides` of the config, and the launch to plan for. Raises `ConfigError`."""
-    from rlhf_accel.config.loading import describe, take_option
+    from rlhf_accel.config.loading import describe
     from rlhf_accel.config.schema import Config
 
     if "-h" in arguments or "--help" in arguments:

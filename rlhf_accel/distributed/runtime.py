@@ -28,6 +28,7 @@ from rlhf_accel.system.arithmetic import casts_kept
 from rlhf_accel.system.files import failure
 from rlhf_accel.system.memory import peak_resident_mib
 from rlhf_accel.system.process import quiet_libraries, tune_process
+from rlhf_accel.system.terminal import counted
 
 T = TypeVar("T")
 
@@ -74,6 +75,12 @@ class Runtime:
     @property
     def world_size(self) -> int:
         return int(self._accelerator.num_processes)
+
+    @property
+    def launch(self) -> str:
+        """How many processes run together, and under what."""
+        under = f"ZeRO-{self.zero_stage}" if self.zero_stage else "DDP" if self.world_size > 1 else ""
+        return counted(self.world_size, "process", "processes") + (f" under {under}" if under else "")
 
     @property
     def is_main(self) -> bool:

@@ -38,6 +38,15 @@ def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """The number with its noun.
+
+    >>> counted(1, "sample"), counted(2_000, "sample"), counted(0, "process", "processes")
+    ('1 sample', '2,000 samples', '0 processes')
+    """
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
 def say(text: str, *, error: bool = False, end: str = "\n") -> None:
     """Print a text to standard output or standard error, and flush."""
     print(visible(text), end=end, file=sys.stderr if error else sys.stdout, flush=True)

@@ -330,8 +330,8 @@ def _describe(
     dtype = str(resolve_dtype(config, runtime.device)).removeprefix("torch.")
     lines = [
         f"policy {config.model.name_or_path} in {dtype}, {trainable:,} of {held:,} parameters are trained; critic "
-        f"{config.model.critic if module.has_critic else 'none'}; {runtime.world_size} process(es) on "
-        f"{runtime.device.type} in {runtime.precision}; {prompts} prompts to train on; scored by "
+        f"{config.model.critic if module.has_critic else 'none'}; {runtime.launch} on {runtime.device.type} in "
+        f"{runtime.precision}; {prompts} prompts to train on; scored by "
         + " + ".join(name for name, _, _ in reward.terms)
     ]
     if frozen:
