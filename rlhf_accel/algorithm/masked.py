@@ -46,7 +46,7 @@ def masked_mean(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Flo
         0-dim fp32.
 
     Raises:
-        ValueError: the shapes differ, or `mask` is all False: a mean of nothing has no value, and 0 would be a lie.
+        ValueError: the shapes differ, or `mask` is all False, when the mean is undefined.
     """
     total = masked_sum(x, mask)
     count = mask.sum()

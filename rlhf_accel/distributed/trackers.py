@@ -55,8 +55,8 @@ def pip_command(names: Sequence[str]) -> str:
 
 
 class Trackers:
-    """The trackers of a run, called by every rank. A tracker may fail at any time, when its server is gone for example:
-    that neither ends the run nor is reported twice."""
+    """The trackers of a run, called by every rank. A tracker may fail at any time, for example when its server is gone.
+    This is reported once and does not end the run."""
 
     def __init__(self, accelerator: Accelerator, names: Sequence[str]) -> None:
         self._accelerator = accelerator
@@ -95,7 +95,7 @@ class Trackers:
         return self._on_each(lambda tracker: push_table(tracker.name, self._native(tracker), title, rows, step))
 
     def end(self) -> list[str]:
-        """Have the trackers write what they hold back; returns what `log` does. The process group stays."""
+        """Close the trackers, which write what is buffered; returns what `log` does. The process group stays."""
         problems = self._on_each(lambda tracker: tracker.finish())
         self._accelerator.trackers = []
         return problems

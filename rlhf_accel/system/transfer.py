@@ -1,4 +1,4 @@
-"""Copies between this host's memory and a GPU, for which the host waits once, or not at all. Knows torch only."""
+"""Copies between the memory of this host and a GPU, with at most one wait of the host. Knows torch only."""
 
 from __future__ import annotations
 
