@@ -53,6 +53,7 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
 
 
 def start(name: str, arguments: list[str]) -> None:
+    """Parse the options of a command, then import its module and run it."""
     options = COMMANDS[name](arguments)
     importlib.import_module(f"rlhf_accel.commands.{name.replace('-', '_')}").main(options)
 
@@ -75,7 +76,7 @@ def run(command: Callable[[list[str]], None], arguments: list[str]) -> None:
 
 
 def _flushed(command: Callable[[list[str]], None], arguments: list[str]) -> None:
-    """Run a command and flush what it printed, so that a console that cannot be written is an error."""
+    """Run a command and flush its output, so that a console that cannot be written is an error."""
     try:
         command(arguments)
     except SystemExit:

@@ -120,17 +120,17 @@ class Frontier:
         }
 
     @classmethod
-    def from_json(cls, told: Mapping[str, Any]) -> Frontier:
+    def from_json(cls, tree: Mapping[str, Any]) -> Frontier:
         """The inverse of `to_json`; other keys are ignored. Raises `KeyError`, `TypeError` or `ValueError`."""
         return cls(
-            prompts=told["prompts"],
-            samples=told["samples"],
-            **{key: told["reference"][key] for key in ("score", "score_std", "low", "high")},
-            best_of_n=_points(BestOfN, told["best_of_n"]),
-            optimum=_points(Optimum, told["optimum"]),
-            reliable_kl=float(told["reliable_kl"]),
-            bound=_points(Bound, told["bound"]),
-            no_share=told.get("no_share"),
+            prompts=tree["prompts"],
+            samples=tree["samples"],
+            **{key: tree["reference"][key] for key in ("score", "score_std", "low", "high")},
+            best_of_n=_points(BestOfN, tree["best_of_n"]),
+            optimum=_points(Optimum, tree["optimum"]),
+            reliable_kl=float(tree["reliable_kl"]),
+            bound=_points(Bound, tree["bound"]),
+            no_share=tree.get("no_share"),
         )
 
     def gain_at(self, kl: float) -> float | None:

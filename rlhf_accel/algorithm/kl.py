@@ -35,7 +35,7 @@ def kl_estimate(
         estimator: "k1", "k2" or "k3".
 
     Returns:
-        (B, R) fp32, nats per token. There is no mask here: what padding gives is for the caller to mask.
+        (B, R) fp32, nats per token. There is no mask here: the caller masks padding.
 
     Raises:
         ValueError: `estimator` is not one of the three, or the shapes differ.

@@ -233,7 +233,7 @@ SURROGATES = {"clip": clipped_surrogate, "cispo": cispo_surrogate, "gspo": seque
 def row_weights(mask: Bool[Tensor, "B R"], reduction: str) -> Float32[Tensor, " B"] | None:
     """Weights of each response's tokens in the sum of a loss; None is 1.
 
-    `token` and `constant` count each token once, and differ in what the sum is divided by (`denominator`); `sequence`
+    `token` and `constant` count each token once, and differ in the divisor of the sum (`denominator`); `sequence`
     counts each response once, whatever its length.
     """
     return 1.0 / mask.sum(1).clamp(min=1).float() if reduction == "sequence" else None

@@ -121,7 +121,7 @@ def settings(run_name: str, folder: Path, first_step: int | None) -> dict[str, d
     """The arguments with which each tracker starts, by the tracker's name.
 
     `folder` is trackers/ in the run's folder. `first_step` is the first step that a resumed run logs, None for a new
-    run: TensorBoard drops what it holds from that step on, since these steps are taken again, and W&B and MLflow
+    run: TensorBoard drops its entries from that step on, since these steps are taken again, and W&B and MLflow
     continue the run that `remember` noted.
     """
     known = _remembered(folder) if first_step is not None else {}

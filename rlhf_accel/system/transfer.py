@@ -10,7 +10,7 @@ from torch import Tensor
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """The tensor on the device. To a GPU it is copied from pinned memory, in the order of the GPU's work, so that the
-    host does not wait for what is running there."""
+    host does not wait for the work that is running there."""
     if torch.device(device).type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -81,7 +81,7 @@ class Setup:
         train_rows, held_rows = _on_main_first(runtime, lambda: split_rows(config.data))
         path = _on_main_first(runtime, lambda: wheels.resolve_model(config.model.name_or_path))
         tokens = Tokens.load(path, trust_remote_code=config.model.trust_remote_code)
-        tokens.stop_condition(config.rollout.stop)  # which raises what is wrong with it
+        tokens.stop_condition(config.rollout.stop)  # to raise its errors early
         limit, seed = config.rollout.max_prompt_tokens, config.run.seed
         prompts = Prompts.of(train_rows, tokens, config.data, limit, seed)
         held_out = Prompts.of(held_rows, tokens, config.data, limit, seed) if len(held_rows) else None
