@@ -57,6 +57,7 @@ LAUNCHED = ("train", "train-reward", "evaluate")  # by several processes togethe
 
 
 def start(name: str, arguments: list[str]) -> None:
+    """Parse the options of a command, then import its module and run it."""
     if name in LAUNCHED:
         arguments = take_launch_options(arguments)
     options = COMMANDS[name](arguments)
@@ -81,7 +82,7 @@ def run(command: Callable[[list[str]], None], arguments: list[str]) -> None:
 
 
 def _flushed(command: Callable[[list[str]], None], arguments: list[str]) -> None:
-    """Run a command and flush what it printed, so that a console that cannot be written is an error."""
+    """Run a command and flush its output, so that a console that cannot be written is an error."""
     try:
         command(arguments)
     except SystemExit:

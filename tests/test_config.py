@@ -535,7 +535,14 @@ KEYLESS = {
     *("deepspeed_config.deepspeed_plugin", "weights.set_weights", "building.build"),
     *("evaluate._config", "evaluate.of", "evaluate.reference_scores", "generate._load", "push.main"),
     *("generate._prompts", "generate.write", "push.check_base"),
-    *("loading.adapter_config", "merge.merge", "merge._check", "merge._settings", "metrics._unreadable", "replay.main"),
+    *(
+        "loading.adapter_config",
+        "merge.merge",
+        "merge._check",
+        "merge._settings",
+        "json_lines._unreadable",
+        "replay.main",
+    ),
     *("exports.exported_weights", "page.write", "run_data.read_run"),
 }
 

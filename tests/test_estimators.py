@@ -103,6 +103,14 @@ def test_by_hand():
     assert_close(advantages(made, "grpo", 0.0)[:, 0], torch.tensor([-2.0, -1.0, 3.0]) / (7**0.5 + 1e-4))
 
 
+def test_an_empty_response_counts_in_its_group():
+    """Returns 2 and 0 of a group: the mean is 1 and the deviation sqrt(1 + 1), although the 0 lies on no token."""
+    made = rollout(1, 1, samples=2)
+    sequences = replace(made.sequences, response_mask=torch.tensor([[True], [False]]))
+    made = replace(made, sequences=sequences, scores=torch.tensor([2.0, 5.0]))
+    assert_close(advantages(made, "grpo", 0.0)[:, 0], torch.tensor([1.0, 0.0]) / (2**0.5 + 1e-4))
+
+
 @pytest.mark.parametrize("advantage", GROUPED)
 def test_a_group_that_scores_alike_teaches_nothing(advantage):
     made = replace(rollout(2, 5), scores=torch.full((8,), 3.0))

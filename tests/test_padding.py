@@ -23,7 +23,7 @@ def unmasked(mask, first=0):
 
 
 @pytest.mark.parametrize(
-    ("positions", "reason"), [(shifted, "counts positions in a way of its own"), (unmasked, "padding on the left")]
+    ("positions", "reason"), [(shifted, "counts positions in another way"), (unmasked, "padding on the left")]
 )
 def test_a_run_with_other_positions_is_refused_before_anything_is_written(
     positions, reason, tiny, monkeypatch, tmp_path

@@ -1,4 +1,4 @@
 """The maths: PPO, advantages, the reward-KL frontier, calibration, and the batches that cross stages.
 
-Knows torch and numpy only: no model, no rank, no file.
+Knows torch, numpy and the settings of an estimator; knows no model, no rank and no file.
 """

@@ -1,7 +1,8 @@
 """Rollout -> Experience: the KL in the reward, advantages and returns, the same on every rank by construction.
 
-An estimator is a pure function `(rewards, rollout, groups, settings) -> (advantages, returns)`; returns are None of one
-that needs no critic. `groups` (B,) int64 numbers the prompt of each response: responses to one prompt are a group.
+An estimator is a pure function `(rewards, rollout, groups, settings) -> (advantages, returns)`. Returns are None for an
+estimator without a critic. `groups` (B,) int64 has the number of each response's prompt: responses to one prompt are a
+group.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from rlhf_accel.algorithm.kl import kl_estimate
 from rlhf_accel.algorithm.masked import masked_row_sum, rescale, standardize, where_counted
 from rlhf_accel.config.schema import PPOConfig, RewardConfig
 
+_GRPO_EPS = 1e-4  # added to a group's standard deviation, as in TRL
+
 Estimator = Callable[
     [Float[Tensor, "B R"], Rollout, Int[Tensor, " B"], PPOConfig],
     tuple[Float[Tensor, "B R"], Float[Tensor, "B R"] | None],
@@ -25,11 +28,11 @@ Estimator = Callable[
 
 
 def make_experience(rollout: Rollout, config: PPOConfig, reward: RewardConfig, kl_coef: float) -> Experience:
-    """What the update is trained on.
+    """The experience of a step, from its rollout.
 
-    The KL penalty goes into the per-token rewards (Ziegler et al. 2019, equation 2), unless the loss has it, and the
-    score onto the last token.
-    Advantages that compare the responses of a group have its scale, and are not whitened over the batch.
+    The score is added to the reward of the last token. The KL penalty is a part of each token's reward (Ziegler et al.
+    2019, equation 2), unless it is a term of the loss. Advantages that compare the responses of a group have the scale
+    of that group, and are not whitened over the batch.
     """
     mask = rollout.sequences.response_mask
     scores = ppo.penalize_missing_eos(rollout.scores, rollout.finished, reward.missing_eos_penalty)
@@ -56,7 +59,7 @@ def critic_gae(
 ) -> tuple[Float[Tensor, "B R"], Float[Tensor, "B R"]]:
     """`gae` over the critic's values (Schulman et al. 2016).
 
-    Partial scores are the part of the values that the critic need not fit: this equals rewards shaped by them as a
+    Partial scores are the part of the values that the critic need not fit. This equals rewards shaped with them as the
     potential (Ng et al. 1999, "Policy invariance under reward transformations"; Wiewiora 2003).
     """
     assert rollout.values is not None, "this estimator needs a critic"
@@ -69,7 +72,7 @@ def critic_gae(
 def rloo(
     rewards: Float[Tensor, "B R"], rollout: Rollout, groups: Int[Tensor, " B"], settings: PPOConfig
 ) -> tuple[Float32[Tensor, "B R"], None]:
-    """The return of a response minus the mean return of the others to its prompt, on each of its tokens.
+    """The return of a response minus the mean return of the other responses to its prompt, on each of its tokens.
 
     Source: Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!"; Ahmadian et al. 2024, "Back to
     Basics" (arXiv 2402.14740), equation 8. As there, the KL of the whole response is a part of its return.
@@ -103,17 +106,19 @@ def grpo(
     Source: Shao et al. 2024, "DeepSeekMath" (arXiv 2402.03300), section 4.1.2; the 1e-4 is that of TRL. A group whose
     responses all score alike has advantages of 0.
     """
-    advantages, _ = dr_grpo(rewards, rollout, groups, settings)
     mask = rollout.sequences.response_mask
-    squares, counts = group_sums(advantages[:, 0].square(), groups)
+    returns = masked_row_sum(rewards, mask)
+    sums, counts = group_sums(returns, groups)
+    centred = returns - sums / counts
+    squares, _ = group_sums(centred.square(), groups)
     deviation = (squares / (counts - 1).clamp(min=1)).sqrt()
-    return on_each_token(advantages[:, 0] / (deviation + _GRPO_EPS), mask), None
+    return on_each_token(centred / (deviation + _GRPO_EPS), mask), None
 
 
 def reinforce_plus_plus(
     rewards: Float[Tensor, "B R"], rollout: Rollout, groups: Int[Tensor, " B"], settings: PPOConfig
 ) -> tuple[Float32[Tensor, "B R"], None]:
-    """The discounted rewards from each token on, to be whitened over the batch (`ppo.whiten_advantages`).
+    """The sum of the discounted rewards from each token on, to be whitened over the batch (`ppo.whiten_advantages`).
 
     Source: Hu et al. 2025, "REINFORCE++" (arXiv 2501.03262), equations 5 to 8. It is `gae` with values of 0 and a
     lambda of 1.
@@ -130,7 +135,6 @@ ESTIMATORS: dict[str, Estimator] = {
     "dr_grpo": dr_grpo,
     "reinforce++": reinforce_plus_plus,
 }
-_GRPO_EPS = 1e-4
 
 
 def group_sums(values: Float[Tensor, " B"], groups: Int[Tensor, " B"]) -> tuple[Float[Tensor, " B"], Int[Tensor, " B"]]:
@@ -145,7 +149,7 @@ def group_sums(values: Float[Tensor, " B"], groups: Int[Tensor, " B"]) -> tuple[
 
 
 def flat_groups(scores: Float[Tensor, " B"], groups: Int[Tensor, " B"]) -> Float32[Tensor, ""]:
-    """The share of groups whose responses all score alike, which teach nothing where a group is compared.
+    """The share of groups whose responses all score alike: an estimator that compares them learns nothing there.
 
     >>> flat_groups(torch.tensor([1.0, 1.0, 2.0, 3.0]), torch.tensor([0, 0, 1, 1]))
     tensor(0.5000)
@@ -159,7 +163,7 @@ def flat_groups(scores: Float[Tensor, " B"], groups: Int[Tensor, " B"]) -> Float
 
 
 def on_each_token(values: Float[Tensor, " B"], mask: Bool[Tensor, "B R"]) -> Float32[Tensor, "B R"]:
-    """A response's number on each of its tokens; 0 where masked out."""
+    """The value of a response on each of its tokens; 0 where masked out."""
     return where_counted(values[:, None].expand(mask.shape), mask)
 
 
@@ -169,7 +173,7 @@ def gae(
     """Generalized advantage estimates and the returns to fit the value to.
 
     delta[t] = rewards[t] + gamma * values[t + 1] - values[t], and advantages[t] = sum over k of (gamma * lam)^k *
-    delta[t + k]. The episode ends with the last token that counts: the value after it is 0, never that of a padding.
+    delta[t + k]. The episode ends with the last token that counts: the value after it is 0, never that of padding.
 
     Args:
         rewards: (B, R), in the unit of the reward.
@@ -186,8 +190,8 @@ def gae(
 
     Source: Schulman et al. 2016 (GAE), eq. 16; the returns: OpenAI's baselines, `ppo2`.
 
-    One response of two tokens and a padding, gamma = 1, lam = 0.5. delta[1] = 1 + 0 - 0.5 = 0.5 (the 7 in the padding
-    is not a next value), delta[0] = 0 + 0.5 - 0.25 = 0.25; advantages[0] = 0.25 + 0.5 * 0.5 = 0.5:
+    One response of two tokens and one column of padding, gamma = 1, lam = 0.5. delta[1] = 1 + 0 - 0.5 = 0.5 (the 7 in
+    the padding is not a next value), delta[0] = 0 + 0.5 - 0.25 = 0.25; advantages[0] = 0.25 + 0.5 * 0.5 = 0.5:
 
     >>> rewards, values = torch.tensor([[0.0, 1.0, 7.0]]), torch.tensor([[0.25, 0.5, 7.0]])
     >>> gae(rewards, values, torch.tensor([[True, True, False]]), gamma=1.0, lam=0.5)

@@ -1,4 +1,4 @@
-"""All that crosses a stage of the PPO step: frozen batches with a shape and dtype for every field.
+"""The data between the stages of a PPO step: frozen batches with a shape and dtype for every field.
 
     PromptBatch -> Responses -> Rollout -> Experience -> LossStats
 
@@ -23,7 +23,7 @@ T = TypeVar("T", bound="_Batch")
 
 
 class TokenOutputs(NamedTuple):
-    """What `PolicyWithValue.forward` says of each response token, all fp32.
+    """The outputs of `PolicyWithValue.forward` for each response token, all fp32.
 
     logprobs (B, R) in nats; values (B, R), before the token is chosen, or None without a critic; entropy (B, R) in nats
     of the distribution that the token was chosen from, or None if it was not asked for.
@@ -55,11 +55,10 @@ class _Batch:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PromptBatch(_Batch):
-    """Prompts of one step, a row for each response that is asked for.
+    """Prompts of one step, one row for each response to be sampled.
 
     index is the prompt's place in the step's global batch, the same for all samples of one prompt. sample is the row's
-    own place there: with the run's seed and the step it fixes the random numbers of the response, wherever that is
-    sampled.
+    own place there. With the run's seed and the step, it determines the random numbers of the response on any rank.
     """
 
     queries: Int[Tensor, "B Q"]  # int64, padded on the left
@@ -199,9 +198,9 @@ class Rollout(_Batch):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Experience(_Batch):
-    """What the update is trained on; `old_` is of the policy and the critic that sampled.
+    """The input of the update; `old_` marks outputs of the policy and the critic that sampled.
 
-    Values and returns are beyond the rollout's partial scores, which the critic need not fit; both are None without a
+    Values and returns are without the rollout's partial scores, which the critic need not fit. Both are None without a
     critic.
     """
 
@@ -232,8 +231,10 @@ class Experience(_Batch):
 
 @dataclass(frozen=True, kw_only=True)
 class LossStats:
-    """Means over the response tokens of all minibatches of a PPO step, all ranks together. Those of policy, value, kl
-    and total are taken as ppo.loss_reduction says."""
+    """Means over the response tokens of all minibatches of a PPO step, over all ranks.
+
+    policy, value, kl and total are averaged as ppo.loss_reduction says.
+    """
 
     policy: float
     value: float | None  # as value_clip_fraction, None without a critic
@@ -245,7 +246,7 @@ class LossStats:
     ratio_max: float
     first_ratio_error: float  # max |ratio - 1| before the first optimizer step
     first_log_ratio_rms: float  # nats, over the tokens of the first minibatch, before that step
-    first_log_ratio_max: float  # the largest of them without its sign
+    first_log_ratio_max: float  # the largest absolute value among them
     grad_norm: float
     skipped: int
 

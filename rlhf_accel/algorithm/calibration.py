@@ -1,4 +1,4 @@
-"""How well scores agree with people, and how far their probabilities can be believed: pure maths of reward models.
+"""Agreement of scores with people, and the calibration of their probabilities: pure maths of reward models.
 
 Knows tensors and arrays; knows no model, no text, no config and no rank.
 
@@ -15,13 +15,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Two texts are a pair for the pairwise agreement when their mean ratings are further apart than this: closer ones are
-# within what another group of raters would have said.
+# Two texts are a pair for the pairwise agreement if their mean ratings are further apart than this: another group of
+# raters might order closer ones differently.
 PAIR_MARGIN = 0.5
 
 BINS = 10
 
-# exp of these bound the inverse temperature that is looked for, in units of the mean size of the logits.
+# The inverse temperature is searched between exp(-this) and exp(this), in units of the mean size of the logits.
 _LOG_RANGE = 8.0
 
 

@@ -1,7 +1,7 @@
-"""What any policy could reach: the reward-KL frontier of a reference, estimated from scored samples of it.
+"""The reward-KL frontier of a reference, which bounds every policy: estimated from scored samples of the reference.
 
-It knows best-of-n and the optimum of the KL-regularised objective, and imports numpy only. It refuses to know models,
-prompts, configs and files: scores in, curves out.
+Knows best-of-n and the optimum of the KL-regularised objective, and imports numpy only: scores in, curves out. Knows no
+model, no prompt, no config and no file.
 
 The optimum for one `beta` is the reference tilted by the reward, `pi*(y|x) ~ pi_ref(y|x) exp(r(x, y) / beta)`: no
 policy with the same KL has a higher mean reward (Korbak et al. 2022, "RL with KL penalties is better viewed as Bayesian
@@ -68,7 +68,7 @@ class Optimum:
 
 @dataclass(frozen=True, kw_only=True)
 class Bound:
-    """No policy with this KL has more than this gain, for all that the samples tell; `beta` is the bound's slope."""
+    """No policy with this KL has a larger gain, as far as the samples tell; `beta` is the slope of the bound."""
 
     beta: float
     kl: float
@@ -120,17 +120,17 @@ class Frontier:
         }
 
     @classmethod
-    def from_json(cls, told: Mapping[str, Any]) -> Frontier:
-        """The inverse of `to_json`; other keys are left alone. Raises `KeyError`, `TypeError` or `ValueError`."""
+    def from_json(cls, tree: Mapping[str, Any]) -> Frontier:
+        """The inverse of `to_json`; other keys are ignored. Raises `KeyError`, `TypeError` or `ValueError`."""
         return cls(
-            prompts=told["prompts"],
-            samples=told["samples"],
-            **{key: told["reference"][key] for key in ("score", "score_std", "low", "high")},
-            best_of_n=_points(BestOfN, told["best_of_n"]),
-            optimum=_points(Optimum, told["optimum"]),
-            reliable_kl=float(told["reliable_kl"]),
-            bound=_points(Bound, told["bound"]),
-            no_share=told.get("no_share"),
+            prompts=tree["prompts"],
+            samples=tree["samples"],
+            **{key: tree["reference"][key] for key in ("score", "score_std", "low", "high")},
+            best_of_n=_points(BestOfN, tree["best_of_n"]),
+            optimum=_points(Optimum, tree["optimum"]),
+            reliable_kl=float(tree["reliable_kl"]),
+            bound=_points(Bound, tree["bound"]),
+            no_share=tree.get("no_share"),
         )
 
     def gain_at(self, kl: float) -> float | None:
@@ -167,7 +167,7 @@ def share_of_optimum(frontier: Frontier, kl: float, gain: float) -> Share | None
 def estimate(scores: Float[np.ndarray, "P N"], *, seed: int = 0) -> Frontier:
     """The frontier from `scores[p, i]`, the reward of the i-th independent sample of the reference for prompt p.
 
-    Intervals are 95 %, by bootstrap over prompts, which holds the noise of sampling too. `seed` is the bootstrap's.
+    Intervals are 95 %, by bootstrap over prompts, which includes the noise of sampling. `seed` is the bootstrap's.
     Raises `ValueError` for scores that are not finite, or not a (P, N) array with at least one of each.
     """
     scores = np.asarray(scores, dtype=np.float64)
@@ -389,7 +389,7 @@ def _least(
 
 
 def _bootstrap_weights(prompts: int, seed: int) -> np.ndarray | None:
-    """(replicates, P) weights that sum to 1 in each replicate; None for one prompt, which tells of no spread."""
+    """(replicates, P) weights that sum to 1 in each replicate; None for a single prompt, which has no spread."""
     if prompts < 2:
         return None
     return np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), _REPLICATES) / prompts

@@ -35,10 +35,10 @@ def kl_estimate(
         estimator: "k1", "k2" or "k3".
 
     Returns:
-        (B, R) fp32, nats per token. There is no mask here: what padding gives is for the caller to mask.
+        (B, R) fp32, nats per token. There is no mask here: the caller masks padding.
 
     Raises:
-        ValueError: `estimator` is none of the three, or the shapes differ.
+        ValueError: `estimator` is not one of the three, or the shapes differ.
 
     Source: J. Schulman 2020, "Approximating KL Divergence" (http://joschu.net/blog/kl-approx.html).
 
@@ -68,7 +68,7 @@ def k3(logr: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class FixedKLController:
-    """A KL coefficient that stays what it is.
+    """A constant KL coefficient.
 
     Raises:
         ValueError: `coef` is negative or not finite.
@@ -123,7 +123,7 @@ class AdaptiveKLController:
         """The controller for the next step.
 
         Args:
-            kl: nats per response, the mean over the whole global batch (on one rank's share, ranks would part ways).
+            kl: nats per response, the mean over the whole global batch: with one rank's share, ranks would diverge.
             num_samples: rollouts in that batch.
 
         Raises:

@@ -41,8 +41,8 @@ def token_logprobs(
 
 
 def log_normalizer(logits: Float32[Tensor, "*B V"], probabilities: Float32[Tensor, "*B V"]) -> Float32[Tensor, "*B"]:
-    """logsumexp(logits) in nats, read off their softmax where that is there already: the likeliest token's logit less
-    its log-probability.
+    """logsumexp(logits) in nats from a softmax that was already computed: the likeliest token's logit minus its
+    log-probability.
 
     >>> logits = torch.tensor([[1.0, 3.0, 2.0]])
     >>> torch.allclose(log_normalizer(logits, logits.softmax(-1)), logits.logsumexp(-1))
@@ -75,7 +75,7 @@ class _TokenLogprobs(torch.autograd.Function):
 def entropy_of(
     logits: Float32[Tensor, "*B V"], probabilities: Float32[Tensor, "*B V"], normalizer: Float32[Tensor, "*B"]
 ) -> Float32[Tensor, "*B"]:
-    """Entropy in nats of a softmax that is there already, with its `log_normalizer`; not for gradients.
+    """Entropy in nats from a softmax that was already computed and its `log_normalizer`; not for gradients.
 
     >>> logits = torch.tensor([[0.0, 0.0, -torch.inf]])
     >>> entropy_of(logits, logits.softmax(-1), logits.logsumexp(-1)).exp()

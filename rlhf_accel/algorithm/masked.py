@@ -1,7 +1,7 @@
 """Sums, means and whitening over the tokens that count.
 
-Shapes: B rollouts, R response tokens. Results are fp32. A mask is True where a token counts; what it leaves out may
-hold anything, NaN included.
+Shapes: B rollouts, R response tokens. Results are fp32. A mask is True where a token counts; the other
+positions may hold anything, including NaN.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def masked_mean(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Flo
         0-dim fp32.
 
     Raises:
-        ValueError: the shapes differ, or `mask` is all False: a mean of nothing has no value, and 0 would be a lie.
+        ValueError: the shapes differ, or `mask` is all False, when the mean is undefined.
     """
     total = masked_sum(x, mask)
     count = mask.sum()
@@ -88,7 +88,7 @@ def mean_and_variance(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance where `mask` is True: (0, 0) if it never is, and exactly 0 variance for a constant."""
     count = mask.sum().clamp(min=1)
     mean = masked_sum(x, mask) / count
-    # A mean is rounded, so a constant x would seem to vary by an ulp; the mean of what is left corrects that.
+    # A mean is rounded, so a constant x would seem to vary by an ulp; the mean of the remainder corrects that.
     mean = mean + masked_sum(x.float() - mean, mask) / count
     return mean, masked_sum((x.float() - mean).square(), mask) / count
 

@@ -10,7 +10,7 @@ Three rules hold for every function here:
 - *Masks* are boolean, and True means "counts". What lies under False never reaches a result or a gradient, not even
   NaN: values are selected with `torch.where`, for `NaN * 0` is NaN.
 - *fp32 inside.* Every input is cast with `.float()` before any arithmetic and every result is fp32, because bf16 keeps
-  8 bits: at a logprob of -5 its step is 0.03, as large as the per-token KL and the `ratio - 1` that PPO works with.
+  8 bits: at a logprob of -5 its step is 0.03, as large as the per-token KL and the `ratio - 1` that PPO uses.
 - *Inputs are never written to.*
 """
 
@@ -205,7 +205,8 @@ def clipped_surrogate(
 def cispo_surrogate(
     log_ratio: Tensor, logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: Clip
 ) -> tuple[Tensor, Tensor]:
-    """-A logprob, weighted by the ratio, which is cut at 1 + `clip.high` and carries no gradient: no token loses its.
+    """-A logprob, weighted by the ratio, which is cut at 1 + `clip.high` and carries no gradient: every token keeps its
+    own gradient.
 
     Source: MiniMax 2025, "MiniMax-M1" (CISPO, arXiv 2506.13585), equations 4 and 5; as there, no lower bound.
     """
@@ -232,7 +233,7 @@ SURROGATES = {"clip": clipped_surrogate, "cispo": cispo_surrogate, "gspo": seque
 def row_weights(mask: Bool[Tensor, "B R"], reduction: str) -> Float32[Tensor, " B"] | None:
     """Weights of each response's tokens in the sum of a loss; None is 1.
 
-    `token` and `constant` count each token once, and differ in what the sum is divided by (`denominator`); `sequence`
+    `token` and `constant` count each token once, and differ in the divisor of the sum (`denominator`); `sequence`
     counts each response once, whatever its length.
     """
     return 1.0 / mask.sum(1).clamp(min=1).float() if reduction == "sequence" else None

@@ -39,7 +39,7 @@ _SAMPLES = 64  # responses of the reference, for the checks of reward and stops
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """The findings, and what a memory plan is made from: None where it is not known."""
+    """The findings, and the inputs of a memory plan, None where they are not known."""
 
     findings: Findings
     config: Config | None = None

@@ -210,7 +210,7 @@ def _advantage_contradictions(config: Config) -> Iterator[ConfigError]:
         )
     if ppo.kl_in == "loss" and ppo.kl_estimator == "k1" and ppo.kl_coef > 0:
         yield ConfigError(
-            "ppo.kl_in=loss with ppo.kl_estimator=k1 has no effect on average, where the gradient of k1 is 0; set "
+            "ppo.kl_in=loss with ppo.kl_estimator=k1 has no effect: the gradient of k1 is 0 on average; set "
             "ppo.kl_estimator to k2 or k3",
             key="ppo.kl_estimator",
             others=("ppo.kl_in",),

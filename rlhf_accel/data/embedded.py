@@ -85,7 +85,7 @@ def _train_reward(output: Path, key: str) -> None:
 
 
 def _own_environment() -> dict[str, str]:
-    """The environment without what a launcher set for this rank."""
+    """The environment without the variables that a launcher set for this rank."""
     kept = {
         name: value
         for name, value in os.environ.items()

@@ -160,7 +160,7 @@ class Prompts:
 
     @classmethod
     def of(cls, rows: Table, tokens: Tokens, config: DataConfig, max_prompt_tokens: int, seed: int) -> Prompts:
-        """Without data.prompt_tokens, rows that are too long for a whole prompt are left out with a warning.
+        """The prompts in `rows`. Without data.prompt_tokens, rows that are too long are left out with a warning.
 
         Raises `ConfigError` if none is left, or if the tokenizer makes no token of a text.
         """

@@ -46,7 +46,7 @@ class Tokens:
 
     @classmethod
     def load(cls, name_or_path: str, *, trust_remote_code: bool = False) -> Tokens:
-        """Raises `ConfigError` when the model has no tokenizer."""
+        """The tokenizer of a folder or hub id. Raises `ConfigError` if there is none."""
         try:
             tokenizer = pretrained(
                 AutoTokenizer,

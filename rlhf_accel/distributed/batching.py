@@ -1,4 +1,4 @@
-"""Cutting rows into micro-batches by their number of tokens, and dealing them to ranks.
+"""Cut rows into micro-batches by their number of tokens, and deal them to ranks.
 
 Pure functions of lengths: they know no process, no model and no text. B is the number of rows.
 """

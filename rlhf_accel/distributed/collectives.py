@@ -32,7 +32,7 @@ def max_over_ranks(accelerator: Accelerator, values: Tensor) -> Tensor:
 
 
 def sum_and_max_over_ranks(accelerator: Accelerator, sums: Tensor | None, maxima: Tensor | None) -> list[Tensor]:
-    """The sums of the one and the maxima of the other, of those that are given, elementwise, on the CPU."""
+    """Elementwise sums of `sums` and maxima of `maxima`, without one that is None, on the CPU."""
     found = [values for values in (sums, maxima) if values is not None]
     if accelerator.num_processes > 1:
         with waiting():
@@ -45,7 +45,7 @@ def sum_and_max_over_ranks(accelerator: Accelerator, sums: Tensor | None, maxima
 
 
 def on_all(accelerator: Accelerator, fact: bool) -> bool:
-    """Whether a fact holds on every rank. Asked for every token, so it leaves no mark of waiting."""
+    """Whether a fact holds on every rank. Called for every token, so it does not mark this process as waiting."""
     count = accelerator.reduce(torch.tensor(int(fact), device=accelerator.device), "sum")
     return bool(count == accelerator.num_processes)
 

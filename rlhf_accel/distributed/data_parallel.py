@@ -36,9 +36,9 @@ class DataParallel:
             yield
 
     def backward(self, loss: Tensor, drop: Callable[[], bool]) -> bool:
-        """Add to the gradients; if `drop` says so, forget them all. Returns what it said.
+        """Add to the gradients; if `drop()` is True, drop them all. Returns the result of `drop()`.
 
-        It is asked when the backward pass is on its way: to answer, the host waits for the loss.
+        It is called after the backward pass has started, since the host waits for the loss in it.
         """
         self._accelerator.backward(loss)
         dropped = drop()

@@ -89,9 +89,9 @@ class Zero:
         yield
 
     def backward(self, loss: Tensor, drop: Callable[[], bool]) -> bool:
-        """Add to the gradients; if `drop` says so, forget them all. Returns what it said.
+        """Add to the gradients; if `drop()` is True, drop them all. Returns the result of `drop()`.
 
-        It is asked before the backward pass, which it changes.
+        It is called before the backward pass, which depends on it.
         """
         dropped = drop()
         # The engine's own: Accelerate's backward would also step, before the norm is known.
@@ -104,7 +104,7 @@ class Zero:
 
     @contextlib.contextmanager
     def _poisoned(self) -> Iterator[None]:
-        """Make gradients NaN: ZeRO cannot forget gradients that are reduced and sharded, but skips such a step."""
+        """Make gradients NaN: ZeRO cannot drop gradients that are reduced and sharded, but skips a step with NaN."""
         trainable = [p for p in self.module.parameters() if p.requires_grad]
         handles = [p.register_hook(lambda gradient: torch.full_like(gradient, torch.nan)) for p in trainable]
         try:
@@ -203,16 +203,12 @@ class Zero:
         """Set this rank's part of a whole moment."""
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-        device, rank, world_size = (
-            self._accelerator.device,
-            self._accelerator.process_index,
-            self._accelerator.num_processes,
-        )
+        device, rank = self._accelerator.device, self._accelerator.process_index
         if self.stage < 3:
             safe_set_full_optimizer_state(parameter, value.to(device), key)
             return
         size = parameter.ds_tensor.ds_numel  # the parts are equal, the last one padded
-        padded = torch.zeros(size * world_size)
+        padded = torch.zeros(size * self._accelerator.num_processes)
         padded[: value.numel()] = value.flatten()
         safe_set_local_optimizer_state(parameter, padded[rank * size :][:size].to(device), key)
 
@@ -255,8 +251,8 @@ def _free_memory(device: torch.device) -> int:
 
 
 def _shard_files() -> Any:
-    """DeepSpeed's reader and writer of checkpoint files, with two changes: a failure to write is kept for later, since
-    the ranks wait for each other meanwhile, and reading unpickles only the classes that DeepSpeed writes."""
+    """DeepSpeed's reader and writer of checkpoint files, with two changes: a failed write is reported after the save,
+    since the ranks wait for each other during it, and reading unpickles only the classes that DeepSpeed writes."""
     from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum

@@ -1,6 +1,6 @@
-"""Accelerate's and DeepSpeed's config files inside the package, which are those at the top of a checkout.
+"""The config files for Accelerate and DeepSpeed in the package, the same as those at the top of a checkout.
 
-Knows names and paths; what the files hold, Accelerate reads.
+Knows names and paths. Knows no content: Accelerate reads the files.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def load_moments(
     module: nn.Module, folder: Path, give: Callable[[Mapping[str, nn.Parameter], Callable[[str], Tensor]], None]
 ) -> None:
     """Call `give` with the trainable parameters that have a state in the checkpoint, by name, and with a function that
-    reads one tensor of that state, such as `NAME.exp_avg`. Before the first step there are none."""
+    reads one tensor of that state, such as `NAME.exp_avg`. A checkpoint from before the first step has no state."""
     with safe_open(folder / _MOMENTS, framework="pt", device="cpu") as file:
         known = set(file.keys())
         stepped = {

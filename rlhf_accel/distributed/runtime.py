@@ -148,7 +148,7 @@ class Runtime:
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
         """`autocast` without gradients, around many passes of `plain_module`: its fp32 weights are rounded once,
-        the frozen ones too. Those that ZeRO-3 has cut are rounded in each pass: together they may not fit."""
+        the frozen ones too. Weights that ZeRO-3 shards are rounded in each pass: together they may not fit."""
         keeps = self.precision == "bf16" and self.has_whole_weights
         with torch.no_grad(), self.autocast(), casts_kept(self.plain_module) if keeps else contextlib.nullcontext():
             yield
@@ -240,9 +240,9 @@ class Runtime:
         return bool(self.sum(torch.tensor(int(fact))) > 0)
 
     def everywhere(self, fact: bool) -> bool:
-        """Whether a fact holds on all ranks where they share each forward pass; elsewhere the fact itself.
+        """Whether a fact holds on all ranks, if forward passes are collectives; else the fact of this rank.
 
-        Loops whose length depends on the samples ask this, so that no rank leaves the others waiting.
+        Loops whose length depends on the samples end by it, so that no rank leaves the others waiting.
         """
         return fact if self.has_whole_weights else collectives.on_all(self._accelerator, fact)
 

@@ -55,8 +55,8 @@ def pip_command(names: Sequence[str]) -> str:
 
 
 class Trackers:
-    """The trackers of a run, called by every rank. A tracker may fail at any time, when its server is gone for example:
-    that neither ends the run nor is reported twice."""
+    """The trackers of a run, called by every rank. A tracker may fail at any time, for example when its server is gone.
+    This is reported once and does not end the run."""
 
     def __init__(self, accelerator: Accelerator, names: Sequence[str]) -> None:
         self._accelerator = accelerator
@@ -95,7 +95,7 @@ class Trackers:
         return self._on_each(lambda tracker: push_table(tracker.name, self._native(tracker), title, rows, step))
 
     def end(self) -> list[str]:
-        """Have the trackers write what they hold back; returns what `log` does. The process group stays."""
+        """Close the trackers, which write what is buffered; returns what `log` does. The process group stays."""
         problems = self._on_each(lambda tracker: tracker.finish())
         self._accelerator.trackers = []
         return problems
@@ -121,7 +121,7 @@ def settings(run_name: str, folder: Path, first_step: int | None) -> dict[str, d
     """The arguments with which each tracker starts, by the tracker's name.
 
     `folder` is trackers/ in the run's folder. `first_step` is the first step that a resumed run logs, None for a new
-    run: TensorBoard drops what it holds from that step on, since these steps are taken again, and W&B and MLflow
+    run: TensorBoard drops its entries from that step on, since these steps are taken again, and W&B and MLflow
     continue the run that `remember` noted.
     """
     known = _remembered(folder) if first_step is not None else {}

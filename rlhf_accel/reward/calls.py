@@ -1,6 +1,6 @@
 """One call of a reward function: the process's settings are restored, the time is limited, the result is checked.
 
-Knows no config; what a function computes is its own matter.
+Knows no config and nothing about what a function computes.
 """
 
 from __future__ import annotations

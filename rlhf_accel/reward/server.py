@@ -1,6 +1,6 @@
 """Scores from a server over HTTP: the other end of `reward.url`, with a token and a limit on time and size.
 
-Knows the contract that `scripts/reward_server.py` serves too; knows no model.
+Knows the protocol, which `commands/reward_server.py` serves; knows no model.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Prompts -> Responses -> Rollout: sample, then the forward passes of policy, critic and reference.
 
-Every rank works on its share of the prompts; the rollout that comes out is whole on all of them. Ranks run equally many
-forward passes, since with ZeRO-3 each is a collective: one whose share is used up repeats a row that is thrown away.
+Every rank works on its share of the prompts, and every rank gets the whole rollout. All ranks run equally many forward
+passes, since with ZeRO-3 each is a collective: a rank that has finished its share repeats a row and drops the result.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from rlhf_accel.system.transfer import to_host
 
 @dataclass(frozen=True, kw_only=True)
 class Collector:
-    """What training and evaluations share of a rollout. The two calls belong into one `runtime.gathered()`."""
+    """Makes rollouts, for training and for evaluations. Both methods are called inside one `runtime.gathered()`."""
 
     config: RolloutConfig
     runtime: Runtime
     tokens: Tokens
     engine: Engine
     reference: nn.Module | None  # None: the policy without its adapter
-    pass_tokens: int  # of a pass of critic and reference, padding included
+    pass_tokens: int  # most tokens of a pass of critic and reference, padding included
     recompute: bool  # log-probabilities, entropy and values by a pass of the policy, instead of those of sampling
 
     def sample(self, prompts: PromptBatch, seeds: Seeds) -> Responses:
@@ -65,7 +65,7 @@ class Collector:
         scores: Float[Tensor, " n"],
         partial_scores: Float[Tensor, "n R"],
     ) -> Rollout:
-        """Log-probabilities, values and reference of this rank's responses, gathered with those of the others.
+        """The rollout: log-probabilities, values and reference for this rank's responses, gathered from all ranks.
 
         `prompts` are those of all ranks.
         """
@@ -92,7 +92,7 @@ class Collector:
             for name in found:
                 part = next(figures)
                 noted[name][rows, : part.shape[1]] = part
-        # A sample of NaN is never trained on, also if the model is itself again by now.
+        # A sample with NaN is never trained on, even if the model gives finite numbers for it now.
         noted["logprobs"][~responses.logprobs.isfinite().all(1)] = torch.nan
         return Rollout(
             sequences=sequences,
@@ -107,7 +107,7 @@ class Collector:
         )
 
     def _noted(self, responses: Responses) -> dict[str, Tensor]:
-        """Per token, what the rollout notes of the models: as sampling left it, or zeros to be filled."""
+        """The outputs of the models per token: those of sampling, or zeros to be filled."""
         empty = torch.zeros(responses.sequences.responses.shape)
         noted = {"logprobs": responses.logprobs.clone(), "entropy": responses.entropy.clone()}
         if self.runtime.plain_module.has_critic:
@@ -115,7 +115,7 @@ class Collector:
         return {**noted, "ref_logprobs": empty}
 
     def _passes(self, chunk: Sequences) -> dict[str, Tensor]:
-        """What has to be computed of these sequences, by its name in the rollout."""
+        """The outputs that have to be computed for these sequences, by their names in the rollout."""
         module, found, inputs = self.runtime.plain_module, {}, model_inputs(chunk)
         if self.recompute:
             outputs = module(*inputs, with_entropy=True)

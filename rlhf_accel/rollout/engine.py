@@ -1,7 +1,6 @@
-"""What samples: prompts in, generations out. The built-in engine samples with the module that is trained.
+"""Engines: prompts in, generations out. The built-in engine samples with the module that is trained.
 
-An engine knows how to generate and how to get the current weights. Scoring, partial scores and forward passes are not
-its matter.
+An engine knows how to generate and how to get the current weights. It knows no scores and no forward passes.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from rlhf_accel.system.transfer import to_device
 
 
 class Seeds(NamedTuple):
-    """With a row's `PromptBatch.sample`, all that its random numbers derive from: no rank, no batch size."""
+    """The seeds of a rollout. With a row's `PromptBatch.sample`, they determine its random numbers on any rank."""
 
     run: int
     step: int
@@ -35,8 +34,8 @@ class Seeds(NamedTuple):
 class Engine(Protocol):
     """Samples responses with the policy's current weights.
 
-    exact: its log-probabilities are those of the trainer's own passes, to rounding. repeatable: the same seeds give the
-    same samples. Where one of the two is False, the caller recomputes or corrects.
+    exact: its log-probabilities equal those of the trainer's own passes, up to rounding. repeatable: the same seeds
+    give the same samples. If one of the two is False, the caller recomputes or corrects.
     """
 
     @property
@@ -54,9 +53,9 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class BuiltinEngine:
-    """Samples with the trained module itself, with its key-value cache; on every rank its share.
+    """Samples with the trained module itself, with a key-value cache; each rank samples its share.
 
-    With `with_values` a critic that reads the policy's states is evaluated along the way.
+    With `with_values`, a critic that reads the policy's states is evaluated at the same time.
     """
 
     runtime: Runtime

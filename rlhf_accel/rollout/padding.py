@@ -20,15 +20,15 @@ from rlhf_accel.models.policy_with_value import PolicyWithValue
 from rlhf_accel.models.probes import Finding, rounding_limit
 from rlhf_accel.rollout.sampling import SamplingSettings, sample, uniforms
 
-_PROMPTS, _RESPONSE = (2, 6), 3  # tokens of what is made up; each pass costs a reading of the weights
-_SEEN = 2  # of a response, what a pass of a text alone reads
+_PROMPTS, _RESPONSE = (2, 6), 3  # tokens of the made-up batch; each pass has to read all weights
+_SEEN = 2  # tokens of a response that a pass of a text alone reads
 
 
 def problem(look: Callable[[], Finding]) -> str | None:
-    """What is wrong by this probe, or why it could not be made; None if nothing is."""
+    """The message of a probe that failed, or why it could not run; None if it passed."""
     try:
         found = look()
-    except Exception as error:  # models are many, and meet these inputs in ways of their own
+    except Exception as error:  # models are many, and fail on these inputs in different ways
         return cannot_run(error)
     return None if found.passed else found.message
 
@@ -39,7 +39,7 @@ def cannot_run(error: Exception) -> str:
 
 
 def made_up(ids: Tensor, pad_id: int) -> Sequences:
-    """Prompts of different lengths, padded on the left, each with a response, of these token ids, repeated if few."""
+    """A batch made of these token ids, repeated if few: left-padded prompts of different lengths, with responses."""
     length, width = _PROMPTS[-1] + _RESPONSE, _PROMPTS[-1]
     text = ids.repeat(-(-(length + len(_PROMPTS)) // len(ids)))
     queries = torch.full((len(_PROMPTS), width), pad_id)
@@ -60,7 +60,7 @@ def policy_alone(policy: Any, batch: Sequences, dtype: torch.dtype) -> Finding:
     """Whether the padded text of a batch has the log-probabilities that plain transformers gives it alone, without
     mask and positions. `dtype` is that of the computation.
 
-    Alone only its beginning is read: what comes after a token must not count either.
+    Alone, only its beginning is read: later tokens must not change a log-probability either.
     """
     logits, _ = response_logits(policy, *model_inputs(batch))
     ids, start = _alone(batch)
@@ -76,7 +76,7 @@ def policy_alone(policy: Any, batch: Sequences, dtype: torch.dtype) -> Finding:
 
 @torch.no_grad()
 def critic_alone(module: PolicyWithValue, batch: Sequences, dtype: torch.dtype) -> Finding:
-    """The same of the states that a critic's head reads, where they are not the policy's."""
+    """As `policy_alone`, for the states that the head of a critic reads, if these are not the policy's."""
     with module.critic_trunk() as trunk:
         states = response_hidden(trunk, *model_inputs(batch)).float()
         ids, start = _alone(batch)
@@ -91,7 +91,7 @@ def critic_alone(module: PolicyWithValue, batch: Sequences, dtype: torch.dtype) 
 
 @torch.no_grad()
 def sampled_is_recomputed(policy: Any, batch: Sequences, pad_id: int, dtype: torch.dtype) -> Finding:
-    """Whether tokens sampled one by one, by whatever cache the model has, get the log-probabilities of one pass."""
+    """Whether tokens sampled one by one, with the model's own cache, get the log-probabilities of one pass."""
     count, length = batch.responses.shape
     sampled = sample(
         policy,
@@ -116,7 +116,7 @@ def _alone(batch: Sequences) -> tuple[Tensor, int]:
 
 
 def _reason(policy: Any, batch: Sequences, limit: float) -> str | None:
-    """Which of a decoder's promises a model breaks that reads a text without padding; None if it breaks none."""
+    """The property of a decoder that the model lacks even for texts without padding; None if it has them all."""
     last = batch.select(torch.tensor([len(batch) - 1]))
     beginning = replace(last, responses=last.responses[:, :_SEEN], response_mask=last.response_mask[:, :_SEEN])
     whole, cut = (
@@ -127,17 +127,17 @@ def _reason(policy: Any, batch: Sequences, limit: float) -> str | None:
     ids = torch.cat([last.queries, last.responses], dim=1)
     plain = policy(input_ids=ids, use_cache=False).logits[:, last.queries.shape[1] - 1 : -1]
     if not float((whole - token_logprobs(plain, last.responses)).abs().mean()) <= limit:
-        return "it counts positions in a way of its own"
+        return "it counts positions in another way"
     return None
 
 
 def _apart(one: Tensor, other: Tensor) -> Tensor:
-    """The difference, 0 where neither is finite: an overflow is not a matter of padding, and others report it."""
+    """The difference, 0 where neither is finite: an overflow is not due to padding, and is reported elsewhere."""
     return torch.where(one.isfinite() | other.isfinite(), one - other, 0.0)
 
 
 def _of_rows(probe: str, differences: Sequence[Tensor], limit: float, unit: str) -> Finding:
-    """The mean difference of the row that has most: rounding hits single tokens, padding whole rows."""
+    """The largest mean difference of a row: rounding affects single tokens, padding whole rows."""
     means = [float(row.abs().double().mean()) for row in differences]
     worst = max(means, key=lambda mean: torch.inf if mean != mean else mean)
     return Finding(probe=probe, difference=worst, limit=limit, unit=unit, message="")

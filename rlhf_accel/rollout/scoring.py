@@ -1,6 +1,6 @@
-"""Scores of sampled responses: each rank asks the reward about its own share.
+"""Scores of sampled responses: each rank scores its own share.
 
-Knows rewards and text; knows no model and no random number.
+Knows rewards and texts; knows no model and no random number.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ def score_parts(
     every: int,
     between: Callable[[], None] = lambda: None,
 ) -> Float[Tensor, "n R"]:
-    """Scores of this rank's responses as they stand before each token; 0 throughout for an `every` of 0.
+    """Scores of this rank's responses up to each token, before it is chosen; all 0 for an `every` of 0.
 
-    They are scored before the first token and after every `every`. In between, and where the reward has no finite
-    number for a part, the last score stands; 0 if there is none yet. `between` is called before each call of the
-    reward, which may be many. Raises as `score`.
+    They are scored before the first token and after every `every` tokens. In between, and where the score of a part is
+    not finite, the previous score is kept; 0 if there is none yet. `between` is called before each call of the reward.
+    Raises as `score`.
     """
     mask = responses.sequences.response_mask
     scores, last = torch.zeros(mask.shape), torch.zeros(len(mask))

@@ -1,4 +1,7 @@
-"""Dumps: what stopped a run, with all that is needed to repeat it. Knows files; knows no model and no rank."""
+"""Dumps: a failure that stopped a run, with everything needed to repeat it.
+
+Knows files; knows no model and no rank.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from rlhf_accel.system.files import Malformed, replace_folder, work_folder
 
 @dataclass(frozen=True, kw_only=True)
 class Dump:
-    """What stopped a run, with all that is needed to repeat it.
+    """A failure that stopped a run, with everything needed to repeat it.
 
     `facts` describe what happened, with prompts, responses and columns. `experience`, by field, and `weights`, those of
     trainable parameters by name, are empty unless the numbers of a model were at fault.

@@ -63,7 +63,7 @@ class ExportProbe:
     def fault(
         self, folder: Path, policy: LanguageModel, memory: Tensor | None, weights: Mapping[str, Tensor], name: str
     ) -> str | None:
-        """A message about what is wrong with the export in `folder`, None if nothing is.
+        """A message if the export in `folder` is faulty, else None.
 
         `memory` are the policy's logits for `ids`, None if not `loads`. `weights` are the full weights that were
         written, by their names in the run's module.

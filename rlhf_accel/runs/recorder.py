@@ -1,4 +1,4 @@
-"""The recorder of a run: what it writes to disk and to the console, also when the disk fails.
+"""The recorder of a run, which writes to its folder and to the console, also when the disk fails.
 
 All ranks call each public method, and the main process writes. Knows files and the runtime. Knows no step of PPO.
 """
@@ -44,7 +44,7 @@ class Recorder:
     """Writes the folder of a run: metrics, samples, checkpoints, models, dumps, and the log of each process."""
 
     def __init__(self, config: Config, folder: Path, runtime: Runtime, line: ProgressLine, given: Config) -> None:
-        """`given` is the config as its user wrote it; what leaves this machine names paths as it does."""
+        """`given` is the config as the user wrote it. Trackers and adapters get its paths, not the absolute ones."""
         self.config = config
         self._given = given
         self.folder = folder

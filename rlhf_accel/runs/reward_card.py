@@ -11,6 +11,7 @@ from pathlib import Path
 from rlhf_accel.algorithm.calibration import BINS, Reliability
 from rlhf_accel.config.loading import to_yaml
 from rlhf_accel.config.reward_schema import RewardTrainingConfig
+from rlhf_accel.runs.json_lines import finite_or_none
 
 PLOT = "reliability.png"
 
@@ -43,8 +44,8 @@ def describe(
 
     `sources` describe the data for training, for tuning and for the metrics. Returns messages for the user.
     """
-    numbers = {name: None if math.isnan(value) else value for name, value in metrics.items()}
-    (folder / "reward_metrics.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    numbers = json.dumps(finite_or_none(metrics), indent=2)
+    (folder / "reward_metrics.json").write_text(numbers + "\n", encoding="utf-8")
     (folder / "reward_config.yaml").write_text(to_yaml(config), encoding="utf-8")
     (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
     notes = []

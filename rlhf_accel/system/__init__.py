@@ -1,4 +1,4 @@
 """This process and this machine: files, locks, signals, the console, memory, settings of torch.
 
-Knows nothing of training.
+Knows nothing about training.
 """

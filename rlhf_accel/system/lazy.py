@@ -1,4 +1,4 @@
-"""Names of a package that are imported at first use, so that importing the package takes no seconds."""
+"""Names of a package that are imported on first use, so that importing the package is fast."""
 
 from __future__ import annotations
 

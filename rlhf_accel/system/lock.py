@@ -1,10 +1,10 @@
-"""A lock file by which one process at a time holds a folder; it ends with its holder, also on another machine.
+"""A lock file: one process at a time holds a folder. The lock ends with its holder, also on another machine.
 
 It combines two mechanisms, since each fails somewhere. The system's lock on the file ends with the process, however
 that dies, but on a network disk it may not reach other machines, or not exist. So the file also names its holder: a
-process of this machine is looked up, for one on another machine the heartbeat is watched. A holder that was silent for
-so long that it was presumed dead finds another name in the file, and has to stop. Knows files, processes and the clock;
-knows no run.
+process of this machine is looked up, for one on another machine the heartbeat is watched. A holder whose heartbeat
+paused for so long that it was presumed dead finds another name in the file, and has to stop. Knows files, processes and
+the clock; knows no run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Stop signals: SIGTERM, and SIGUSR1, with which Slurm warns before it kills a job.
+"""Stop signals: SIGTERM, and SIGUSR1, which Slurm can send before it kills a job.
 
 Knows signals and standard error; knows no run and no other process.
 """

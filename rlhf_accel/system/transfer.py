@@ -1,4 +1,4 @@
-"""Copies between this host's memory and a GPU, for which the host waits once, or not at all. Knows torch only."""
+"""Copies between the memory of this host and a GPU, with at most one wait of the host. Knows torch only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """The tensor on the device. To a GPU it is copied from pinned memory, in the order of the GPU's work, so that the
-    host does not wait for what is running there."""
+    host does not wait for the work that is running there."""
     if torch.device(device).type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""PPO and reward-model training: what a run is made of, the step, and what surrounds it.
+"""PPO and reward-model training: the parts of a run, the step, and the run around it.
 
 Knows the layers below by their functions; knows no command line, no file format and no library of processes.
 """

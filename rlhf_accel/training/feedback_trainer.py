@@ -251,9 +251,8 @@ def training_arguments(config: RewardTrainingConfig, work: str) -> TrainingArgum
         **_best_checkpoint(config.run.eval_every),
         **grouped,
     )
-    if (
-        arguments.deepspeed_plugin is not None
-    ):  # else ZeRO-3 saves sharded weights instead of a model, with a warning only
+    if arguments.deepspeed_plugin is not None:
+        # Otherwise ZeRO-3 would save sharded weights instead of a model, and only warn.
         zero = arguments.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero["stage3_gather_16bit_weights_on_model_save"] = True
     return arguments

@@ -47,9 +47,7 @@ def locked(output: Path) -> Iterator[None]:
 
     Raises `ConfigError` if another process is training for the same folder.
     """
-    if (
-        os.environ.get("RANK", "0") != "0"
-    ):  # only the main process of a launch locks; the processes do not communicate yet
+    if os.environ.get("RANK", "0") != "0":  # the main process locks for all; they do not communicate yet
         yield
         return
     try:

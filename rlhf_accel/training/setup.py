@@ -1,7 +1,7 @@
-"""All that a run is made of, built from its config; what trains and what only looks at a run are set up alike.
+"""The parts of a run, built from its config: the same for training and for commands that only look at a run.
 
-Knows the order in which a run is checked: what is quick comes first, what may have to be trained at first use comes
-last. Writes nothing and knows no folder of a run.
+Knows the order in which a run is checked: quick checks come first, and a reward model that may have to be trained on
+first use comes last. Writes nothing and knows no folder of a run.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """A run's collaborators. Nothing here changes while it lasts, but for the weights in `runtime.module`."""
+    """The parts of a run. Nothing here changes during the run, except for the weights in `runtime.module`."""
 
     config: Config
     sizes: BatchSizes
@@ -70,10 +70,10 @@ class Setup:
         resume: Path | None = None,
         log: Callable[[str], None] = lambda _: None,
     ) -> Setup:
-        """Load, check and prepare everything; with the weights of the checkpoint `resume`, where it is given.
+        """Load, check and prepare everything, with the weights of the checkpoint `resume` if it is given.
 
-        Without `critic` no critic is built: the policy is only sampled. Raises `ConfigError`, on every rank, for what
-        cannot work.
+        Without `critic` no critic is built: the policy is only sampled. Raises `ConfigError` on every rank for anything
+        that cannot work.
         """
         if not critic:  # nothing is trained, so nothing has to be computed again
             model = replace(config.model, critic="head", gradient_checkpointing=False)
@@ -81,7 +81,7 @@ class Setup:
         train_rows, held_rows = _on_main_first(runtime, lambda: split_rows(config.data))
         path = _on_main_first(runtime, lambda: wheels.resolve_model(config.model.name_or_path))
         tokens = Tokens.load(path, trust_remote_code=config.model.trust_remote_code)
-        tokens.stop_condition(config.rollout.stop)  # which raises what is wrong with it
+        tokens.stop_condition(config.rollout.stop)  # to raise its errors early
         limit, seed = config.rollout.max_prompt_tokens, config.run.seed
         prompts = Prompts.of(train_rows, tokens, config.data, limit, seed)
         held_out = Prompts.of(held_rows, tokens, config.data, limit, seed) if len(held_rows) else None
@@ -119,12 +119,12 @@ class Setup:
         )
 
     def cautions(self) -> list[tuple[str, str]]:
-        """What a run should know of the texts that its reward reads: (what was checked, one line) for each."""
+        """Warnings about the texts that the reward reads: (name of the check, message) for each."""
         rollout = self.config.rollout
         return cautions_of(self.reward, rollout.max_prompt_tokens, rollout.max_new_tokens)
 
     def arithmetic(self) -> dict[str, str]:
-        """What `auto` became on this device, so that a dump can be run again in the same way."""
+        """The device, and what `auto` means on it, so that a dump can be replayed in the same way."""
         names = {dtype: name for name, dtype in DTYPES.items()}
         found = {
             "device": self.runtime.device.type,
@@ -137,7 +137,7 @@ class Setup:
 
 
 def start(config: Config, *, training: bool = True) -> Runtime:
-    """The processes of the launch. Raises `ConfigError` if this config cannot run under it."""
+    """The runtime of this launch. Raises `ConfigError` if the config cannot run under it."""
     run = config.run if training else replace(config.run, trackers=())
     runtime = Runtime(
         run,
@@ -148,14 +148,14 @@ def start(config: Config, *, training: bool = True) -> Runtime:
     if runtime.zero_stage == 3 and (config.lora.use_dora or config.model.load_in_4bit):
         key = "lora.use_dora" if config.lora.use_dora else "model.load_in_4bit"
         raise ConfigError(
-            f"{key}=true does not work where ZeRO-3 cuts the base's weights; launch with ZeRO-2 or ddp", key=key
+            f"{key}=true does not work with ZeRO-3, which shards the base's weights; launch with ZeRO-2 or ddp", key=key
         )
     return runtime
 
 
 def check_prompt_tokens(prompts: Prompts) -> str:
-    """What the probe found of a few prompts, and of one that brings its BOS as a chat template writes it; raises
-    `ConfigError` if the policy would read other tokens than its tokenizer makes."""
+    """The result of the probe of prompt tokens, on a few prompts and on one that begins with BOS, as chat templates
+    write it. Raises `ConfigError` if the policy would read other tokens than its tokenizer makes."""
     texts, tokenizer = prompts.some_texts(_PROBED), prompts.tokens.tokenizer
     texts += [tokenizer.bos_token + text for text in texts[:1] if tokenizer.bos_token]
     found = probes.prompt_tokens(tokenizer, texts, prompts.tokens.encode(texts))
@@ -165,7 +165,7 @@ def check_prompt_tokens(prompts: Prompts) -> str:
 
 
 def _on_main_first(runtime: Runtime, make: Callable[[], T]) -> T:
-    """The main process of each node downloads or converts, and the others find what it left."""
+    """The main process of each node downloads or converts first; the others find the result."""
     with runtime.main_first():
         return make()
 
@@ -192,7 +192,7 @@ def _load_reward(config: Config, runtime: Runtime, reward: RewardFunction | None
 
 
 def _check_turns(config: Config, reward: Reward, prompts: Prompts) -> None:
-    """Raises `ConfigError` where a classifier would read prompts, which hold a chat's layout, as a user's turn."""
+    """Raises `ConfigError` if a classifier would read prompts that a chat template formatted as a user's turn."""
     for name, _, term in reward.classifiers:
         if not term.reads_prompts_as_turns:
             continue
@@ -245,8 +245,8 @@ def _build(
     if on_experts is not None:
         raise ConfigError(
             f"lora.target_modules={list(config.lora.target_modules or ())}: puts an adapter on the experts' tensors "
-            f"({on_experts}), which ZeRO-3 cuts; name layers of attention, leave the key out, or launch with ZeRO-2 or "
-            "ddp",
+            f"({on_experts}), which ZeRO-3 shards; name layers of attention, leave the key out, or launch with ZeRO-2 "
+            "or ddp",
             key="lora.target_modules",
         )
     try:
@@ -267,9 +267,8 @@ def _prepare(config: Config, runtime: Runtime, module: PolicyWithValue, resume: 
 
 
 def _rounds_to(config: Config, runtime: Runtime) -> torch.dtype:
-    """The coarsest arithmetic on the policy's way to a log-probability, so fp32 if two ways agree up to its rounding;
-    fp16 also stands for TF32, which has as many bits. The same on all ranks, whatever hardware each has: they have to
-    run the same passes."""
+    """The coarsest arithmetic in the computation of the policy's log-probabilities; fp16 stands for TF32 too, which has
+    as many bits. The same on all ranks, whatever hardware each has, since they have to run the same passes."""
     own = resolve_dtype(config, runtime.device)
     products = product_arithmetic(product_error(runtime.device))
     if "bf16" in (runtime.precision, products) or own == torch.bfloat16 or config.model.load_in_4bit:
@@ -281,8 +280,8 @@ def _rounds_to(config: Config, runtime: Runtime) -> torch.dtype:
 
 
 def _check_padding(config: Config, runtime: Runtime, prompts: Prompts, tokens: Tokens, dtype: torch.dtype) -> None:
-    """Raises `ConfigError` on every rank if policy or critic compute something else in a padded batch than alone, or
-    cannot be run at all; with ZeRO-3 each pass is a collective. A classifier is checked where it is loaded."""
+    """Raises `ConfigError` on every rank if policy or critic give other results in a padded batch than alone, or cannot
+    be run at all. With ZeRO-3 each pass is a collective. Classifiers are checked where they are loaded."""
     few = prompts.fixed(3)
     batch = padding.made_up(few.queries[few.query_mask], tokens.pad_id).to(runtime.device)
     module = runtime.plain_module
@@ -297,7 +296,7 @@ def _check_padding(config: Config, runtime: Runtime, prompts: Prompts, tokens: T
             problem = runtime.first_failure(padding.problem(check))
         if problem is not None:
             named = f"model.name_or_path={config.model.name_or_path}"
-            # Some layers read the weight of another, which ZeRO-3 gathers for the other alone.
+            # Some layers read the weight of another layer, which ZeRO-3 gathers only for that layer.
             cut = ", or launch with ZeRO-2 or ddp if it runs there" if runtime.zero_stage == 3 else ""
             raise ConfigError(f"{named}: {problem}{cut}", key="model.name_or_path")
 

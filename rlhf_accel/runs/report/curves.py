@@ -38,13 +38,8 @@ PANELS: tuple[tuple[str, bool, tuple[tuple[str, str], ...]], ...] = (
     ("Responses per second", True, (("perf/samples_per_second", ""),)),
 )
 _SHOWN = {name for _, _, lines in PANELS for name, _ in lines}
-UPDATES = (
-    "Policy loss",
-    "Value loss",
-    "Total loss",
-    "Gradient norm",
-    "Score",
-)  # charts in which skipped steps are marked
+# Charts in which skipped steps are marked.
+UPDATES = ("Policy loss", "Value loss", "Total loss", "Gradient norm", "Score")
 _PHASES = [name for name in _METRICS if name.startswith("time/") and name != "time/step"]
 
 
