@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -122,22 +122,31 @@ WORKLOADS = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# Seconds inside a step, of a clock's.
+INSIDE: dict[str, Callable[[Mapping[str, float]], float]] = {
+    "model": lambda seconds: seconds["model"],
+    "sampling_arithmetic": lambda seconds: seconds["loop"] - seconds["model in loop"],
+}
+
+
 def work(job: dict[str, Any]) -> None:
     """This trainer's side; `scripts/benchmark_peer.py` is trl's."""
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print must not mix with the figures
     clock = Clock()
     Collector.sample = clock.counts("sampling", Collector.sample)  # type: ignore[method-assign]
-    engine.sample = clock.counts("loop", decoding.sample)  # type: ignore[attr-defined]
-    torch.Tensor.backward = clock.counts("model", torch.Tensor.backward)  # type: ignore[method-assign]
     trainer = PPOTrainer(
         load(Config, job["config"], job["overrides"]), reward=lambda prompts, responses: [1.0] * len(prompts)
     )
-    module = trainer.runtime.plain_module
-    for network in (module, module.policy, trainer.collector.reference):
-        if network is not None:
-            kind: Any = type(network)
-            kind.__call__ = clock.counts("model", kind.__call__)
+    inside = not torch.cuda.is_available()  # each clock waits for a GPU: for every token, and on this side alone
+    if inside:
+        engine.sample = clock.counts("loop", decoding.sample)  # type: ignore[attr-defined]
+        torch.Tensor.backward = clock.counts("model", torch.Tensor.backward)  # type: ignore[method-assign]
+        module = trainer.runtime.plain_module
+        for network in (module, module.policy, trainer.collector.reference):
+            if network is not None:
+                kind: Any = type(network)
+                kind.__call__ = clock.counts("model", kind.__call__)
     rows = _prompts_in_turn(trainer.setup.tokens, job)
     profile = None
     while True:
@@ -160,8 +169,7 @@ def work(job: dict[str, Any]) -> None:
                     "scoring": metrics["time/rollout"] + metrics["time/score"] - seconds["sampling"],
                     "update": metrics["time/update"],
                     "total": total,
-                    "model": seconds["model"],
-                    "sampling_arithmetic": seconds["loop"] - seconds["model in loop"],
+                    **({name: value(seconds) for name, value in INSIDE.items()} if inside else {}),
                     "tokens": metrics["rollout/response_tokens"] * job["batch"],
                     "peak_memory_mib": metrics["perf/peak_memory_mib"],
                 }
@@ -364,19 +372,22 @@ def update_flops(workload: Workload, path: str, tokens: float, critic: str = "he
     return workload.epochs * (trunks * body + products * 2 * head * tokens)
 
 
-def matmul_rate(dtype: torch.dtype) -> float:
-    """The machine's FLOP/s: the best product of 2048 x 2048 matrices among torch's kernels, up to 9 tries each in 10 s,
-    since one of emulated bf16 takes longer."""
-    best = 0.0
-    for precision in ("highest", "medium"):
+def matmul_rate(dtype: torch.dtype, gpu_precision: str = "medium") -> float:
+    """The machine's FLOP/s: on a CPU the best product of 2048 x 2048 matrices among torch's kernels, up to 9 tries each
+    in 10 s, since one of emulated bf16 takes longer; on a GPU ten products of 8192 x 8192, with the run's
+    `matmul_precision`, so that launches and waiting do not count."""
+    on_gpu, best = torch.cuda.is_available(), 0.0
+    size, count = (8192, 10) if on_gpu else (2048, 1)
+    for precision in (gpu_precision,) if on_gpu else ("highest", "medium"):
         torch.set_float32_matmul_precision(precision)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        left, right = (torch.randn(2048, 2048, device=device, dtype=dtype) for _ in range(2))
+        device = "cuda" if on_gpu else "cpu"
+        left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         deadline = now() + 10
         for _ in range(9):
             began = now()
-            left @ right
-            best = max(best, 2 * 2048**3 / (now() - began))
+            for _ in range(count):
+                left @ right
+            best = max(best, count * 2 * size**3 / (now() - began))
             if now() > deadline:
                 break
     return best
@@ -395,15 +406,17 @@ def measure(
     prompts = build_prompts(workload, path)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         config = build_config(workload, path, prompts, Path(folder))
-        critic = load(Config, config, overrides).model.critic
+        settings = load(Config, config, overrides)
+        critic, products = settings.model.critic, settings.run.matmul_precision
         job = {"name": name, "batch": workload.batch, "prompts": prompts, "profile": options.profile}
         ours = {**job, "config": str(config), "overrides": list(overrides)}
         commands = {"ours": [sys.executable, __file__, "--worker", json.dumps(ours)]}
         if peer is not None:
             theirs = {**asdict(workload), "path": path, "prompts": prompts, "tuned": options.peer_tuned}
+            theirs["matmul_precision"] = products
             commands["trl"] = [peer, str(Path(__file__).with_name("benchmark_peer.py")), json.dumps(theirs)]
         dtype = torch.bfloat16 if "bf16" in (workload.precision, workload.base_dtype) else torch.float32
-        rate = matmul_rate(dtype)
+        rate = matmul_rate(dtype, products)
         sides = {}
         for side, command in commands.items():
             sides[side] = Side(command)
@@ -417,7 +430,7 @@ def measure(
                 print(f"  {name} {side} step {number}: " + _seconds(step), file=sys.stderr, flush=True)
         if options.profile:
             sides["ours"].step("profile")
-        rate = max(rate, matmul_rate(dtype))
+        rate = max(rate, matmul_rate(dtype, products))
     result: dict[str, Any] = {"workload": name, **asdict(workload), "overrides": list(overrides), "matmul_rate": rate}
     for side, steps in figures.items():
         result[side] = {key: statistics.median(step[key] for step in steps) for key in steps[0]}
@@ -448,12 +461,13 @@ def show(result: dict[str, Any], peer_tuned: bool) -> None:
         f"update {mine['update_gflop']:.0f} GFLOP, {100 * mine['share_of_matmul_rate']:.0f} % of the matmul rate of "
         f"{result['matmul_rate'] / 1e9:.0f} GFLOP/s"
     )
-    outside = mine["total"] - mine["model"] - mine["sampling_arithmetic"]
-    print(
-        f"        of the step {100 * mine['model'] / mine['total']:.0f} % in the model's forward and backward passes, "
-        f"{100 * mine['sampling_arithmetic'] / mine['total']:.0f} % in the arithmetic of sampling, "
-        f"{100 * outside / mine['total']:.0f} % elsewhere"
-    )
+    if INSIDE.keys() <= mine.keys():
+        outside = mine["total"] - mine["model"] - mine["sampling_arithmetic"]
+        print(
+            f"        of the step {100 * mine['model'] / mine['total']:.0f} % in the model's forward and backward "
+            f"passes, {100 * mine['sampling_arithmetic'] / mine['total']:.0f} % in the arithmetic of sampling, "
+            f"{100 * outside / mine['total']:.0f} % elsewhere"
+        )
     if "ratio" in result:
         ratios = ", ".join(f"{phase} {result['ratio'][phase]:.2f}x" for phase in PHASES)
         tuned = ", tuned" if peer_tuned else ""
@@ -562,6 +576,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--against", choices=["trl"], help=f"run {PEER} in turns, in an environment of its own")
     parser.add_argument("--peer-tuned", action="store_true", help="give trl this package's process settings")
     parser.add_argument("--peer-python", help=f"a Python that has {PEER}; by default an environment is built and kept")
+    parser.add_argument("--wheels", metavar="FOLDER", help="build that environment from wheels, without a network")
     parser.add_argument("--steps", type=int, default=3, help="counted steps of each side (default 3)")
     parser.add_argument("--profile", metavar="FOLDER", help="trace one more step of this trainer")
     parser.add_argument("--chart", metavar="FILE", help="growth: draw it there (needs matplotlib)")
@@ -593,7 +608,7 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(f"{', '.join(texts)}: responses end at texts, which trl does not know; leave out --against")
     tune_process()
     quiet_libraries()
-    peer = (options.peer_python or str(_peer_environment())) if options.against else None
+    peer = (options.peer_python or str(_peer_environment(options.wheels))) if options.against else None
     print(_machine(), flush=True)
     results: dict[str, Any] = {"machine": _machine()}
     for name in chosen:
@@ -606,15 +621,17 @@ def main(arguments: list[str]) -> None:
         Path(options.output).write_text(json.dumps(results, indent=1))
 
 
-def _peer_environment() -> Path:
-    """The Python of an environment with the peer, built once beside the cached models."""
+def _peer_environment(wheels: str | None = None) -> Path:
+    """The Python of an environment with the peer, built once beside the cached models; from this folder of wheels
+    alone, if it is given."""
     place = cache.cache_dir() / "benchmark" / PEER.replace("==", "-")
     python = place / "bin" / "python"
     if not (place / "complete").is_file():
         print(f"building an environment with {PEER} in {place} …", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(place)], check=True)
+        source = ["--no-index", "--find-links", wheels] if wheels else []
         versions = [f"{module.__name__}=={module.__version__.partition('+')[0]}" for module in (torch, transformers)]
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *versions, PEER, "peft"], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *source, *versions, PEER, "peft"], check=True)
         (place / "complete").touch()
     return python
 

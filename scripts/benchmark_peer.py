@@ -119,6 +119,8 @@ def main() -> None:
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     if work["tuned"]:
         ours("process").tune_process()
+    if torch.cuda.is_available():  # TF32 on both sides, or on none
+        torch.set_float32_matmul_precision(work["matmul_precision"])
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(work["path"], padding_side="left")
     dtype = torch.bfloat16 if work["base_dtype"] == "bf16" else torch.float32

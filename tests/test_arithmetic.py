@@ -15,6 +15,7 @@ from rlhf_accel.system.arithmetic import (
     multiplies_exactly,
     product_arithmetic,
     product_error,
+    unused_device,
 )
 from rlhf_accel.system.process import tune_process
 
@@ -125,3 +126,17 @@ def test_what_is_trained_or_is_no_fp32_stays_as_it_is_after_an_error() -> None:
         assert not layers[1].weight.requires_grad
         raise ZeroDivisionError
     assert layers[0].weight.requires_grad and not layers[1].weight.requires_grad
+
+
+@pytest.mark.parametrize("has_cuda", [True, False])
+def test_a_device_that_is_not_used_is_named(monkeypatch: pytest.MonkeyPatch, has_cuda: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert unused_device() is None
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
+    if has_cuda:
+        assert unused_device() is None
+    else:
+        assert "an XPU device, which is not used" in str(unused_device())
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+        assert "an MPS device" in str(unused_device())

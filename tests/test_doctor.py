@@ -12,6 +12,7 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_accel import __main__ as command_line
+from rlhf_accel.commands import doctor
 from rlhf_accel.commands.checks.config_checks import read
 from rlhf_accel.commands.checks.data_checks import check_format, check_stops
 from rlhf_accel.commands.checks.findings import Findings
@@ -140,9 +141,11 @@ def test_scores_that_values_cannot_reach(examined):
     assert ("ok", "values") in examined()
 
 
-def test_adapter_on_the_head_only(examined):
+def test_adapter_on_the_head_only(examined, monkeypatch):
+    monkeypatch.setattr(doctor, "unused_device", lambda: "an idle device")
     findings = examined(lora={"r": 4, "target_modules": ["lm_head"]})
     assert "none of the 2 layers" in findings["problem", "adapters"]
+    assert findings["warning", "device"] == "an idle device"
 
 
 def test_batch_that_does_not_divide(examined):
@@ -433,7 +436,7 @@ def test_the_command_prints_problems_and_plans_memory(tiny, tmp_path, monkeypatc
     output = capsys.readouterr().out
     assert "ok      memory: 2 processes, ZeRO-2" in output
     assert "smallest that fits as configured: 1 process, no ZeRO" in output
-    assert "0 problem(s)" in output
+    assert "\n0 problems, " in output
     with pytest.raises(SystemExit) as stopped:
         command_line.main(["doctor", "--config", "config.yaml", "--gpu_memory", "100MiB"])
     assert stopped.value.code == 2

@@ -253,3 +253,15 @@ def test_scores_of_a_run_that_did_not_end_have_no_scale(run_folder):
     config, _ = generate._writers(parsers.generate([str(trainer.folder), "--score", "--trust_code"]))
     with pytest.raises(ConfigError, match=r"^--score: .* has no summary\.json"):
         generate._reward(config, trainer.folder)
+
+
+def test_a_reward_that_needs_a_column_points_to_evaluate(run_folder, monkeypatch):
+    trainer = run_folder()
+
+    def by_topic(prompts, responses, *, topic):
+        return [0.0 for _ in topic]
+
+    reward = replace(trainer.reward, terms=(("by_topic", 1.0, by_topic),))
+    monkeypatch.setattr(generate, "_reward", lambda config, run: reward)
+    with pytest.raises(ConfigError, match=r"^--score: by_topic.* if the reward reads columns .*, use evaluate$"):
+        generate.main(parsers.generate([str(trainer.folder), "The film", "--score", "--trust_code"]))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from rlhf_accel.distributed import liveness
+from rlhf_accel.config.schema import RunConfig
+from rlhf_accel.distributed import accelerator, liveness
 from rlhf_accel.distributed.liveness import Heartbeat, is_lost_contact, who_is_missing
 
 
@@ -38,6 +40,47 @@ def test_a_phase_that_lasts_is_logged_again(tmp_path: Path, monkeypatch: pytest.
         time.sleep(0.01)
     heartbeat.close()
     assert " update of step 7: still, for 0 s\n" in (tmp_path / "rank-0.log").read_text()
+
+
+def test_a_phase_beyond_its_limit_is_reported_once_before_nccl_aborts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert liveness.BEFORE_ABORT > liveness._LONG, "the report would come after the abort"
+    asked: list[str] = []
+    monkeypatch.setattr(liveness, "_LONG", 0.01)
+    monkeypatch.setattr(liveness, "first_of_all", lambda event: asked.append(event) or len(asked) == 1)
+    heartbeat = Heartbeat(missing=lambda: {5: "score of step 7 since noon"}, limit=0.05)
+    heartbeat.open(tmp_path / "rank-0.log")
+    heartbeat("score of step 7")
+    deadline = time.monotonic() + 20
+    while len(asked) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    heartbeat.close()
+    said = capsys.readouterr().err
+    assert set(asked) == {"late/score of step 7"} and said.count("\n") == 1
+    assert said.startswith("warning: score of step 7 has lasted 0 s, longer than run.collective_timeout; ")
+    assert "rank 5 (in score of step 7 since noon)" in said
+
+
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_nccl_waits_longer_than_the_report(monkeypatch: pytest.MonkeyPatch, has_gpu: bool) -> None:
+    made: dict[str, Any] = {}
+
+    class Made(Exception):
+        pass
+
+    def make(**settings: Any) -> None:
+        made.update(settings)
+        raise Made
+
+    monkeypatch.setattr(accelerator, "has_gpu", lambda: has_gpu)
+    monkeypatch.setattr(accelerator, "Accelerator", make)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(Made):
+        accelerator.make_accelerator(RunConfig(collective_timeout=600.0), None)
+    (group,) = made["kwargs_handlers"]
+    assert group.timeout.total_seconds() == 600.0 + (liveness.BEFORE_ABORT if has_gpu else 0)
 
 
 def test_a_log_that_cannot_be_written_is_ignored(tmp_path: Path) -> None:

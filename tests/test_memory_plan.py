@@ -161,6 +161,11 @@ def test_checkpointing_keeps_inputs_and_one_layer(tiny):
 def test_on_a_gpu_nothing_is_packed_away_and_offload_is_elsewhere(tiny):
     made = plan.plan(tiny(), SIZES, Launch(device="cuda"), base=7)
     assert made.phases["update"]["process"] == plan.CUDA_CONTEXT
+    for processes, stage, communicators in ((1, 0, 0), (1, 2, 0), (2, 0, 1), (8, 3, 2)):
+        launch = Launch(processes=processes, zero_stage=stage, device="cuda")
+        parts = plan.plan(tiny(), SIZES, launch, base=7).phases
+        assert {parts[phase]["NCCL"] for phase in plan.PHASES} == {communicators * plan.NCCL_COMMUNICATOR}
+    assert plan.plan(tiny(), SIZES, Launch(processes=8, zero_stage=3), base=7).phases["update"]["NCCL"] == 0
     assert [made.phases[phase]["kept pages"] for phase in ("score", "update")] == [0, 0]
     offloaded = plan.plan(tiny(), SIZES, Launch(zero_stage=3, offload=True, device="cuda"), base=7)
     assert [offloaded.phases["update"][name] for name in ("weights", "reference", "optimizer")] == [0, 0, 0]
@@ -178,8 +183,8 @@ def test_the_smallest_launch_that_fits(tiny):
     assert found.launch == Launch(device="cuda")
     found = plan.smallest(config, SIZES, memory=needs(1, 0) - 1, base=0, device="cuda")
     assert found.launch == Launch(zero_stage=3, offload=True, device="cuda")
-    wide = replace(SIZES, activations_row=10**6)  # 4 rows in a pass of one process, 2 of two
-    room = plan.CUDA_CONTEXT + 2 * 10**6 + 10**5
+    wide = replace(SIZES, activations_row=10**9)  # 4 rows in a pass of one process, 2 of two
+    room = plan.CUDA_CONTEXT + plan.NCCL_COMMUNICATOR + 2 * 10**9 + 10**5
     found = plan.smallest(config, wide, memory=room, base=0, device="cuda")
     assert found.launch == Launch(processes=2, device="cuda")
     assert plan.smallest(config, SIZES, memory=1000, base=0, device="cuda") is None
@@ -188,8 +193,9 @@ def test_the_smallest_launch_that_fits(tiny):
     assert plan.smallest(config, SIZES, memory=alone - 1, base=10) is None
 
 
-def test_advice_comes_cheapest_first(tiny, gpt2_folder):
+def test_advice_comes_cheapest_first(tiny, gpt2_folder, monkeypatch):
     """In the order micro-batches, checkpointing, LoRA, stage and offload, without steps that save nothing."""
+    monkeypatch.setattr(plan, "NCCL_COMMUNICATOR", 0)  # more than all of a tiny model
     config = tiny(ppo={"num_minibatches": 1, "micro_batch_tokens": 4096}, rollout={"batch_size": 256})
     launch = Launch(processes=2, device="cuda")
     paths = (str(gpt2_folder), None)

@@ -945,5 +945,8 @@ def test_no_evaluation_is_said_aloud(tiny, tmp_path, capsys):
 @pytest.mark.parametrize("has_bf16", [True, False])
 def test_emulated_arithmetic_that_was_asked_for_is_said_aloud(fit, monkeypatch, capsys, has_bf16):
     monkeypatch.setattr(run_module, "computes_in_bf16", lambda device: has_bf16)
+    monkeypatch.setattr(run_module, "unused_device", lambda: "an idle device")
     fit(run={"total_steps": 1, "precision": "bf16"})
-    assert ("run.precision=bf16: this device only emulates bf16" in capsys.readouterr().out) != has_bf16
+    said = capsys.readouterr().out
+    assert ("run.precision=bf16: this device only emulates bf16" in said) != has_bf16
+    assert said.count("warning: an idle device") == 1

@@ -23,12 +23,14 @@ from transformers import (
     pipeline,
 )
 
+from rlhf_accel.algorithm import calibration
 from rlhf_accel.commands import parsers
 from rlhf_accel.config.loading import load, parse
 from rlhf_accel.config.reward_schema import RewardTrainingConfig
 from rlhf_accel.config.schema import Config, RewardConfig
 from rlhf_accel.data import feedback as preferences
 from rlhf_accel.reward import Classifier
+from rlhf_accel.runs import reward_card
 from rlhf_accel.system import lock
 from rlhf_accel.system.errors import ConfigError, RunFailed
 from rlhf_accel.training import feedback_trainer, reward_evaluation, reward_output, reward_trainer
@@ -610,8 +612,11 @@ def test_without_matplotlib_a_line_says_that_the_plot_is_left_out(config, monkey
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else find(name, *rest)
     )
+    monkeypatch.setattr(reward_trainer, "unused_device", lambda: "an idle device")
     train_reward(config(ratings(100), optim={"epochs": 0.5}))
-    assert "no reliability.png: it needs matplotlib, pip install 'rlhf_accel[report]'" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no reliability.png: it needs matplotlib, pip install 'rlhf_accel[report]'" in said
+    assert said.count("warning: an idle device") == 1
     folder = tmp_path / "out" / "reward"
     assert not (folder / "reliability.png").exists()
     assert "reliability.png" not in (folder / "README.md").read_text()
@@ -680,3 +685,13 @@ def test_a_process_trains_a_reward_and_then_two_policies(config, tiny, gpt2_fold
         trainer.fit()
         assert not torch.equal(before, trainer.runtime.plain_module.value_head.weight)
     train_reward(config(pairs(60), run={"output_dir": str(tmp_path / "again"), "precision": "bf16"}, **brief))
+
+
+@pytest.mark.parametrize("temperature", [1.5, np.nan])
+def test_a_temperature_of_nan_comes_with_its_reason(config, tmp_path, temperature):
+    figures = {"reward/temperature": temperature, "reward/ece_calibrated": temperature}
+    none = calibration.reliability(np.zeros((0, 2)), np.zeros(0, dtype=int))
+    notes = reward_card.describe(tmp_path, config(ratings(10)), (), ("a", "b", "c"), figures, {"before": none})
+    assert [note.partition(":")[0] for note in notes] == (
+        ["reward/temperature and reward/ece_calibrated are nan"] if np.isnan(temperature) else []
+    )

@@ -125,3 +125,14 @@ def unguarded(monkeypatch):
     """Commands in this process would guard its messages permanently."""
     monkeypatch.setattr(command_line, "guard_messages", lambda: None)
     assert terminal.visible is visible
+
+
+def test_only_one_remark_of_deepspeed_is_dropped(caplog):
+    terminal.drop_remark_of_deepspeed()
+    log = logging.getLogger("DeepSpeed")
+    with caplog.at_level(logging.WARNING, "DeepSpeed"):
+        log.addHandler(caplog.handler)
+        log.warning("Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it.")
+        log.warning("Unable to find hostfile")
+        log.removeHandler(caplog.handler)
+    assert {record.getMessage() for record in caplog.records} == {"Unable to find hostfile"}

@@ -29,9 +29,9 @@ from rlhf_accel.config.schema import Config
 from rlhf_accel.data import wheels
 from rlhf_accel.models import probes
 from rlhf_accel.rollout.engine import Seeds
-from rlhf_accel.system.arithmetic import has_gpu
+from rlhf_accel.system.arithmetic import has_gpu, unused_device
 from rlhf_accel.system.errors import ConfigError
-from rlhf_accel.system.terminal import say
+from rlhf_accel.system.terminal import counted, say
 from rlhf_accel.training.setup import Setup
 
 _SAMPLES = 64  # responses of the reference, for the checks of reward and stops
@@ -69,7 +69,8 @@ def main(options: argparse.Namespace) -> None:
         show_plan(diagnosis, launch=launch, memory=memory)
     levels = [finding.level for finding in diagnosis.findings]
     problems, warnings = levels.count("problem"), levels.count("warning")
-    say(f"\n{problems} problem(s), {warnings} warning(s) in {time.perf_counter() - started:.0f} s")
+    found = f"{counted(problems, 'problem')}, {counted(warnings, 'warning')}"
+    say(f"\n{found} in {time.perf_counter() - started:.0f} s")
     if problems:
         sys.exit(2)
 
@@ -102,6 +103,9 @@ def examine(findings: Findings, setup: Setup) -> None:
     """The checks of a run that is built: samples, scores, KL, ratio, gradient, all before any training."""
     config = setup.config
     findings.note("ok", "fp32 products", probes.fp32_products(setup.runtime.device).message)
+    unused = unused_device()
+    if unused is not None:
+        findings.note("warning", "device", unused)
     if setup.left_out is not None:
         findings.note("warning", "text only", setup.left_out)
     with findings.checking("vocabulary"):

@@ -91,7 +91,8 @@ def main(options: argparse.Namespace) -> None:
         try:
             _show(prompts, writers, reward, options.seed + number)
         except RewardError as error:
-            raise ConfigError(f"--score: {error}", key="--score") from error
+            hint = "prompts given here have no columns: if the reward reads columns of data.source, use evaluate"
+            raise ConfigError(f"--score: {error}; {hint}", key="--score") from error
 
 
 def _writers(options: argparse.Namespace) -> tuple[Config | None, list[Writer]]:

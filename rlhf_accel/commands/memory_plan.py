@@ -20,8 +20,10 @@ FP32 = 4  # bytes of a trainable parameter, of its gradient and of each of AdamW
 # the runtime lowers to the number of trainable parameters, and .stage3_max_live_parameters.
 REDUCE_BUCKET, MOST_GATHERED = 500_000_000, 1_000_000_000
 
-# Memory of a GPU that the CUDA context takes beside torch's tensors: an assumption that was not checked on a GPU.
-CUDA_CONTEXT = 600 * MIB
+# Memory of a GPU beside torch's tensors, as others measured it; not checked here. The CUDA context: 534 MiB on an H100
+# (https://github.com/meta-pytorch/torchcomms/pull/777), and kernels that are loaded later. A communicator of NCCL:
+# up to 688 MB on A100s (https://github.com/NVIDIA/nccl/issues/964). The launch makes one, and DeepSpeed another.
+CUDA_CONTEXT, NCCL_COMMUNICATOR = 600 * MIB, 688 * MIB
 
 PHASES = ("load", "rollout", "score", "update")
 
@@ -78,6 +80,7 @@ def plan(config: Config, sizes: Sizes, launch: Launch, *, base: int) -> Plan:
     gradients, bucket = FP32 * sizes.trainable, FP32 * min(sizes.trainable, REDUCE_BUCKET)
     always = {
         "process": CUDA_CONTEXT if on_gpu else base,
+        "NCCL": (2 if stage else 1) * NCCL_COMMUNICATOR if on_gpu and n > 1 else 0,
         "weights": 0 if away else -(-sizes.weights // cut),
         "reference": 0 if away else -(-sizes.reference // cut),
         "reward model": sizes.reward,
@@ -172,7 +175,7 @@ def _updating(config: Config, sizes: Sizes, launch: Launch, rows: _Rows) -> dict
 def _loading(sizes: Sizes, on_gpu: bool, always: Mapping[str, int]) -> dict[str, int]:
     """Each process reads all weights into its own memory, and copies them for the reference."""
     if on_gpu:
-        return {"process": always["process"]}
+        return {name: always[name] for name in ("process", "NCCL")}
     whole = {"weights": sizes.weights, "reference": sizes.reference, "reward model": sizes.reward}
     return {"process": always["process"], **whole}
 

@@ -15,6 +15,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rlhf_accel.config.schema import RunConfig
+from rlhf_accel.distributed.liveness import BEFORE_ABORT
 from rlhf_accel.system.arithmetic import computes_in_bf16, has_gpu
 from rlhf_accel.system.errors import ConfigError
 
@@ -32,7 +33,7 @@ def make_accelerator(run: RunConfig, deepspeed: DeepSpeedPlugin | None) -> Accel
     # The backend is named for a launch only: Accelerate takes a named backend as a sign of other processes. With
     # DeepSpeed on a CPU it finds the other processes only if gloo is named.
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 or deepspeed is not None
-    timeout = timedelta(seconds=run.collective_timeout)
+    timeout = timedelta(seconds=run.collective_timeout + (0 if no_gpu else BEFORE_ABORT))
     group = InitProcessGroupKwargs(backend="gloo" if no_gpu and launched else None, timeout=timeout)
     try:
         accelerator = Accelerator(

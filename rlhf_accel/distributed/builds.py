@@ -1,25 +1,59 @@
-"""Locks of DeepSpeed's extensions, which torch compiles at first use: a lock that a killed process left is removed.
+"""DeepSpeed's extensions, which torch compiles at first use: the tools that this needs, and locks left behind.
 
 torch protects a build with a lock file beside it and waits without a limit for its removal. A process that is killed
-during a build leaves the file, and every later run on the machine would wait forever. Knows that file and the
-processes of this machine; does not import DeepSpeed.
+during a build leaves the file, and every later run on the machine would wait forever. Knows that file, the compilers
+and the processes of this machine.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
+import torch
 from filelock import FileLock
 
+from rlhf_accel.system.errors import ConfigError
 from rlhf_accel.system.terminal import say
 
 _EXTENSIONS = ("cpu_adam", "deepspeed_shm_comm", "fused_adam", "utils")
 _OTHER_MACHINE = 300.0  # seconds that another machine with the same home folder may need for a build
+
+
+def check_tools(zero: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` if this `zero_optimization` offloads the optimizer and a tool is missing here with which
+    DeepSpeed compiles its AdamW for that. Otherwise the run would fail once its models are loaded."""
+    if zero.get("offload_optimizer", {}).get("device", "none") == "none":
+        return
+    missing = [name for name in (os.environ.get("CXX", "c++"), "ninja") if shutil.which(name.split()[0]) is None]
+    if _needs_nvcc() and not _has_nvcc():
+        missing.append("nvcc (of the CUDA toolkit in CUDA_HOME)")
+    if missing:
+        raise ConfigError(
+            f"zero_optimization.offload_optimizer: DeepSpeed compiles its AdamW for the CPU, which needs "
+            f"{' and '.join(missing)}; install what is missing, or launch without offload",
+            key="zero_optimization.offload_optimizer",
+        )
+
+
+def _needs_nvcc() -> bool:
+    """Whether this DeepSpeed builds its AdamW as a CUDA extension, as it did before 0.19."""
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+    from deepspeed.ops.op_builder.builder import CUDAOpBuilder
+
+    return torch.version.cuda is not None and torch.cuda.is_available() and issubclass(CPUAdamBuilder, CUDAOpBuilder)
+
+
+def _has_nvcc() -> bool:
+    from torch.utils.cpp_extension import CUDA_HOME  # slow to import
+
+    return CUDA_HOME is not None and shutil.which(f"{CUDA_HOME}/bin/nvcc") is not None
 
 
 def remove_abandoned_locks(patience: float = _OTHER_MACHINE) -> None:

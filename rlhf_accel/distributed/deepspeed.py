@@ -19,6 +19,7 @@ from accelerate import Accelerator, DeepSpeedPlugin
 from torch import Tensor, nn
 
 from rlhf_accel.distributed import collectives
+from rlhf_accel.distributed.liveness import share_time_limit
 from rlhf_accel.distributed.weights import whole_weights
 from rlhf_accel.system.errors import ConfigError
 from rlhf_accel.system.files import failure
@@ -49,6 +50,7 @@ class Zero:
             self._skeleton = skeleton(module)
             self._shard(module)
         self.module, self.optimizer = self._accelerator.prepare(module, optimizer)
+        share_time_limit()
         self.module.checkpoint_engine = _shard_files()
         # Rank 0 would copy a script beside the shards and ignore failures; portable checkpoints make it superfluous.
         self.module._copy_recovery_script = lambda folder: None

@@ -6,6 +6,7 @@ that store, the clock and a log file; knows no model and no collective's content
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,13 @@ from typing import Any
 
 import torch
 
+from rlhf_accel.system.terminal import say
+
 _LONG = 60.0  # seconds after which a phase that has not ended is logged again
+
+# Seconds between run.collective_timeout and the time limit of NCCL's process groups, at which its watchdog aborts
+# the process before Python can report anything. A heartbeat reports at the former, late by up to `_LONG`.
+BEFORE_ABORT = 120.0
 
 
 def post(phase: str) -> None:
@@ -66,11 +73,18 @@ def _store() -> Any:
 class Heartbeat:
     """The current phase of this process: posted to the others, and logged when it begins and once a minute after that.
 
-    Nothing is logged before `open`. A log that cannot be written is ignored.
+    Nothing is logged before `open`. A log that cannot be written is ignored. A phase that lasts `limit` seconds is also
+    reported on standard error, once and by one process of the launch.
     """
 
-    def __init__(self, post: Callable[[str], None] = post, missing: Callable[[], dict[int, str]] = missing) -> None:
+    def __init__(
+        self,
+        post: Callable[[str], None] = post,
+        missing: Callable[[], dict[int, str]] = missing,
+        limit: float = math.inf,
+    ) -> None:
         self.now = "start"
+        self._limit = limit
         self._post = post
         self._missing = missing
         self._since = time.monotonic()
@@ -99,6 +113,8 @@ class Heartbeat:
             if self.seconds() >= _LONG:
                 busy = ", ".join(f"rank {rank} in {phase}" for rank, phase in self._missing().items())
                 self._log(f"{self.now}: still, for {self.seconds():.0f} s" + (f"; busy: {busy}" if busy else ""))
+            if self.seconds() >= self._limit and first_of_all(f"late/{self.now}"):
+                say(f"warning: {late(self, self._missing())}", error=True)
 
     def _log(self, text: str) -> None:
         if self._path is not None:
@@ -110,11 +126,33 @@ class Heartbeat:
 
 def who_is_missing(rank: int, heartbeat: Heartbeat, missing: dict[int, str]) -> str:
     """A message for a lost process group: the phase of this process, and the ranks that did not come."""
-    others = ", ".join(f"rank {other} (in {phase})" for other, phase in missing.items() if other != rank)
+    others = _named({other: phase for other, phase in missing.items() if other != rank})
+    return f"rank {rank} lost contact after {heartbeat.seconds():.0f} s in {heartbeat.now}; missing: {others}"
+
+
+def late(heartbeat: Heartbeat, missing: dict[int, str]) -> str:
+    """A message for a phase that lasts longer than run.collective_timeout, before NCCL may end the process."""
     return (
-        f"rank {rank} lost contact after {heartbeat.seconds():.0f} s in {heartbeat.now}; missing: "
-        f"{others or 'unknown, see the last line of each logs/rank-*.log'}"
+        f"{heartbeat.now} has lasted {heartbeat.seconds():.0f} s, longer than run.collective_timeout; not waiting for "
+        f"other ranks: {_named(missing)}. If one of them hangs or is gone, NCCL now ends the run with its own message"
     )
+
+
+def _named(phases: dict[int, str]) -> str:
+    named = ", ".join(f"rank {rank} (in {phase})" for rank, phase in phases.items())
+    return named or "unknown, see the last line of each logs/rank-*.log"
+
+
+def share_time_limit() -> None:
+    """Give each process group the time limit of the first. DeepSpeed makes groups with torch's default, which is 10
+    minutes for NCCL and 30 for gloo."""
+    c10d = torch.distributed.distributed_c10d
+    first = c10d._get_default_group()
+    device = first._device_types[0]
+    limit = first._get_backend(device).options._timeout
+    for group in c10d._world.pg_map:
+        if group is not first:
+            c10d._set_pg_timeout(limit, group)
 
 
 def is_lost_contact(error: BaseException) -> bool:

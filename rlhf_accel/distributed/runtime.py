@@ -19,7 +19,7 @@ from rlhf_accel.config.schema import RunConfig
 from rlhf_accel.distributed import collectives, portable, weights
 from rlhf_accel.distributed.accelerator import check_precision_of_process, chosen_precision, make_accelerator
 from rlhf_accel.distributed.batching import contiguous_shares
-from rlhf_accel.distributed.builds import remove_abandoned_locks
+from rlhf_accel.distributed.builds import check_tools, remove_abandoned_locks
 from rlhf_accel.distributed.data_parallel import DataParallel
 from rlhf_accel.distributed.deepspeed import Zero
 from rlhf_accel.distributed.deepspeed_config import deepspeed_plugin
@@ -54,6 +54,7 @@ class Runtime:
         self.precision = chosen_precision(run.precision)
         plugin = deepspeed_plugin(self.precision, max_grad_norm, minibatch)
         if plugin is not None:
+            check_tools(plugin.deepspeed_config["zero_optimization"])
             remove_abandoned_locks()
         self._accelerator = make_accelerator(run, plugin)
         self._engine: DataParallel | Zero

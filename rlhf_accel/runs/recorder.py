@@ -5,6 +5,7 @@ All ranks call each public method, and the main process writes. Knows files and 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
@@ -54,7 +55,9 @@ class Recorder:
         self._claim = Claim(lock=None, state=())
         self._lock: Lock | None = None
         self.products = fp32_products(runtime.device)
-        self.heartbeat = Heartbeat()
+        # Gloo raises an error at the time limit; NCCL aborts the process.
+        by_nccl = runtime.world_size > 1 and runtime.device.type == "cuda"
+        self.heartbeat = Heartbeat(limit=config.run.collective_timeout if by_nccl else math.inf)
         self.is_open = False
         self.left_out: str | None = None  # a message about parts of the policy's checkpoint that were not loaded
         self._failed = 0  # in a row

@@ -30,6 +30,7 @@ _PROBABILITY = {
     "labels": "of the likeliest label, the softmax of the logits",
     "pairs": "that the preferred of two texts scores higher, sigmoid of the difference of their scores",
 }
+_NO_TEMPERATURE = "there are no tuning rows, or the model is right about all of them or no better than chance"
 
 
 def describe(
@@ -54,6 +55,8 @@ def describe(
         plot_reliability(folder / PLOT, curves)
     elif len(curves["before"].count):
         notes.append(f"no {PLOT}: it needs matplotlib, pip install 'rlhf_accel[report]'")
+    if math.isnan(metrics["reward/temperature"]):
+        notes.append(f"reward/temperature and reward/ece_calibrated are nan: {_NO_TEMPERATURE}")
     (folder / "README.md").write_text(_card(config, labels, sources, metrics, has_plot), encoding="utf-8")
     return notes
 
@@ -102,7 +105,8 @@ Gives a text {meaning}. Trained with `python -m rlhf_accel train-reward` from `{
 `reward/ece` is the expected calibration error, in {BINS} bins of equal mass, of the probability
 {_PROBABILITY[data.objective]}.
 `reward/ece_calibrated` is the same with the scores divided by `reward/temperature`, fitted by likelihood on
-{tuned_on}; the scores of the model are not divided by it. A dash stands for a metric that these data do not give.
+{tuned_on}; the scores of the model are not divided by it. A dash stands for a metric that these data do not give: of
+the temperature, where {_NO_TEMPERATURE}.
 `reward_texts.json` records the form of the texts, with four of the training texts and their scores.
 """
     if has_plot:

@@ -44,6 +44,15 @@ def has_gpu() -> bool:
     return torch.cuda.is_available() and not kept_off
 
 
+def unused_device() -> str | None:
+    """A message if this process computes on the CPU of a machine that has an MPS or XPU device; None otherwise."""
+    kinds = {"MPS": torch.backends.mps, "XPU": torch.xpu}
+    found = [kind for kind, backend in kinds.items() if backend.is_available()]
+    if has_gpu() or not found:
+        return None
+    return f"this machine has an {found[0]} device, which is not used: the run computes on the CPU"
+
+
 def computes_in_bf16(device: torch.device) -> bool:
     """Whether the device has native bf16 arithmetic; emulated on a CPU it is up to 100 times slower.
 

@@ -79,5 +79,15 @@ def guard_messages() -> None:
     logging.setLogRecordFactory(record)
 
 
+def drop_remark_of_deepspeed() -> None:
+    """Drop a warning with which DeepSpeed, if it is installed, heads the output of every command on a CPU: the run says
+    on what it computes. Call it before transformers is imported."""
+    logging.getLogger("DeepSpeed").addFilter(_is_no_remark)
+
+
+def _is_no_remark(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Setting accelerator to CPU.")
+
+
 def _show_traceback(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
     say("".join(traceback.format_exception(kind, error, where)), error=True, end="")

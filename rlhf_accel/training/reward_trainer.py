@@ -19,11 +19,12 @@ from rlhf_accel.distributed.launch_files import find_deepspeed_file
 from rlhf_accel.models import classifier as classifiers
 from rlhf_accel.runs import reward_card
 from rlhf_accel.system import files
+from rlhf_accel.system.arithmetic import unused_device
 from rlhf_accel.system.errors import ConfigError
 from rlhf_accel.system.terminal import say
 from rlhf_accel.training.feedback_trainer import FeedbackTrainer, training_arguments
 from rlhf_accel.training.reward_evaluation import figures, normalization, write_record
-from rlhf_accel.training.reward_output import free_folder, locked, on_main, work_folder
+from rlhf_accel.training.reward_output import free_folder, is_main, locked, on_main, work_folder
 
 
 class RewardTrainer:
@@ -65,6 +66,9 @@ class RewardTrainer:
         transformers.set_seed(config.run.seed)  # for the new head
         model = classifiers.load(config, tokenizer, sets.labels)
         arguments = training_arguments(config, str(output.parent))  # from here on the processes communicate
+        unused = unused_device()
+        if unused is not None and is_main():
+            say(f"warning: {unused}")
         with work_folder(output) as work:
             arguments.output_dir = str(work)
             trainer = FeedbackTrainer(config, arguments, model, tokenizer, sets)

@@ -25,7 +25,7 @@ from rlhf_accel.runs.exports import ExportError, ExportProbe
 from rlhf_accel.runs.progress_line import ProgressLine
 from rlhf_accel.runs.recorder import Recorder
 from rlhf_accel.runs.report import page
-from rlhf_accel.system.arithmetic import computes_in_bf16
+from rlhf_accel.system.arithmetic import computes_in_bf16, unused_device
 from rlhf_accel.system.errors import RunFailed
 from rlhf_accel.system.process import reseed
 from rlhf_accel.system.signals import StopRequest
@@ -130,13 +130,16 @@ class Run:
         self.line.say(f"run folder {self.recorder.folder}\n{setup.description}\n{products}")
         if setup.left_out is not None:
             self.line.say(f"note: {setup.left_out}")
+        unused = unused_device()
+        if unused is not None:
+            self.warn(unused)
         asked = {"run.precision": config.run.precision, "model.dtype": config.model.dtype}
         keys = " and ".join(f"{key}=bf16" for key, dtype in asked.items() if dtype == "bf16")
         if keys and not computes_in_bf16(self.runtime.device):
             self.warn(f"{keys}: this device only emulates bf16, which takes many times longer than fp32")
-        unused = without_effect(config)
-        if unused:
-            self.warn(f"{', '.join(unused)}: without effect, as ppo.advantage={config.ppo.advantage} has no critic")
+        idle = without_effect(config)
+        if idle:
+            self.warn(f"{', '.join(idle)}: without effect, as ppo.advantage={config.ppo.advantage} has no critic")
         cut = truncated(config.rollout)
         if cut is not None:
             self.warn(

@@ -109,6 +109,12 @@ def stop(trainer: PPOTrainer, phase: str) -> None:
     trainer.run.recorder.heartbeat._post = on_entering
 
 
+def check_time_limits(seconds: float) -> None:
+    """Those of the process groups that DeepSpeed makes, too."""
+    for group in torch.distributed.distributed_c10d._world.pg_map:
+        assert group._get_backend(torch.device("cpu")).options._timeout.total_seconds() == seconds, group
+
+
 class _Seen(Exception):
     pass
 
@@ -145,6 +151,8 @@ def main() -> None:
                 PPOTrainer(parse(Config, run["config"]))
             continue
         trainer = PPOTrainer(parse(Config, run["config"]))
+        if trainer.runtime.world_size > 1:
+            check_time_limits(trainer.config.run.collective_timeout)
         if trainer.runtime.zero_stage == 3:
             check_that_weights_are_cut(trainer)
         if trainer.runtime.rank == trainer.runtime.world_size - 1:

@@ -200,8 +200,15 @@ def speed(bench: Bench) -> Figures:
 
 
 def trl(bench: Bench) -> Figures:
-    """W7 and W8 beside trl's trainer."""
-    raise Skipped("needs an environment with trl 1.12.0 from a package index: scripts/benchmark.py W7 W8 --against trl")
+    """W7 and W8 beside trl's trainer, in this environment."""
+    if importlib.util.find_spec("trl") is None:
+        raise Skipped("needs trl 1.12.0 here; or scripts/benchmark.py W7 W8 --against trl [--wheels FOLDER]")
+    found = {}
+    for name in ("W6",) if bench.tiny else ("W7", "W8"):
+        options = ["--against", "trl", "--peer-python", sys.executable, "--steps", "2"]
+        output = _run([sys.executable, "scripts/benchmark.py", name, *options])
+        found[name] = " ".join(line for line in output.splitlines() if "faster than" in line)[:300]
+    return found
 
 
 def graphs(bench: Bench) -> Figures:

@@ -29,7 +29,7 @@ def test_the_script_runs_each_part_or_says_why_not(tmp_path: Path) -> None:
     assert {name: found[name]["why"] for name in skipped} == {
         "plan": "needs a GPU",
         "four_bits": "needs a GPU",
-        "trl": "needs an environment with trl 1.12.0 from a package index: scripts/benchmark.py W7 W8 --against trl",
+        "trl": "needs trl 1.12.0 here; or scripts/benchmark.py W7 W8 --against trl [--wheels FOLDER]",
         "graphs": "there is no sampler with graphs yet",
     }
     assert all(found[name]["figures"] for name in set(QUICK) - skipped)

@@ -11,6 +11,7 @@ from rlhf_accel.config.distribution import truncated
 from rlhf_accel.config.loading import parse, read_tree
 from rlhf_accel.config.schema import BatchSizes, Config
 from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.system.terminal import counted
 
 _MOST_ERRORS = 20  # in one config; the doctor gives up after so many
 # Peak learning rates of AdamW that published runs stay within: full fine-tuning 1e-6 to 1.4e-5 (Huang et al. 2024;
@@ -76,15 +77,16 @@ def _check_sizes(config: Config, processes: int) -> Verdict:
     made_of = f"rollout.batch_size={sizes.prompts}{each} / ppo.num_minibatches={parts}"
     if minibatch < processes:
         return "warning", (
-            f"{made_of} gives {minibatch} samples for {processes} "
-            f"processes, so {processes - minibatch} of them have nothing to train on; raise rollout.batch_size"
+            f"{made_of} gives {counted(minibatch, 'sample')} for {processes} processes, so "
+            f"{processes - minibatch} of them have nothing to train on; raise rollout.batch_size"
         )
     if minibatch % processes:
         return "warning", (
             f"a minibatch of {minibatch} ({made_of}) is uneven over "
             f"{processes} processes: nothing is lost, but some wait; a multiple of {processes} is faster"
         )
-    return "ok", f"{size} responses per step in {parts} minibatches, {minibatch // processes} samples per process"
+    minibatches, samples = counted(parts, "minibatch", "minibatches"), counted(minibatch // processes, "sample")
+    return "ok", f"{counted(size, 'response')} per step in {minibatches}, {samples} per process"
 
 
 def _check_rate(config: Config) -> Verdict:
