@@ -60,6 +60,7 @@ PACKAGE = (
     "rlhf_accel.training.reward_trainer",
 )
 _servers: list[subprocess.Popen] = []  # the one that this process started
+_Popen = subprocess.Popen  # also where a test has put `Forked` in its place
 BARE = ".bare"  # the end of the second socket's name
 _STARTS = 180.0  # seconds that the server is given for its imports
 
@@ -179,7 +180,7 @@ def start(build: bool = False) -> None:
     with suppress(OSError, subprocess.CalledProcessError):
         compile_faulty_disk(library)
         environment["LD_PRELOAD"] = str(library)
-    server = subprocess.Popen(
+    server = _Popen(
         [sys.executable, "-m", "tests.forks", path, str(os.getpid()), *["build"] * build],
         cwd=ROOT,
         env=environment,
