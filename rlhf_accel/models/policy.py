@@ -15,6 +15,7 @@ from rlhf_accel.data.loading import pretrained
 from rlhf_accel.models import cpu_kernels as kernels
 from rlhf_accel.models.loading import DTYPES, LanguageModel, load_model
 from rlhf_accel.models.lora import CRITIC, POLICY, adapter, continued_adapter, lora_settings, seeded, with_adapter
+from rlhf_accel.models.vocabulary import with_fp32_logits
 from rlhf_accel.system.arithmetic import computes_in_bf16
 from rlhf_accel.system.errors import ConfigError
 
@@ -37,8 +38,9 @@ def load_policy(config: Config, path: str, device: torch.device) -> LanguageMode
 
 
 def fitted(model: LanguageModel, config: Config) -> LanguageModel:
-    """Prepare a causal language model for a run: gradient checkpointing, kernels and adapters."""
+    """Prepare a causal language model for a run: gradient checkpointing, fp32 logits, kernels and adapters."""
     model = with_checkpointing(model, config)
+    with_fp32_logits(model)
     if config.run.fast_kernels:
         kernels.quicken(model.get_output_embeddings())
     if config.lora.r == 0:
