@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 HALF = (torch.bfloat16, torch.float16)
+_HAS_WIDER_RESULT = hasattr(torch.ops.aten.mm, "dtype")  # torch.mm(…, out_dtype=…), from torch 2.8 on
 _SLICE = 2**21  # weights that a CPU widens at a time: 8 MiB, which its cache holds
 
 
@@ -73,7 +74,7 @@ class _Fp32Product(torch.autograd.Function):
 def _fp32_product(x: Tensor, weight: Tensor) -> Tensor:
     if weight.dtype == torch.float32:
         return x.float() @ weight.t()
-    if x.is_cuda and x.dtype == weight.dtype:  # sums in fp32 anyway, and is asked not to round them
+    if x.is_cuda and x.dtype == weight.dtype and _HAS_WIDER_RESULT:  # it sums in fp32 anyway
         return torch.mm(x, weight.t(), out_dtype=torch.float32)
     x, rows = x.float(), max(_SLICE // max(weight.shape[1], 1), 1)
     product = x.new_empty(len(x), len(weight))
