@@ -259,6 +259,10 @@ CONTRADICTIONS: list[tuple[dict, list[str]]] = [
     ({"model": {"critic": "adapter"}}, ["model.critic=adapter", "lora.r above 0"]),
     ({"model": {"load_in_4bit": True}}, ["model.load_in_4bit=true", "lora.r above 0"]),
     ({"model": {"load_in_4bit": True, "critic": "separate"}, "lora": {"r": 4}}, ["model.load_in_4bit", "model.critic"]),
+    (
+        {"model": {"attention": "flash_attention_2"}, "run": {"precision": "fp32"}},
+        ["model.attention=flash_attention_2", "run.precision=fp32", "model.attention=sdpa"],
+    ),
     ({"lora": {"use_dora": True}}, ["lora.use_dora", "lora.r=0"]),
     ({"lora": {"adapter": "folder"}}, ["lora.adapter", "lora.r=0", "adapter's rank"]),
     (

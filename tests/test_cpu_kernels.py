@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_accel.models import cpu_kernels as kernels
+from rlhf_accel.models.vocabulary import Fp32LogitsLinear
 from rlhf_accel.rollout.sampling import SamplingSettings, sample, uniforms
 from tests.conftest import TEXTS
 
@@ -116,7 +117,7 @@ def test_other_dtypes_and_autocast_use_plain_layers() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16), kernels.packed(model, 1):
         assert not any("forward" in vars(layer) for layer in model.modules())
         layer = quickened(model.plain)
-        assert layer(torch.ones(2, 256)).dtype == torch.bfloat16
+        assert layer(torch.ones(2, 256)).equal(Fp32LogitsLinear.forward(layer, torch.ones(2, 256)))
     cut = Layers()
     cut.plain.weight.data = torch.empty(0)  # as ZeRO-3 leaves it between uses
     with kernels.packed(cut, 1):

@@ -81,6 +81,17 @@ def test_sizes_are_those_of_a_real_pass(tiny, request, model, lora, critic):
     assert (sizes.reference > 0) == (not lora)
 
 
+def test_plain_attention_keeps_its_scores(tiny, gpt2_folder):
+    """As many bytes as a real pass; kernels that fake tensors do not have count as the default."""
+    of = {kind: tiny(model={"attention": kind}) for kind in ("auto", "sdpa", "flex_attention", "eager")}
+    sizes = {kind: model_sizes.measure(config, str(gpt2_folder)) for kind, config in of.items()}
+    assert sizes["auto"] == sizes["sdpa"] == sizes["flex_attention"]
+    plain = sizes["eager"]
+    assert plain.activations_row > sizes["auto"].activations_row
+    kept, *_ = real_pass(of["eager"], str(gpt2_folder), 16)
+    assert plain.fixed + 16 * (plain.activations_row + plain.logits_row) == pytest.approx(kept, rel=0.02)
+
+
 def test_without_a_critic_none_is_planned(tiny, gpt2_folder):
     with_critic = model_sizes.measure(tiny(), str(gpt2_folder))
     config = tiny(ppo={"advantage": "rloo"}, rollout={"batch_size": 4, "samples_per_prompt": 2})

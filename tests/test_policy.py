@@ -18,7 +18,7 @@ from transformers import (
 from rlhf_accel.algorithm.batches import Sequences
 from rlhf_accel.config.loading import parse
 from rlhf_accel.config.schema import Config, OptimConfig
-from rlhf_accel.models import calls, policy_with_value
+from rlhf_accel.models import calls, loading, policy_with_value
 from rlhf_accel.models import policy as policy_module
 from rlhf_accel.models.policy import end_of_text_ids, load_policy, resolve_dtype
 from rlhf_accel.models.reference import load_reference, reference_policy
@@ -370,3 +370,28 @@ def move_adapters(module):
                 # Each another way: the policy's and the critic's start as the same.
                 generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
                 parameter.add_(torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.mark.parametrize("kind", ["eager", "sdpa"])
+def test_policy_critic_and_reference_have_the_attention_of_the_config(kind, gpt2_folder):
+    sections = {"model": {"critic": "separate", "attention": kind}}
+    module = built(gpt2_folder, **sections)
+    reference = load_reference(config_of(gpt2_folder, **sections), module.policy)
+    models = (module.policy, module.critic, reference.policy)
+    assert [model.config._attn_implementation for model in models] == [kind] * 3
+    assert policy_module.loading_settings(config_of(gpt2_folder, **sections), CPU)["attn_implementation"] == kind
+
+
+def test_attention_that_cannot_work_here_names_what_to_set(gpt2_folder, monkeypatch):
+    fast = {"model": {"attention": "flash_attention_2"}}
+    with pytest.raises(ConfigError, match=r"^model\.attention=flash_attention_2 needs a CUDA GPU; set") as found:
+        built(gpt2_folder, **fast)
+    assert found.value.key == "model.attention"
+    config, gpu = config_of(gpt2_folder, **fast).model, torch.device("cuda")
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="needs the library flash-attn, which is not installed"):
+        loading.check_attention(config, gpu)
+    monkeypatch.setitem(loading._FLASH, "flash_attention_2", lambda: True)
+    loading.check_attention(config, gpu)
+    with pytest.raises(ConfigError, match=r"^model\.name_or_path=.* with model\.attention=flex_attention: .* not "):
+        built(gpt2_folder, model={"attention": "flex_attention"})

@@ -32,6 +32,7 @@ from rlhf_accel.models.probes import (
     sampled_is_trained,
     values_in_reach,
 )
+from rlhf_accel.models.vocabulary import with_fp32_logits
 from rlhf_accel.rollout import sampling as decoding
 from tests.test_tokenizer import with_template
 
@@ -142,11 +143,18 @@ def little_gpt2(offset: float) -> GPT2LMHeadModel:
     return model
 
 
-@pytest.fixture(scope="module", params=[(torch.float32, 0.0), (torch.bfloat16, 0.0), (torch.bfloat16, -100.0)])
+# Dtype, offset of the logits, and whether they are fp32 in any case.
+HALF = ((0.0, False), (-100.0, False), (-100.0, True))
+KINDS = [(torch.float32, 0.0, True), *((torch.bfloat16, *kind) for kind in HALF)]
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def sampled(request: pytest.FixtureRequest) -> tuple:
     """A model, its dtype, its samples from padded prompts, and the limits."""
-    dtype, offset = request.param
+    dtype, offset, in_fp32 = request.param
     model = little_gpt2(offset).to(dtype)
+    if in_fp32:
+        with_fp32_logits(model)
     queries = torch.randint(1, 300, (32, 6), generator=torch.Generator().manual_seed(0))
     mask = torch.ones(32, 6, dtype=torch.bool)
     mask[::2, :3] = False
@@ -160,7 +168,8 @@ def sampled(request: pytest.FixtureRequest) -> tuple:
         queries=queries, query_mask=mask, responses=samples.responses, response_mask=samples.response_mask
     )
     module = policy_with_value.PolicyWithValue(model, None, 1.0)
-    spacing = None if dtype == torch.float32 else logit_spacing(policy_with_value.logit_sizes(module, sequences), dtype)
+    sizes = policy_with_value.logit_sizes(module, sequences)
+    spacing = None if dtype == torch.float32 else logit_spacing(sizes, torch.float32 if in_fp32 else dtype)
     return module, dtype, sequences, samples.logprobs, ratio_limits(spacing, dtype)
 
 
@@ -210,13 +219,21 @@ def test_the_limits_follow_from_the_spacing_of_logits() -> None:
     assert spacing.tolist() == [0.5, 0.25]
     rms = math.sqrt((0.25 + 0.0625) / 2)
     limits = ratio_limits(spacing, torch.bfloat16)
-    assert (limits.rms, limits.largest) == pytest.approx((0.75 * rms, 0.9 + 1.0))
+    assert (limits.rms, limits.ceiling) == pytest.approx((0.75 * rms, 3.0 + 1.0))
     half = ratio_limits(logit_spacing(sizes, torch.float16), torch.float16)  # three bits more
-    assert (half.rms, half.largest) == pytest.approx((limits.rms / 8, limits.largest / 8))
+    assert (half.rms, half.ceiling) == pytest.approx((limits.rms / 8, limits.ceiling / 8))
     # One logit of -100 that two passes round to different neighbours: the ratio is off by 0.65 without any fault.
     assert math.exp(0.5) - 1 > 0.5 and sampled_is_trained(0.05, 0.5, limits, recomputed=False).passed
-    assert ratio_limits(None, torch.float32) == RatioLimits(rms=1e-3, largest=1e-3)
+    assert ratio_limits(None, torch.float32) == RatioLimits(rms=1e-3, ceiling=0.02)
     assert ratio_limits(torch.zeros(3), torch.bfloat16).rms == 0.15
+
+
+def test_one_token_that_rounding_throws_far_stops_no_run() -> None:
+    """Of 100,000 tokens some is off by ten times the rms."""
+    for limits in (ratio_limits(torch.tensor([1e-5]), torch.bfloat16), ratio_limits(None, torch.float32)):
+        usual = limits.rms / 2
+        assert sampled_is_trained(usual, 20 * usual, limits, recomputed=True).passed
+        assert not sampled_is_trained(2.2 * usual, 2.2 * usual, limits, recomputed=True).passed
 
 
 def test_one_token_at_fault_is_caught_among_many_and_nothing_finite_is_no_pass() -> None:

@@ -49,3 +49,17 @@ def test_an_error_of_the_main_process_reaches_the_others(monkeypatch, error) -> 
     monkeypatch.setattr(collectives, "broadcast_object_list", lambda outcome: outcome.__setitem__(0, sent[0]))
     with pytest.raises((ConfigError, RunFailed), match=str(error)):
         collectives.from_main(other, fail)
+
+
+def test_only_the_main_process_copies_the_state_of_adamw() -> None:
+    runtime = Runtime(parse(Config, {}).run)
+    module = torch.nn.Linear(2, 1)
+    runtime.prepare(module, torch.optim.AdamW(module.parameters()))
+    runtime.backward([lambda: module(torch.ones(2)).sum()])
+    runtime.optimizer_step()
+    engine = runtime._engine
+    assert set(engine.whole_moments()) == {
+        f"{name}.{key}" for name in ("weight", "bias") for key in ("exp_avg", "exp_avg_sq", "step")
+    }
+    engine._accelerator = SimpleNamespace(is_main_process=False)
+    assert engine.whole_moments() == {}

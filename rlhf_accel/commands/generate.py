@@ -24,6 +24,7 @@ from rlhf_accel.data.rows import text_lines
 from rlhf_accel.data.tokenizer import Tokens
 from rlhf_accel.models.policy import end_of_text_ids
 from rlhf_accel.models.positions import check_prompts
+from rlhf_accel.models.vocabulary import with_fp32_logits
 from rlhf_accel.reward import Reward, RewardError, load_reward_here
 from rlhf_accel.rollout import sampling as decoding
 from rlhf_accel.rollout.engine import sampling_settings
@@ -144,7 +145,9 @@ def _load(kind: Any, path: str, trust_remote_code: bool, base: str | None = None
             return adapted(_load(AutoModelForCausalLM, base, trust_remote_code), path).eval().to(device)
         if kind is AutoPeftModelForCausalLM:
             adapter_config(path)
-        return pretrained(kind, path, trust_remote_code=trust_remote_code).eval().to(device)
+        model = pretrained(kind, path, trust_remote_code=trust_remote_code).eval().to(device)
+        with_fp32_logits(model)
+        return model
     except ConfigError:
         raise
     except Exception as error:  # a missing, broken or foreign file raises many kinds

@@ -24,6 +24,7 @@ from rlhf_accel.config.schema import Config
 from rlhf_accel.data.loading import adapter_config, from_config, pretrained
 from rlhf_accel.models import cpu_kernels as kernels
 from rlhf_accel.models import policy_with_value, trainable
+from rlhf_accel.models.loading import attention_settings
 from rlhf_accel.models.policy import fitted, resolve_dtype
 from rlhf_accel.reward import reward_dtype
 from rlhf_accel.system.errors import ConfigError, first_line
@@ -129,7 +130,8 @@ def _outline(config: Config, settings: Any, reward_path: str | None, dtype: torc
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore", FutureWarning)  # of peft and transformers about each other
         trusted = config.model.trust_remote_code
-        whole = from_config(AutoModelForCausalLM, settings, trust_remote_code=trusted, dtype=dtype)
+        chosen = _attention(config)
+        whole = from_config(AutoModelForCausalLM, settings, trust_remote_code=trusted, dtype=dtype, **chosen)
         policy = fitted(whole, plain)
         separate = _critic(plain, settings, reward_path, policy) if config.model.critic == "separate" else None
         return policy, policy_with_value.with_critic(plain, policy, separate, width=1).eval()
@@ -151,7 +153,13 @@ def _critic(config: Config, settings: Any, reward_path: str | None, policy: Any)
     trusted = config.model.trust_remote_code
     if config.model.critic_init == "reward" and reward_path is not None:
         settings = _model_config(reward_path, "reward.model", trusted)
-    return from_config(AutoModel, settings, trust_remote_code=trusted, dtype=dtype)
+    return from_config(AutoModel, settings, trust_remote_code=trusted, dtype=dtype, **_attention(config))
+
+
+def _attention(config: Config) -> dict[str, str]:
+    """Only the plain form keeps the scores of attention; the others, which fake tensors do not have, keep what the
+    default keeps."""
+    return attention_settings(config.model) if config.model.attention == "eager" else {}
 
 
 @contextlib.contextmanager

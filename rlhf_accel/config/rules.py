@@ -29,7 +29,7 @@ MAY_CHANGE = frozenset(
         *("run.max_failed_saves", "run.max_skipped_steps", "run.eval_every", "run.sample_every", "run.sample_count"),
         *("run.resume", "run.changes", "run.collective_timeout", "run.trackers", "run.project", "run.best_kl_budget"),
         *("run.push_to_hub", "run.hub_private", "run.report", "reward.gold"),
-        *("run.fast_kernels", "model.gradient_checkpointing", "ppo.micro_batch_tokens"),
+        *("run.fast_kernels", "model.attention", "model.gradient_checkpointing", "ppo.micro_batch_tokens"),
         *("rollout.logprobs", "rollout.gather_parameters", "rollout.forward_batch_size"),
         *("reward.import_from", "reward.batch_size", "reward.timeout", "reward.retries", "reward.retry_wait"),
     ]
@@ -390,6 +390,14 @@ def _model_contradictions(config: Config) -> Iterator[ConfigError]:
             "model.load_in_4bit=true supports only one base; set model.critic to adapter or head",
             key="model.load_in_4bit",
             others=("model.critic",),
+        )
+    bases = ("fp32",) if lora.r else ("fp32", "auto")  # auto is a bf16 base with LoRA
+    if model.attention.startswith("flash") and config.run.precision == "fp32" and model.dtype in bases:
+        yield ConfigError(
+            f"model.attention={model.attention} computes in half precision only, and run.precision=fp32; set "
+            "run.precision to auto or bf16, or model.attention=sdpa",
+            key="model.attention",
+            others=("run.precision", "model.dtype"),
         )
     unused = [key for key in ("modules_to_save", "use_rslora", "use_dora") if getattr(lora, key)]
     if lora.r == 0 and unused:

@@ -106,6 +106,9 @@ class ModelConfig:
     load_in_4bit: bool = False
     """With lora.r above 0: load the frozen base in 4 bits, NF4 with double quantisation (QLoRA, Dettmers et al. 2023);
     needs a CUDA GPU and bitsandbytes, `pip install 'rlhf_accel[qlora]'`."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = "auto"
+    """Attention of policy, critic and reference, as `attn_implementation` of transformers. auto is its choice, sdpa for
+    most models; flash_attention_2 and flash_attention_3 need a CUDA GPU, half precision and their library."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass; saves memory for about a third more compute."""
     trust_remote_code: bool = False

@@ -63,7 +63,9 @@ class DataParallel:
         yield parameters
 
     def whole_moments(self) -> dict[str, Tensor]:
-        """AdamW's state of each trainable parameter as `NAME.exp_avg` and so on, on the CPU."""
+        """AdamW's state of each trainable parameter as `NAME.exp_avg` and so on, on the CPU of the main process."""
+        if not self._accelerator.is_main_process:
+            return {}
         return {
             f"{name}.{key}": value.to("cpu", copy=True)
             for name, parameter in self._accelerator.unwrap_model(self.module).named_parameters()

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_accel.models.vocabulary import Fp32LogitsLinear
+
 _WORTH_PACKING = 2**16  # weights; packing does not pay for smaller layers
 
 
@@ -64,8 +66,8 @@ def _worth_packing(model: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
             yield layer, weight
 
 
-class VocabularyLinear(nn.Linear):
-    """A linear layer with far more outputs than inputs, for which torch's own product is slower.
+class VocabularyLinear(Fp32LogitsLinear):
+    """A linear layer with far more outputs than inputs, for which torch's own product in fp32 is slower.
 
     Weights and names are those of `nn.Linear`, so changing the class of a layer is enough; copies keep it.
     """
@@ -78,8 +80,8 @@ class VocabularyLinear(nn.Linear):
 
 
 def quicken(layer: nn.Module) -> None:
-    """Make a plain linear layer a `VocabularyLinear`; other layers stay as they are."""
-    if type(layer) is nn.Linear and has_onednn():
+    """Make a linear layer a `VocabularyLinear`; layers of other kinds stay as they are."""
+    if type(layer) in (nn.Linear, Fp32LogitsLinear) and has_onednn():
         layer.__class__ = VocabularyLinear
 
 
@@ -108,7 +110,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _matrix(layer: nn.Module) -> Tensor | None:
     """The layer's weight, outputs x inputs, if it is a linear layer that oneDNN supports here."""
-    if type(layer) not in (nn.Linear, VocabularyLinear, Conv1D):  # subclasses, such as routers, do more than multiply
+    # Other kinds, such as routers, do more than multiply.
+    if type(layer) not in (nn.Linear, Fp32LogitsLinear, VocabularyLinear, Conv1D):
         return None
     weight: Any = layer.weight
     if weight.dtype != torch.float32 or weight.device.type != "cpu" or weight.ndim != 2 or weight.numel() == 0:

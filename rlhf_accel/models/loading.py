@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
-from transformers.utils import logging
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, logging
 
 from rlhf_accel.config.schema import ModelConfig
 from rlhf_accel.data.loading import adapter_config, pretrained
@@ -21,6 +22,7 @@ from rlhf_accel.system.errors import ConfigError, key_in
 LanguageModel = Any
 
 
+_FLASH = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -87,9 +89,32 @@ def without_loading_report() -> Iterator[None]:
 def load_model(
     kind: Any, config: ModelConfig, path: str, dtype: torch.dtype, key: str = "model.name_or_path", **settings: Any
 ) -> Any:
-    settings |= {"dtype": dtype, "trust_remote_code": config.trust_remote_code}
-    model = load_pretrained(kind, path, f"{key}={path}", **settings)
+    settings |= {"dtype": dtype, "trust_remote_code": config.trust_remote_code, **attention_settings(config)}
+    chosen = "" if config.attention == "auto" else f" with model.attention={config.attention}"
+    model = load_pretrained(kind, path, f"{key}={path}{chosen}", **settings)
     return without_dropout(model).eval()
+
+
+def attention_settings(config: ModelConfig) -> dict[str, str]:
+    """Arguments of `from_pretrained` that choose model.attention."""
+    return {} if config.attention == "auto" else {"attn_implementation": config.attention}
+
+
+def check_attention(config: ModelConfig, device: torch.device) -> None:
+    """Raises `ConfigError` where model.attention cannot work on the device, or lacks its library."""
+    available = _FLASH.get(config.attention)
+    if available is None:
+        return
+    named = f"model.attention={config.attention}"
+    if device.type != "cuda":
+        raise ConfigError(f"{named} needs a CUDA GPU; set model.attention=sdpa here", key="model.attention")
+    # transformers takes the kernels of the hub for a missing library, if it may.
+    if not available() and importlib.util.find_spec("kernels") is None:
+        raise ConfigError(
+            f"{named} needs the library flash-attn, which is not installed or not for this GPU; install it, or set "
+            "model.attention=sdpa",
+            key="model.attention",
+        )
 
 
 def without_dropout(model: nn.Module) -> nn.Module:

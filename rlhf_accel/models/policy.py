@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from rlhf_accel.config.schema import Config, ModelConfig
 from rlhf_accel.data.loading import pretrained
 from rlhf_accel.models import cpu_kernels as kernels
-from rlhf_accel.models.loading import DTYPES, LanguageModel, load_model
+from rlhf_accel.models.loading import DTYPES, LanguageModel, attention_settings, check_attention, load_model
 from rlhf_accel.models.lora import CRITIC, POLICY, adapter, continued_adapter, lora_settings, seeded, with_adapter
+from rlhf_accel.models.vocabulary import with_fp32_logits
 from rlhf_accel.system.arithmetic import computes_in_bf16
 from rlhf_accel.system.errors import ConfigError
 
@@ -22,8 +23,9 @@ from rlhf_accel.system.errors import ConfigError
 def load_policy(config: Config, path: str, device: torch.device) -> LanguageModel:
     """The causal language model at `path`, without dropout, with LoRA adapters if lora.r is above 0.
 
-    Raises `ConfigError` if there is no such model, or if lora.target_modules do not fit it.
+    Raises `ConfigError` if there is no such model, or if lora.target_modules or model.attention do not fit it.
     """
+    check_attention(config.model, device)
     model = load_model(AutoModelForCausalLM, config.model, path, **_base_settings(config, device))
     for architecture in model.config.architectures or ():
         if (
@@ -37,8 +39,9 @@ def load_policy(config: Config, path: str, device: torch.device) -> LanguageMode
 
 
 def fitted(model: LanguageModel, config: Config) -> LanguageModel:
-    """Prepare a causal language model for a run: gradient checkpointing, kernels and adapters."""
+    """Prepare a causal language model for a run: gradient checkpointing, fp32 logits, kernels and adapters."""
     model = with_checkpointing(model, config)
+    with_fp32_logits(model)
     if config.run.fast_kernels:
         kernels.quicken(model.get_output_embeddings())
     if config.lora.r == 0:
@@ -77,7 +80,8 @@ def left_out(model: LanguageModel, config: ModelConfig, path: str) -> str | None
 
 def loading_settings(config: Config, device: torch.device) -> dict[str, Any]:
     """Arguments of `from_pretrained` that load an export of this run as the policy was loaded."""
-    return {**_base_settings(config, device), "trust_remote_code": config.model.trust_remote_code}
+    attention = attention_settings(config.model)
+    return {**_base_settings(config, device), **attention, "trust_remote_code": config.model.trust_remote_code}
 
 
 def _base_settings(config: Config, device: torch.device) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from rlhf_accel.algorithm.batches import Experience, LossStats, Responses, Rollo
 from rlhf_accel.algorithm.masked import masked_mean
 from rlhf_accel.models import probes
 from rlhf_accel.models.policy_with_value import logit_sizes
+from rlhf_accel.models.vocabulary import has_fp32_logits
 from rlhf_accel.system.errors import RunFailed
 from rlhf_accel.training.setup import Setup
 
@@ -72,7 +73,8 @@ def ratio_limits(setup: Setup, rollout: Rollout, *, of_one_pass: bool = False) -
     few = rollout.sequences.select(torch.arange(min(_SAMPLES, most, len(rollout)))).trimmed()
     with runtime.gathered(), runtime.autocast():
         sizes = logit_sizes(runtime.plain_module, few.to(runtime.device))
-    spacing = probes.logit_spacing(sizes, setup.dtype) / config.rollout.temperature
+    rounded_to = torch.float32 if has_fp32_logits(runtime.plain_module.policy) else setup.dtype
+    spacing = probes.logit_spacing(sizes, rounded_to) / config.rollout.temperature
     return probes.ratio_limits(spacing, setup.dtype)
 
 

@@ -182,6 +182,10 @@ class Device(TorchDispatchMode):
 
     def _compute(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = func._schema.name
+        result: torch.dtype | None = None  # None: that of the factors
+        if func is aten.mm.dtype:  # half factors with an fp32 result, which the CPU's does not know
+            (*factors, result), func = args, aten.mm.default
+            args = tuple(factor.to(result) for factor in factors)
         if name in ("aten::_softmax", "aten::_log_softmax") and args[2]:  # half to float, which the CPU's does not know
             return func(args[0].float(), args[1], False)
         if self.noise and name in _PRODUCTS and args[0].is_floating_point():
@@ -189,7 +193,7 @@ class Device(TorchDispatchMode):
             sizes = left.abs() @ right.abs()
             order = torch.Generator().manual_seed(hash((left.shape, right.shape)) % 2**62)
             summed = left @ right + torch.randn(sizes.shape, generator=order) * sizes * self.noise
-            return (sum(bias) + summed).to(args[0].dtype)
+            return (sum(bias) + summed).to(result or args[0].dtype)
         return func(*args, **kwargs)
 
     def count(self, kind: str, operator: str) -> None:
