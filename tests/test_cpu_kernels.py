@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_accel.models import cpu_kernels as kernels
-from rlhf_accel.rollout.sampling import SamplingSettings, sample, uniforms
+from rlhf_accel.rollout.drawing import SamplingSettings
+from rlhf_accel.rollout.sampling import sample, uniforms
 from tests.conftest import TEXTS
 
 pytestmark = [

@@ -31,6 +31,7 @@ MAY_CHANGE = frozenset(
         *("run.push_to_hub", "run.hub_private", "run.report", "reward.gold"),
         *("run.fast_kernels", "rollout.logprobs"),
         *("model.gradient_checkpointing", "rollout.gather_parameters", "rollout.forward_batch_size"),
+        "rollout.static_cache",
         *(
             "reward.import_from",
             "reward.batch_size",
