@@ -240,12 +240,14 @@ def advice(
             config, made = smaller, better
             steps = [f"--ppo.micro_batch_tokens {config.ppo.micro_batch_tokens}"]
     at_once = sampled_at_once(config.rollout, launch.processes, on_gpu=launch.device == "cuda")
-    while not fit() and launch.device == "cuda" and made.total("rollout") == made.peak and at_once > 1:
+    before = steps
+    while not fit() and launch.device == "cuda" and at_once > 1:
         at_once //= 2
-        config = replace(config, rollout=replace(config.rollout, forward_batch_size=at_once))
-        made = plan(config, sizes, launch, base=base)
-    if at_once == config.rollout.forward_batch_size and launch.device == "cuda":
-        steps.append(f"--rollout.forward_batch_size {at_once}")
+        smaller = replace(config, rollout=replace(config.rollout, forward_batch_size=at_once))
+        better = plan(smaller, sizes, launch, base=base)
+        if better.peak < made.peak:
+            config, made = smaller, better
+            steps = [*before, f"--rollout.forward_batch_size {at_once}"]
     if not fit() and not config.model.gradient_checkpointing:
         smaller = replace(config, model=replace(config.model, gradient_checkpointing=True))
         better = plan(smaller, sizes, launch, base=base)
