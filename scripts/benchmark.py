@@ -53,7 +53,7 @@ from rlhf_accel.data import embedded as assets
 from rlhf_accel.data import prompts as data
 from rlhf_accel.data.tokenizer import Tokens
 from rlhf_accel.models import cpu_kernels as kernels
-from rlhf_accel.rollout import engine
+from rlhf_accel.rollout import drawing, engine
 from rlhf_accel.rollout import sampling as decoding
 from rlhf_accel.rollout.collector import Collector
 from rlhf_accel.system.arithmetic import computes_in_bf16
@@ -534,7 +534,7 @@ def sampling(options: argparse.Namespace) -> list[dict[str, Any]]:
         common = {"max_new_tokens": 24, "pad_token_id": 0}
 
         def ours(model: Any = model, **settings: Any) -> torch.Tensor:
-            how = decoding.SamplingSettings(max_new_tokens=24, **settings)
+            how = drawing.SamplingSettings(max_new_tokens=24, **settings)
             with kernels.packed(model, 32):
                 ended = torch.zeros(32, dtype=torch.bool, device=device)
                 return decoding.sample(model, prompts, mask, uniform, how, pad_id=0, ended=lambda _: ended).responses

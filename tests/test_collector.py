@@ -17,6 +17,7 @@ from rlhf_accel.models.policy_with_value import build
 from rlhf_accel.models.reference import load_reference
 from rlhf_accel.reward import Reward
 from rlhf_accel.rollout.collector import Collector
+from rlhf_accel.rollout.decoding import StaticForm
 from rlhf_accel.rollout.engine import BuiltinEngine, Seeds, sampling_settings
 from rlhf_accel.rollout.scoring import FailedScoring, score, score_parts
 from rlhf_accel.training.nonfinite import rollout_fault
@@ -40,7 +41,9 @@ def collector_of(tiny):
         runtime.prepare(module, torch.optim.AdamW(module.parameters()))
         kept = config.rollout.logprobs == "sampled"
         fast, with_values = config.run.fast_kernels, kept and critic and module.critic_reads_policy
-        engine = BuiltinEngine(runtime=runtime, tokens=tokens, with_values=with_values, fast_kernels=fast)
+        engine = BuiltinEngine(
+            runtime=runtime, tokens=tokens, with_values=with_values, static=StaticForm(graphs=False), fast_kernels=fast
+        )
         return Collector(
             config=config.rollout,
             runtime=runtime,

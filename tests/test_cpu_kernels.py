@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_accel.models import cpu_kernels as kernels
 from rlhf_accel.models.vocabulary import Fp32LogitsLinear
-from rlhf_accel.rollout.sampling import SamplingSettings, sample, uniforms
+from rlhf_accel.rollout.drawing import SamplingSettings
+from rlhf_accel.rollout.sampling import sample, uniforms
 from tests.conftest import TEXTS
 
 pytestmark = [

@@ -98,7 +98,9 @@ def test_without_a_critic_none_is_planned(tiny, gpt2_folder):
     without = model_sizes.measure(config, str(gpt2_folder))
     width = AutoConfig.from_pretrained(gpt2_folder).hidden_size
     assert with_critic.trainable - without.trainable == width + 1
-    assert plan._Rows.of(config, 2) == plan._Rows.of(tiny(), 2), "eight responses to four prompts"
+    assert plan._Rows.of(config, 2, on_gpu=True) == plan._Rows.of(tiny(), 2, on_gpu=True), (
+        "eight responses to four prompts"
+    )
 
 
 def test_autocast_keeps_rounded_weights(tiny, gpt2_folder):
@@ -210,7 +212,13 @@ def test_advice_comes_cheapest_first(tiny, gpt2_folder, monkeypatch):
     config = tiny(ppo={"num_minibatches": 1, "micro_batch_tokens": 4096}, rollout={"batch_size": 256})
     launch = Launch(processes=2, device="cuda")
     paths = (str(gpt2_folder), None)
-    order = ["--ppo.micro_batch_tokens", "--model.gradient_checkpointing", "--lora.r", "accelerate"]
+    order = [
+        "--ppo.micro_batch_tokens",
+        "--rollout.forward_batch_size",
+        "--model.gradient_checkpointing",
+        "--lora.r",
+        "accelerate",
+    ]
     whole = (
         plan.plan(config, model_sizes.measure(config, *paths, device="cuda"), launch, base=0).peak - plan.CUDA_CONTEXT
     )
@@ -224,6 +232,19 @@ def test_advice_comes_cheapest_first(tiny, gpt2_folder, monkeypatch):
     assert asked[2] == [name for name in order if name in asked[2]]
     assert {"--ppo.micro_batch_tokens", "--lora.r", "accelerate"} <= set(asked[2])
     assert "zero3_offload" in steps[-1]
+
+
+def test_a_gpu_samples_its_share_at_once_and_advice_lowers_it(tiny, monkeypatch):
+    config = tiny(rollout={"batch_size": 256, "forward_batch_size": None})
+    large = replace(SIZES, cache_row=10**6)
+    rows = {"cpu": 64, "cuda": 128}
+    for device, count in rows.items():
+        made = plan.plan(config, large, Launch(processes=2, device=device), base=0)
+        assert made.phases["rollout"]["KV cache"] == count * 10**6
+    monkeypatch.setattr(plan, "measure", lambda *_, **__: large)
+    memory, launch = plan.CUDA_CONTEXT + 50 * 10**6, Launch(processes=2, device="cuda")
+    steps, made = plan.advice(config, launch, memory=memory, base=0, paths=("", None))
+    assert steps == ["--rollout.forward_batch_size 32"] and plan.fits(made, memory)
 
 
 def test_tables_add_up(tiny):

@@ -363,6 +363,7 @@ def test_memory_switches_change_nothing_but_memory(fit):
         {"ppo": {"micro_batch_tokens": 30}},
         {"model": {"gradient_checkpointing": True}},
         {"rollout": {"forward_batch_size": 3}},
+        {"rollout": {"static_cache": "always"}},
     ):
         assert_same_run(fit(**{"ppo": {"micro_batch_tokens": 8192}, **sections}, optim=optim), whole, 1e-5)
 

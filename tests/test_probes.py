@@ -34,6 +34,7 @@ from rlhf_accel.models.probes import (
 )
 from rlhf_accel.models.vocabulary import with_fp32_logits
 from rlhf_accel.rollout import sampling as decoding
+from rlhf_accel.rollout.drawing import SamplingSettings
 from tests.test_tokenizer import with_template
 
 IDS = torch.tensor([[40, 41, 42, 43], [7, 8, 9, 10]])
@@ -160,7 +161,7 @@ def sampled(request: pytest.FixtureRequest) -> tuple:
     mask[::2, :3] = False
     samples = decoding.sample(
         *(model, queries, mask, decoding.uniforms(0, 1, range(32), 10)),
-        decoding.SamplingSettings(max_new_tokens=10),
+        SamplingSettings(max_new_tokens=10),
         pad_id=0,
         ended=lambda tokens: torch.zeros(len(tokens), dtype=torch.bool),
     )

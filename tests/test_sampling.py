@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, Lfm2Config
 from rlhf_accel.data.tokenizer import Tokens
 from rlhf_accel.models.positions import position_ids
 from rlhf_accel.rollout import sampling as decoding
-from rlhf_accel.rollout.sampling import Generations, SamplingSettings, pick, sample, truncate, uniforms
+from rlhf_accel.rollout.drawing import SamplingSettings, pick, truncate
+from rlhf_accel.rollout.generations import Generations
+from rlhf_accel.rollout.sampling import sample, uniforms
 from tests.conftest import TEXTS
 
 
@@ -431,7 +433,7 @@ def test_rows_that_ended_leave_the_batch(policy: Policy) -> None:
 
 
 def test_a_cache_that_cannot_let_rows_go_keeps_them(gpt2: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "_can_select", lambda cache: False)
+    monkeypatch.setattr(decoding, "has_plain_layers", lambda cache: False)
     queries, mask = gpt2.prompts([4, 2, 6])
     uniform = uniforms(0, 1, range(3), 6)
     free = gpt2.sample(queries, mask, uniform, ended=never, stop_ids=())

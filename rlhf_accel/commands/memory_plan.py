@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from rlhf_accel.commands.model_sizes import Sizes, longest_sample, measure
-from rlhf_accel.config.schema import BatchSizes, Config
+from rlhf_accel.config.schema import BatchSizes, Config, sampled_at_once
 from rlhf_accel.system.errors import ConfigError
 from rlhf_accel.system.terminal import counted
 
@@ -90,7 +90,7 @@ def plan(config: Config, sizes: Sizes, launch: Launch, *, base: int) -> Plan:
     if stage == 3:  # DeepSpeed keeps both from one step to the next
         always |= {"gradients": 0 if away else -(-gradients // n), "buckets": bucket}
 
-    rows = _Rows.of(config, n)
+    rows = _Rows.of(config, n, on_gpu=on_gpu)
     vocabulary = sizes.logits_row // config.rollout.max_new_tokens
     # For one token at a time, sampling holds the logits, their softmax, its cumulative sum and one product of these.
     sampling = {
@@ -135,12 +135,12 @@ class _Rows:
     passes: int
 
     @classmethod
-    def of(cls, config: Config, processes: int) -> _Rows:
+    def of(cls, config: Config, processes: int, *, on_gpu: bool) -> _Rows:
         batch = BatchSizes.of(config)
         share, minibatch = -(-batch.rollout // processes), -(-batch.minibatch // processes)
         fitting = max(config.ppo.micro_batch_tokens // longest_sample(config), 1)
         return cls(
-            sampled=min(config.rollout.forward_batch_size, share),
+            sampled=min(sampled_at_once(config.rollout, processes, on_gpu=on_gpu), share),
             assessed=min(fitting, share),
             read=min(config.reward.batch_size, share),
             updated=min(fitting, minibatch),
@@ -243,6 +243,15 @@ def advice(
         if better.peak < made.peak:
             config, made = smaller, better
             steps = [f"--ppo.micro_batch_tokens {config.ppo.micro_batch_tokens}"]
+    at_once = sampled_at_once(config.rollout, launch.processes, on_gpu=launch.device == "cuda")
+    before = steps
+    while not fit() and launch.device == "cuda" and at_once > 1:
+        at_once //= 2
+        smaller = replace(config, rollout=replace(config.rollout, forward_batch_size=at_once))
+        better = plan(smaller, sizes, launch, base=base)
+        if better.peak < made.peak:
+            config, made = smaller, better
+            steps = [*before, f"--rollout.forward_batch_size {at_once}"]
     if not fit() and not config.model.gradient_checkpointing:
         smaller = replace(config, model=replace(config.model, gradient_checkpointing=True))
         better = plan(smaller, sizes, launch, base=base)

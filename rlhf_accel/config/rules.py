@@ -30,7 +30,7 @@ MAY_CHANGE = frozenset(
         *("run.resume", "run.changes", "run.collective_timeout", "run.trackers", "run.project", "run.best_kl_budget"),
         *("run.push_to_hub", "run.hub_private", "run.report", "reward.gold"),
         *("run.fast_kernels", "model.attention", "model.gradient_checkpointing", "ppo.micro_batch_tokens"),
-        *("rollout.logprobs", "rollout.gather_parameters", "rollout.forward_batch_size"),
+        *("rollout.logprobs", "rollout.gather_parameters", "rollout.forward_batch_size", "rollout.static_cache"),
         *("reward.import_from", "reward.batch_size", "reward.timeout", "reward.retries", "reward.retry_wait"),
     ]
 )

@@ -158,6 +158,9 @@ class DataConfig:
     text."""
 
 
+_AT_ONCE_ON_CPU = 64  # responses; more do not make a CPU faster
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RolloutConfig:
     batch_size: PositiveInt = 64
@@ -183,8 +186,12 @@ class RolloutConfig:
     is matched as a token. The tokenizer's end-of-text token always ends a response."""
     gather_parameters: Literal["auto", "always", "never"] = "auto"
     """ZeRO-3: gather all parameters once per rollout instead of layer by layer; auto does so if they fit in memory."""
-    forward_batch_size: PositiveInt = 64
-    """Number of responses sampled at once on each process; affects only memory and speed."""
+    forward_batch_size: PositiveInt | None = None
+    """Number of responses sampled at once on each process; affects only memory and speed. The default is 64 on a CPU,
+    and on a GPU a process's share of the responses of a step."""
+    static_cache: Literal["auto", "always", "never"] = "auto"
+    """Sample with a key-value cache of fixed size, so that a GPU can replay each token's step as a CUDA graph; affects
+    only memory and speed. auto: on a GPU, for models that support it; always: also where no graph can be captured."""
     logprobs: Literal["auto", "sampled", "recomputed"] = "auto"
     """Source of the old log-probabilities, the entropy and the values: sampling itself, or another forward pass. auto
     is sampled if arithmetic is fp32, where both agree up to rounding."""
@@ -371,3 +378,9 @@ class BatchSizes:
             rollout=responses,
             minibatch=responses // minibatches,
         )
+
+
+def sampled_at_once(rollout: RolloutConfig, processes: int, *, on_gpu: bool) -> int:
+    """The most responses that one of the processes samples at once: rollout.forward_batch_size, or its default."""
+    share = -(-rollout.batch_size * rollout.samples_per_prompt // processes)
+    return rollout.forward_batch_size or (share if on_gpu else _AT_ONCE_ON_CPU)

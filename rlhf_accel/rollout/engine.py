@@ -15,12 +15,15 @@ from jaxtyping import Int
 from torch import Tensor
 
 from rlhf_accel.algorithm.batches import PromptBatch
-from rlhf_accel.config.schema import RolloutConfig
+from rlhf_accel.config.schema import RolloutConfig, sampled_at_once
 from rlhf_accel.data.tokenizer import StopCondition, Tokens
 from rlhf_accel.distributed.runtime import Runtime
 from rlhf_accel.models import cpu_kernels
 from rlhf_accel.models.policy import end_of_text_ids
-from rlhf_accel.rollout.sampling import Generations, SamplingSettings, sample, uniforms
+from rlhf_accel.rollout.decoding import StaticForm
+from rlhf_accel.rollout.drawing import SamplingSettings
+from rlhf_accel.rollout.generations import Generations
+from rlhf_accel.rollout.sampling import sample, uniforms
 from rlhf_accel.system.transfer import to_device
 
 
@@ -55,12 +58,14 @@ class Engine(Protocol):
 class BuiltinEngine:
     """Samples with the trained module itself, with a key-value cache; each rank samples its share.
 
-    With `with_values`, a critic that reads the policy's states is evaluated at the same time.
+    With `with_values`, a critic that reads the policy's states is evaluated at the same time. `static` is what is known
+    of sampling in the static form, which the config asks for (`rollout.static_cache`).
     """
 
     runtime: Runtime
     tokens: Tokens
     with_values: bool
+    static: StaticForm
     fast_kernels: bool = True
     exact: bool = True
     repeatable: bool = True
@@ -69,7 +74,7 @@ class BuiltinEngine:
         policy = self.runtime.plain_module.policy
         stop = self.tokens.stop_condition(settings.stop, end_of_text_ids(policy))
         mine = prompts.select(self.runtime.share(len(prompts)))
-        size = settings.forward_batch_size
+        size = sampled_at_once(settings, self.runtime.world_size, on_gpu=self.runtime.device.type == "cuda")
         layout = cpu_kernels.packed(policy, min(size, max(len(mine), 1))) if self.fast_kernels else nullcontext()
         passes = []
         with self.runtime.inference(), layout:
@@ -98,6 +103,8 @@ class BuiltinEngine:
             ended=stop.after(prompts.queries, prompts.query_mask),
             everywhere=self.runtime.everywhere,
             value=module.value_head if self.with_values else None,
+            # The ranks that share the passes of cut weights wait for each other at every token.
+            static=self.static if asks_for_static(settings, self.static) and self.runtime.has_whole_weights else None,
         )
 
     def _passes(self, count: int, size: int) -> Iterator[Int[Tensor, " n"]]:
@@ -105,6 +112,11 @@ class BuiltinEngine:
         shares = self.runtime.shares(count)
         mine = torch.arange(len(shares[self.runtime.rank]))
         return (mine[start : start + size] for start in range(0, len(shares[0]), size))
+
+
+def asks_for_static(settings: RolloutConfig, form: StaticForm) -> bool:
+    """Whether to sample in the static form where the model can; without graphs only if it is asked for by name."""
+    return settings.static_cache == "always" or (settings.static_cache == "auto" and form.graphs)
 
 
 def sampling_settings(config: RolloutConfig) -> SamplingSettings:

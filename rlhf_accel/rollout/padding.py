@@ -18,9 +18,13 @@ from rlhf_accel.algorithm.logprobs import token_logprobs
 from rlhf_accel.models.calls import model_inputs, response_hidden, response_logits
 from rlhf_accel.models.policy_with_value import PolicyWithValue
 from rlhf_accel.models.probes import Finding, rounding_limit
-from rlhf_accel.rollout.sampling import SamplingSettings, sample, uniforms
+from rlhf_accel.rollout.decoding import StaticForm
+from rlhf_accel.rollout.drawing import SamplingSettings
+from rlhf_accel.rollout.sampling import sample, uniforms
 
 _PROMPTS, _RESPONSE = (2, 6), 3  # tokens of the made-up batch; each pass has to read all weights
+_STATIC_RESPONSE = 4  # the first token, one that warms up, and two of a captured graph
+_ADVICE = "; choose another model"
 _SEEN = 2  # tokens of a response that a pass of a text alone reads
 
 
@@ -35,7 +39,7 @@ def problem(look: Callable[[], Finding]) -> str | None:
 
 def cannot_run(error: Exception) -> str:
     reason = " ".join(f"{type(error).__name__}: {error}".split())
-    return f"this model cannot be run as a decoder of text ({reason:.200}); choose another model"
+    return f"this model cannot be run as a decoder of text ({reason:.200}){_ADVICE}"
 
 
 def made_up(ids: Tensor, pad_id: int) -> Sequences:
@@ -90,23 +94,51 @@ def critic_alone(module: PolicyWithValue, batch: Sequences, dtype: torch.dtype) 
 
 
 @torch.no_grad()
-def sampled_is_recomputed(policy: Any, batch: Sequences, pad_id: int, dtype: torch.dtype) -> Finding:
-    """Whether tokens sampled one by one, with the model's own cache, get the log-probabilities of one pass."""
-    count, length = batch.responses.shape
+def sampled_is_recomputed(
+    policy: Any,
+    batch: Sequences,
+    pad_id: int,
+    dtype: torch.dtype,
+    *,
+    static: StaticForm | None = None,
+    room: int = 0,
+) -> Finding:
+    """Whether tokens sampled one by one, by whatever cache the model has, get the log-probabilities of one pass.
+
+    In the static form, a cache has `room` for so many tokens of a response, which may matter to how it is read.
+    """
+    count, device = len(batch), batch.queries.device
+    length = _RESPONSE if static is None else _STATIC_RESPONSE
+    room = max(room, length)
     sampled = sample(
         policy,
         batch.queries,
         batch.query_mask,
-        uniforms(0, 0, range(count), length).to(batch.queries.device),
-        SamplingSettings(max_new_tokens=length),
+        uniforms(0, 0, range(count), room).to(device),
+        SamplingSettings(max_new_tokens=room),
         pad_id=pad_id,
-        ended=lambda tokens: torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device),
+        ended=lambda tokens: torch.full((len(tokens),), tokens.shape[1] == length, device=tokens.device),
+        static=static,
     )
-    logits, _ = response_logits(policy, batch.queries, batch.query_mask, sampled.responses, sampled.response_mask)
-    differences = list(_apart(token_logprobs(logits, sampled.responses), sampled.logprobs))
+    responses, mask = sampled.responses[:, :length], sampled.response_mask[:, :length]
+    logits, _ = response_logits(policy, batch.queries, batch.query_mask, responses, mask)
+    differences = list(_apart(token_logprobs(logits, responses), sampled.logprobs[:, :length]))
     found = _of_rows("sampled = recomputed", differences, rounding_limit(logits, dtype) / 4, "nats")
     what = f"{_family(policy)}: log-probabilities of sampled tokens and of the same in one pass"
     return _explained(found, what, "its cache does not continue a text as a pass reads it")
+
+
+def static_problem(
+    policy: Any, batch: Sequences, pad_id: int, dtype: torch.dtype, form: StaticForm, longest: int
+) -> str | None:
+    """Why this model is not to be sampled in the static form, with a cache for samples of `longest` tokens; None if the
+    tokens get the log-probabilities of one pass."""
+    room = longest - batch.queries.shape[1]
+    try:
+        found = sampled_is_recomputed(policy, batch, pad_id, dtype, static=form, room=room)
+    except Exception as error:  # models are many, and most are not written for such a cache
+        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return form.refused if found.passed else found.message.removesuffix(_ADVICE)
 
 
 def _alone(batch: Sequences) -> tuple[Tensor, int]:
@@ -145,7 +177,7 @@ def _of_rows(probe: str, differences: Sequence[Tensor], limit: float, unit: str)
 
 def _explained(found: Finding, what: str, reason: str) -> Finding:
     figures = f"{what} differ by {found.difference:.2g} {found.unit}".rstrip() + f" (limit {found.limit:.2g})"
-    return replace(found, message=figures if found.passed else f"{figures}: {reason}; choose another model")
+    return replace(found, message=figures if found.passed else f"{figures}: {reason}{_ADVICE}")
 
 
 def _family(model: Any) -> str:

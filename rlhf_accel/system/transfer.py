@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,3 +23,19 @@ def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     for device in set(on_gpu):
         torch.cuda.current_stream(device).synchronize()
     return copies
+
+
+def to_host_later(tensor: Tensor) -> Callable[[], Tensor]:
+    """Copy the tensor as it is now, in the background; the result waits for the copy alone, and returns it."""
+    if tensor.device.type != "cuda":
+        now = tensor.clone()
+        return lambda: now
+    copy = tensor.to("cpu", non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def result() -> Tensor:
+        copied.synchronize()
+        return copy
+
+    return result

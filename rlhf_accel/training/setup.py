@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from rlhf_accel.algorithm.batches import Sequences
 from rlhf_accel.config.schema import BatchSizes, Config
 from rlhf_accel.data import wheels
 from rlhf_accel.data.prompts import Prompts, split_rows
@@ -31,7 +32,8 @@ from rlhf_accel.reward import Reward, RewardError, RewardFunction, load_golds, l
 from rlhf_accel.reward import cautions as cautions_of
 from rlhf_accel.rollout import padding
 from rlhf_accel.rollout.collector import Collector
-from rlhf_accel.rollout.engine import BuiltinEngine
+from rlhf_accel.rollout.decoding import StaticForm
+from rlhf_accel.rollout.engine import BuiltinEngine, asks_for_static
 from rlhf_accel.rollout.scoring import WITHOUT_PARTS
 from rlhf_accel.system.arithmetic import product_arithmetic, product_error
 from rlhf_accel.system.errors import ConfigError
@@ -102,7 +104,8 @@ class Setup:
         description = _describe(config, runtime, module, frozen, len(prompts), scorer)
         _prepare(config, runtime, module, resume)
         dtype = _rounds_to(config, runtime)
-        _check_padding(config, runtime, prompts, tokens, dtype)
+        static = StaticForm(graphs=runtime.device.type == "cuda", log=log)
+        _check_padding(config, runtime, prompts, tokens, dtype, static)
         return cls(
             config=config,
             sizes=BatchSizes.of(config),
@@ -112,7 +115,7 @@ class Setup:
             held_out=held_out,
             reward=scorer,
             golds=golds,
-            collector=_collector(config, runtime, tokens, reference, dtype),
+            collector=_collector(config, runtime, tokens, reference, dtype, static),
             dtype=dtype,
             left_out=omitted,
             description=description,
@@ -279,7 +282,9 @@ def _rounds_to(config: Config, runtime: Runtime) -> torch.dtype:
     return (*found, torch.float32)[0]
 
 
-def _check_padding(config: Config, runtime: Runtime, prompts: Prompts, tokens: Tokens, dtype: torch.dtype) -> None:
+def _check_padding(
+    config: Config, runtime: Runtime, prompts: Prompts, tokens: Tokens, dtype: torch.dtype, static: StaticForm
+) -> None:
     """Raises `ConfigError` on every rank if policy or critic give other results in a padded batch than alone, or cannot
     be run at all. With ZeRO-3 each pass is a collective. Classifiers are checked where they are loaded."""
     few = prompts.fixed(3)
@@ -299,10 +304,31 @@ def _check_padding(config: Config, runtime: Runtime, prompts: Prompts, tokens: T
             # Some layers read the weight of another layer, which ZeRO-3 gathers only for that layer.
             cut = ", or launch with ZeRO-2 or ddp if it runs there" if runtime.zero_stage == 3 else ""
             raise ConfigError(f"{named}: {problem}{cut}", key="model.name_or_path")
+    if asks_for_static(config.rollout, static):
+        _check_static(config, runtime, batch, tokens, dtype, static)
+
+
+def _check_static(
+    config: Config, runtime: Runtime, batch: Sequences, tokens: Tokens, dtype: torch.dtype, static: StaticForm
+) -> None:
+    """Refuse the static form on every rank, and go on without it, if it does not compute what a pass does."""
+    # Hooks that gather the weights that ZeRO-3 has cut cannot be captured; while they are gathered there are none.
+    tried = static if runtime.has_whole_weights else replace(static, graphs=False, log=lambda _: None)
+    longest, policy = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens, runtime.plain_module.policy
+    with runtime.autocast():
+        reason = padding.static_problem(policy, batch, tokens.pad_id, dtype, tried, longest)
+    reason = runtime.first_failure(reason)
+    if reason is not None:
+        static.refuse(reason)
 
 
 def _collector(
-    config: Config, runtime: Runtime, tokens: Tokens, reference: nn.Module | None, dtype: torch.dtype
+    config: Config,
+    runtime: Runtime,
+    tokens: Tokens,
+    reference: nn.Module | None,
+    dtype: torch.dtype,
+    static: StaticForm,
 ) -> Collector:
     kept = config.rollout.logprobs
     of_sampling = kept == "sampled" or (kept == "auto" and dtype == torch.float32)
@@ -313,7 +339,11 @@ def _collector(
         runtime=runtime,
         tokens=tokens,
         engine=BuiltinEngine(
-            runtime=runtime, tokens=tokens, with_values=with_values, fast_kernels=config.run.fast_kernels
+            runtime=runtime,
+            tokens=tokens,
+            with_values=with_values,
+            static=static,
+            fast_kernels=config.run.fast_kernels,
         ),
         reference=None if reference is None else runtime.prepare_frozen(reference),
         pass_tokens=config.ppo.micro_batch_tokens,

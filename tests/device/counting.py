@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlhf_accel.reward.classifier import Classifier
-from rlhf_accel.rollout import engine, sampling
+from rlhf_accel.rollout import drawing, engine
 from rlhf_accel.rollout.collector import Collector
 from rlhf_accel.rollout.engine import Seeds
 from rlhf_accel.training.ppo_trainer import PPOTrainer
@@ -21,6 +21,8 @@ SAMPLED: dict[str, dict[str, Any]] = {
     "token, min_new_tokens": {"min_new_tokens": 8},
     "token, stop texts": {"stop": ("#+#",)},
     "token, top_k and top_p": {"top_k": 50, "top_p": 0.9},
+    "token, static form": {"static_cache": "always"},
+    "token, static form with stop texts": {"static_cache": "always", "stop": ("#+#",)},
 }
 
 
@@ -55,20 +57,20 @@ def casts(bench: Any) -> dict[str, int]:
 
 def planted_read(bench: Any) -> dict[str, Any]:
     """The counts per token with an `.item()` planted in each."""
-    whole = sampling.pick
+    whole = drawing.pick
 
     def reads(probabilities: Any, uniform: Any) -> Any:
         tokens = whole(probabilities, uniform)
         tokens[0].item()
         return tokens
 
-    sampling.pick = reads
+    drawing.pick = reads
     try:
         with pretend.Device() as device:
             trainer = PPOTrainer(bench.config("counted again", run={"eval_samples": 0}))
             return _per_token(device, trainer, {})
     finally:
-        sampling.pick = whole
+        drawing.pick = whole
 
 
 def _classifier(bench: Any) -> dict[str, Any]:
@@ -90,7 +92,8 @@ def _per_pass(device: pretend.Device, trainer: PPOTrainer) -> dict[str, Any]:
 
 
 def _sampled(device: pretend.Device, trainer: PPOTrainer, changes: dict[str, Any]) -> Counter[Any]:
-    settings = replace(trainer.config.rollout, forward_batch_size=ROWS, **{"min_new_tokens": 0, **changes})
+    plain = {"min_new_tokens": 0, "static_cache": "never"}
+    settings = replace(trainer.config.rollout, forward_batch_size=ROWS, **{**plain, **changes})
     if settings.min_new_tokens:
         settings = replace(settings, min_new_tokens=settings.max_new_tokens)
     prompts = trainer.setup.prompts.batch(1, ROWS)

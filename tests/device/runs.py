@@ -30,7 +30,7 @@ from rlhf_accel.algorithm import ppo
 from rlhf_accel.config.loading import parse
 from rlhf_accel.config.reward_schema import RewardTrainingConfig
 from rlhf_accel.config.schema import Config
-from rlhf_accel.rollout import sampling
+from rlhf_accel.rollout import drawing, sampling
 from rlhf_accel.training import feedback_trainer
 from rlhf_accel.training.ppo_trainer import PPOTrainer
 from rlhf_accel.training.reward_trainer import train_reward
@@ -199,7 +199,7 @@ def planted(bench: Bench) -> dict[str, str | None]:
             *(ppo, "masked_sum"),
             lambda f: lambda x, mask: f(x * torch.ones(x.shape[-1]), mask),
         ),
-        "numpy of a tensor": (sampling, "pick", lambda f: lambda p, u: (p.numpy(), f(p, u))[1]),
+        "numpy of a tensor": (drawing, "pick", lambda f: lambda p, u: (p.numpy(), f(p, u))[1]),
         "a gradient on the CPU": (ppo, "weighted_sum", lambda f: lambda x, *more: f(_GradOnCPU.apply(x), *more)),
         "two devices joined": (
             *(sampling, "position_ids"),

@@ -54,6 +54,7 @@ def found(
 # How often the host reads from the device, or copies in a way that may wait, for one of each unit (docs/gpu.md).
 WAITS: dict[str, float] = {
     **{"token": 1, "token, min_new_tokens": 0, "token, stop texts": 1, "token, top_k and top_p": 1},
+    **{"token, static form": 1, "token, static form with stop texts": 1},
     **{"sampling pass": 1, "forward pass": 0, "micro-batch": 0, "minibatch": 2, "classifier batch": 0, "step": 2},
 }
 

@@ -8,7 +8,9 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -212,8 +214,28 @@ def trl(bench: Bench) -> Figures:
 
 
 def graphs(bench: Bench) -> Figures:
-    """Sampling by a captured graph beside the plain loop."""
-    raise Skipped("there is no sampler with graphs yet")
+    """Sampling by captured graphs, or on a CPU in the same form without them, beside the plain loop."""
+    on_gpu, length = torch.cuda.is_available(), 8 if bench.tiny else 128
+    if not on_gpu and not bench.tiny:
+        raise Skipped("needs a GPU")
+    exact = {"precision": "fp32", "matmul_precision": "highest"}
+    rollout = {"max_new_tokens": length, "min_new_tokens": length // 4, "static_cache": "always"}
+    trainer = bench.trainer("graphs", kind="llama", run=exact, model={"dtype": "fp32"}, rollout=rollout)
+    engine, prompts = trainer.collector.engine, trainer.setup.prompts.batch(1, trainer.config.rollout.batch_size)
+    found, seconds = {}, {}
+    for kind in ("never", "always"):
+        settings = replace(trainer.config.rollout, static_cache=kind)
+        for seed in (0, 1):  # the first warms up
+            began = time.perf_counter()
+            found[kind] = engine.generate(prompts, settings, Seeds(seed, 1))
+            seconds[kind] = time.perf_counter() - began
+    assert engine.static.refused is None and engine.static.graphs == on_gpu, engine.static
+    plain, static = found["never"], found["always"]
+    same = (plain.responses == static.responses).all(1)
+    off = (plain.logprobs - static.logprobs)[same].abs().max()
+    share = float(same.double().mean())
+    assert share >= (0.9 if on_gpu else 1.0) and float(off) < 1e-3, (share, float(off))
+    return {"same rows": share, "logprob error": float(off), "plain s": seconds["never"], "static s": seconds["always"]}
 
 
 PARTS: dict[str, Callable[[Bench], Figures]] = {

@@ -30,9 +30,9 @@ def test_the_script_runs_each_part_or_says_why_not(tmp_path: Path) -> None:
         "plan": "needs a GPU",
         "four_bits": "needs a GPU",
         "trl": "needs trl 1.12.0 here; or scripts/benchmark.py W7 W8 --against trl [--wheels FOLDER]",
-        "graphs": "there is no sampler with graphs yet",
     }
     assert all(found[name]["figures"] for name in set(QUICK) - skipped)
+    assert found["graphs"]["figures"]["same rows"] == 1 and found["graphs"]["figures"]["logprob error"] < 1e-4
     assert found["first_ratios"]["figures"]["rms"] < 1e-4 and found["first_ratios"]["figures"]["tokens"] > 100
     page = (tmp_path / "found" / "gpu_check.md").read_text()
     assert all(f"| {name} | {found[name]['status']} | " in page for name in QUICK)
