@@ -242,7 +242,7 @@ def test_a_gpu_samples_its_share_at_once_and_advice_lowers_it(tiny, monkeypatch)
         made = plan.plan(config, large, Launch(processes=2, device=device), base=0)
         assert made.phases["rollout"]["KV cache"] == count * 10**6
     monkeypatch.setattr(plan, "measure", lambda *_, **__: large)
-    memory, launch = plan.CUDA_CONTEXT + 50 * 10**6, Launch(processes=2, device="cuda")
+    memory, launch = plan.CUDA_CONTEXT + plan.NCCL_COMMUNICATOR + 50 * 10**6, Launch(processes=2, device="cuda")
     steps, made = plan.advice(config, launch, memory=memory, base=0, paths=("", None))
     assert steps == ["--rollout.forward_batch_size 32"] and plan.fits(made, memory)
 
