@@ -218,6 +218,9 @@ class RewardConfig:
     dtype: Dtype = "auto"
     """Dtype of the frozen classifier. On a GPU, auto is fp16, or bf16 for a model that was stored or trained in bf16;
     on a CPU, it is bf16 if the CPU has bf16 units, else fp32."""
+    on_policy_base: bool = False
+    """With lora.r above 0: score with the adapter and head of reward.model on the policy's own base, in the base's
+    dtype, instead of loading a second model. reward.model must be trained over the same base with lora.merge=false."""
     batch_size: PositiveInt = 64
     """Number of texts that the classifier reads at once; affects only memory and speed."""
     url: str | None = None
@@ -466,8 +469,7 @@ class RewardModelConfig:
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class RewardLoraConfig:
     r: NonNegativeInt = 0
-    """Rank of the adapters, which are merged into the weights at the end; 0 trains all weights. The head is always
-    fully trainable."""
+    """Rank of the adapters; 0 trains all weights. The head is always fully trainable."""
     alpha: Positive = 16.0
     """Adapters are scaled by alpha / r."""
     dropout: Fraction = 0.0
@@ -475,6 +477,9 @@ class RewardLoraConfig:
     target_modules: Strings | None = None
     """Names of the layers that get adapters, or `all-linear` for all linear layers except routers. By default, peft's
     choice for the architecture, or if it has none, all linear layers except experts and routers."""
+    merge: bool = True
+    """Merge the adapters into the weights at the end. false writes a peft adapter with the head instead of a whole
+    model, which reward.on_policy_base can score on the policy's own base."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
