@@ -172,11 +172,7 @@ def _add(policy: LanguageModel, settings: PeftLoraConfig, weights: dict[str, Ten
 
 def _outputs(unmerged: Unmerged) -> dict[str, Any]:
     names = unmerged.labels
-    return {
-        "num_labels": len(names),
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: i for i, name in enumerate(names)},
-    }
+    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
 
 
 def _trunk_name(classifier: nn.Module) -> str:

@@ -104,6 +104,11 @@ Gives a text {meaning}. Trained with `python -m rlhf_accel train-reward` from `{
 {tuned_on}; the scores of the model are not divided by it. A dash stands for a metric that these data do not give.
 `reward_texts.json` records the form of the texts, with four of the training texts and their scores.
 """
+    if not config.lora.merge:
+        card += f"""
+This is a peft adapter with its head, over that model:
+`AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels={len(labels)})`.
+"""
     if has_plot:
         card += f"\n![Share of correct answers by their probability]({PLOT})\n"
     if data.source == "embedded:movie_reviews":
