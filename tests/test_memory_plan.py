@@ -26,6 +26,7 @@ SIZES = Sizes(
     reference=4000,
     packed=3000,
     reward=500,
+    reward_own=500,
     fixed=0,
     activations_row=600,
     logits_row=80,

@@ -159,6 +159,9 @@ def show_plan(diagnosis: Diagnosis, *, launch: plan.Launch, memory: int) -> None
     say(f"\nmemory of {launch} on {launch.device}, {sizes.trainable:,} of {sizes.held:,} parameters are trainable\n")
     say(plan.table(made))
     say("\n" + plan.overview(config, sizes, launch, base=base) + "\n")
+    if config.reward.on_policy_base:
+        saved = (sizes.reward_own - sizes.reward) / plan.MIB
+        say(f"reward.on_policy_base=true saves {saved:,.1f} MiB per process, those of a reward model of its own")
     limit = f"{memory / plan.MIB:,.0f} MiB {of}"
     if plan.fits(made, memory):
         peak = f"{made.peak / plan.MIB:,.0f} MiB per process"

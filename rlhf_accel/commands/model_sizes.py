@@ -26,6 +26,7 @@ from rlhf_accel.models import cpu_kernels as kernels
 from rlhf_accel.models import policy_with_value, trainable
 from rlhf_accel.models.loading import attention_settings
 from rlhf_accel.models.policy import fitted, resolve_dtype
+from rlhf_accel.models.unmerged import classifier_config, shared_bytes
 from rlhf_accel.reward import reward_dtype
 from rlhf_accel.system.errors import ConfigError, first_line
 
@@ -48,6 +49,7 @@ class Sizes:
     reference: int
     packed: int  # the policy's linear layers in the layout for sampling on a CPU
     reward: int
+    reward_own: int  # the reward model as a model of its own, which `reward` is unless it is on the policy's base
     fixed: int
     activations_row: int
     logits_row: int
@@ -87,7 +89,8 @@ def measure(config: Config, policy_path: str, reward_path: str | None = None, *,
         packed = kernels.packed_bytes(module.policy) if packs else 0
     counts = [parameter.numel() for parameter in module.parameters() if parameter.requires_grad]
     row = {name: two[name] - one[name] for name in one}
-    reward, reward_row = _reward_sizes(config, reward_path, device)
+    reward_own, reward_row = _reward_sizes(config, reward_path, device)
+    shares_base = config.reward.on_policy_base and reward_path is not None
     return Sizes(
         held=sum(parameter.numel() for parameter in module.parameters()),
         trainable=sum(counts),
@@ -95,7 +98,8 @@ def measure(config: Config, policy_path: str, reward_path: str | None = None, *,
         weights=_bytes(module) - (_saved_by_four_bits(policy) if config.model.load_in_4bit else 0),
         reference=0 if config.lora.r else _bytes(policy),
         packed=packed,
-        reward=reward,
+        reward=shared_bytes(str(reward_path)) if shares_base else reward_own,
+        reward_own=reward_own,
         fixed=one["all"] + one["logits"] - row["all"] - row["logits"],
         activations_row=row["all"],
         logits_row=row["logits"],
@@ -139,6 +143,8 @@ def _outline(config: Config, settings: Any, reward_path: str | None, dtype: torc
 
 def _model_config(path: str, key: str, trusted: bool) -> Any:
     try:
+        if key == "reward.model":
+            return classifier_config(path, f"{key}={path}", trust_remote_code=trusted)
         return pretrained(AutoConfig, path, trust_remote_code=trusted, subject=f"{key}={path}")
     except ConfigError:
         raise
@@ -207,8 +213,8 @@ def _cache_bytes(settings: Any, dtype: torch.dtype) -> int:
 
 
 def _reward_sizes(config: Config, path: str | None, device: str) -> tuple[int, int]:
-    """Weights of the reward model, and the working memory of a pass for each text: inputs, outputs and the wide middle
-    of one layer, and the attention scores."""
+    """Weights of the reward model as a model of its own, and the working memory of a pass for each text: inputs,
+    outputs and the wide middle of one layer, and the attention scores."""
     if path is None:
         return 0, 0
     trusted = config.model.trust_remote_code
@@ -218,10 +224,11 @@ def _reward_sizes(config: Config, path: str | None, device: str) -> tuple[int, i
     count = sum(parameter.numel() for parameter in model.parameters())
     auto = torch.float16 if device == "cuda" and config.reward.dtype == "auto" else None
     size = (auto or reward_dtype(config.reward, torch.device("cpu"))).itemsize
+    row_size = _weights_dtype(config, device).itemsize if config.reward.on_policy_base else size
     text = settings.get_text_config()
     middle = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     tokens = longest_sample(config)
-    return count * size, size * tokens * (4 * text.hidden_size + 2 * middle + text.num_attention_heads * tokens)
+    return count * size, row_size * tokens * (4 * text.hidden_size + 2 * middle + text.num_attention_heads * tokens)
 
 
 def _kept(module: policy_with_value.PolicyWithValue, config: Config, rows: int, autocast: bool) -> dict[str, int]:

@@ -70,7 +70,8 @@ def with_arithmetic_of_the_run(dump: Dump) -> tuple[Dump, str]:
         config,
         run=replace(config.run, precision=found.get("precision", config.run.precision)),
         model=replace(config.model, dtype=found.get("model_dtype", config.model.dtype)),
-        reward=replace(config.reward, dtype=found.get("reward_dtype", config.reward.dtype)),
+        # Texts are scored without a policy, so by a classifier of its own, in the dtype of the run.
+        reward=replace(config.reward, dtype=found.get("reward_dtype", config.reward.dtype), on_policy_base=False),
     )
     if recorded.get("device") == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"

@@ -102,8 +102,7 @@ class RewardModelConfig:
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RewardLoraConfig:
     r: NonNegativeInt = 0
-    """Rank of the adapters, which are merged into the weights at the end; 0 trains all weights. The head is always
-    fully trainable."""
+    """Rank of the adapters; 0 trains all weights. The head is always fully trainable."""
     alpha: Positive = 16.0
     """Adapters are scaled by alpha / r."""
     dropout: Fraction = 0.0
@@ -111,6 +110,9 @@ class RewardLoraConfig:
     target_modules: Strings | None = None
     """Names of the layers that get adapters, or `all-linear` for all linear layers except routers. By default, peft's
     choice for the architecture, or if it has none, all linear layers except experts and routers."""
+    merge: bool = True
+    """Merge the adapters into the weights at the end. false writes a peft adapter with the head instead of a whole
+    model, which reward.on_policy_base can score on the policy's own base."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

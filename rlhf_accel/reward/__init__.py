@@ -6,7 +6,7 @@ A reward sees text only: no token ids of the policy, no model that is trained, a
 
 from rlhf_accel.reward.calls import RewardError, RewardFunction
 from rlhf_accel.reward.cautions import cautions
-from rlhf_accel.reward.classifier import Classifier, reward_dtype
+from rlhf_accel.reward.classifier import Classifier, SharedBase, reward_dtype
 from rlhf_accel.reward.functions import import_function, vader
 from rlhf_accel.reward.loading import load_golds, load_reward, load_reward_here, reward_of
 from rlhf_accel.reward.server import TOKEN_VARIABLE, RemoteReward
@@ -19,6 +19,7 @@ __all__ = [
     "Reward",
     "RewardError",
     "RewardFunction",
+    "SharedBase",
     "cautions",
     "import_function",
     "load_golds",

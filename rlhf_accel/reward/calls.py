@@ -51,7 +51,8 @@ def call(
 
     Raises `RewardError`, which begins with `name`.
     """
-    if not prompts:  # a rank without a share: no function has to handle empty lists
+    waited_for = isinstance(function, Classifier) and function.shared is not None
+    if not prompts and not waited_for:  # a rank without a share: no function has to handle empty lists
         return torch.zeros(0, dtype=torch.float64)
     if isinstance(function, RemoteReward):
         timeout = timeout or function.timeout

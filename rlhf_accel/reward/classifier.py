@@ -6,32 +6,46 @@ the loaded classifier with its training. Knows no policy and no rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
 
 from rlhf_accel.config.schema import RewardConfig
 from rlhf_accel.data import reward_texts
 from rlhf_accel.data.reward_texts import Record
 from rlhf_accel.models.classifier import load_tokenizer, most_tokens, settle_padding, stored_dtype
-from rlhf_accel.models.loading import DTYPES, load_pretrained
+from rlhf_accel.models.loading import DTYPES
 from rlhf_accel.models.masks import known_mask
+from rlhf_accel.models.unmerged import load_classifier, on_base
 from rlhf_accel.reward import classifier_checks
 from rlhf_accel.system.arithmetic import computes_in_bf16
 from rlhf_accel.system.errors import ConfigError
 from rlhf_accel.system.transfer import to_device, to_host
 
 
+@dataclass(frozen=True, kw_only=True)
+class SharedBase:
+    """A classifier on the policy's base, with which all ranks may have to make each forward pass together."""
+
+    classifier: Any
+    """As `put_on_base` returns it."""
+    policy: Callable[[], Any]
+    """The policy as it is now."""
+    passes: Callable[[int], int]
+    """How many forward passes all ranks make if this one needs so many; asked by all of them."""
+
+
 class Classifier:
     """A sequence classifier that scores texts by one label's logit or probability.
 
     Texts are formed as in its training, if that is recorded beside it. `sample_tokens` is the most tokens of the policy
-    that a sample's prompt and response may have, if known. Raises `ConfigError` if the classifier cannot be loaded, or
-    does not score as in its training.
+    that a sample's prompt and response may have, if known. With `shared`, it is the one on the policy's base, and none
+    is loaded. Raises `ConfigError` if the classifier cannot be loaded, or does not score as in its training.
     """
 
     def __init__(
@@ -42,22 +56,21 @@ class Classifier:
         *,
         trust_remote_code: bool = False,
         sample_tokens: tuple[int, int] | None = None,
+        shared: SharedBase | None = None,
     ) -> None:
         self.config = config
+        self.shared = shared
         self.device = device
         self.setting = f"reward.model={config.model}"  # with which its errors begin
         self.record = reward_texts.read(path, self.setting)
-        in_bf16 = self.record is not None and self.record.precision == "bf16"
-        self.dtype = reward_dtype(config, device, torch.bfloat16 if in_bf16 else stored_dtype(path))
         self.tokenizer = load_tokenizer(path, self.setting, trust_remote_code=trust_remote_code)
-        model = load_pretrained(
-            AutoModelForSequenceClassification,
-            path,
-            self.setting,
-            trust_remote_code=trust_remote_code,
-            dtype=self.dtype,
-        )
-        self.model = model.to(device).eval().requires_grad_(False)
+        if shared is None:
+            in_bf16 = self.record is not None and self.record.precision == "bf16"
+            self.dtype = reward_dtype(config, device, torch.bfloat16 if in_bf16 else stored_dtype(path))
+            model = load_classifier(path, self.setting, trust_remote_code=trust_remote_code, dtype=self.dtype)
+            self.model = model.to(device).eval().requires_grad_(False)
+        else:
+            self.model, self.dtype = shared.classifier, shared.classifier.dtype
         self.label, self.label_found = _find_label(config, self.model.config.id2label)
         settle_padding(self.model, self.tokenizer)
         self.max_tokens = most_tokens(self.model, self.tokenizer)
@@ -79,19 +92,35 @@ class Classifier:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Sequence[Any]) -> list[float]:
-        texts = self.formed(prompts, responses, columns)
-        rows, cut = reward_texts.encode(self.tokenizer, texts, self.max_tokens)
-        self._count(prompts, columns, rows, cut)
-        # Batches of texts of similar length need less padding.
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        size = self.config.batch_size
-        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        rows: list[dict[str, list[int]]] = []
+        batches: list[list[int]] = []
+        failure: Exception | None = None
+        try:
+            rows, batches = self._batches(prompts, responses, columns)
+        except Exception as error:  # raised when this rank has made the passes that the others make
+            failure = error
+        passes = len(batches) if self.shared is None else self.shared.passes(len(batches))
         found = to_host([self._scores(self.logits([rows[i] for i in batch])) for batch in batches])
-        scores = [0.0] * len(texts)
+        for _ in range(passes - len(batches)):
+            self.logits(reward_texts.encode(self.tokenizer, [" "], self.max_tokens)[0])
+        if failure is not None:
+            raise failure
+        scores = [0.0] * len(rows)
         for batch, part in zip(batches, found, strict=True):
             for i, score in zip(batch, part.tolist(), strict=True):
                 scores[i] = score
         return scores
+
+    def _batches(
+        self, prompts: Sequence[str], responses: Sequence[str], columns: Mapping[str, Sequence[Any]]
+    ) -> tuple[list[dict[str, list[int]]], list[list[int]]]:
+        """The encoded texts, and their positions in batches: texts of similar length need less padding."""
+        texts = self.formed(prompts, responses, columns)
+        rows, cut = reward_texts.encode(self.tokenizer, texts, self.max_tokens)
+        self._count(prompts, columns, rows, cut)
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        size = self.config.batch_size
+        return rows, [order[start : start + size] for start in range(0, len(order), size)]
 
     def formed(
         self, prompts: Sequence[str], responses: Sequence[str], columns: Mapping[str, Sequence[Any]]
@@ -116,9 +145,15 @@ class Classifier:
         batch = {key: [list(row[key]) for row in rows] for key in keys}
         inputs = self.tokenizer.pad(batch, return_tensors="pt")
         moved = {name: to_device(tensor, self.device) for name, tensor in inputs.items()}
-        with known_mask(inputs.get("attention_mask"), self.device):
-            logits: Tensor = self.model(**moved).logits
+        with known_mask(inputs.get("attention_mask"), self.device), self._whole() as model:
+            logits: Tensor = model(**moved).logits
         return logits.float()
+
+    def _whole(self) -> contextlib.AbstractContextManager[Any]:
+        """The model with its trunk, inside the context."""
+        if self.shared is None:
+            return contextlib.nullcontext(self.model)
+        return on_base(self.model, self.shared.policy())
 
     def _count(
         self,

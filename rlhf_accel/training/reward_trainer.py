@@ -5,6 +5,7 @@ Knows the order of the steps, from the config to the folder that `reward.model` 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import transformers
@@ -12,7 +13,7 @@ import transformers
 from rlhf_accel.algorithm.calibration import Reliability
 from rlhf_accel.config.reward_schema import RewardTrainingConfig
 from rlhf_accel.data import feedback as preferences
-from rlhf_accel.data import wheels
+from rlhf_accel.data import reward_texts, wheels
 from rlhf_accel.data.feedback import Sets
 from rlhf_accel.distributed.accelerator import release_accelerate
 from rlhf_accel.distributed.launch_files import find_deepspeed_file
@@ -81,8 +82,8 @@ class RewardTrainer:
             trainer.save_model(str(finished))
 
             def write() -> None:
-                classifiers.finish(finished, config, tokenizer, sets.labels, shift, scale)
-                record = trainer.record(sets)
+                unmerged = classifiers.finish(finished, config, tokenizer, sets.labels, shift, scale)
+                record = replace(trainer.record(sets), unmerged=unmerged)
                 write_record(finished, record, sets.labels, kept, shift, scale, trust_remote_code=trusted)
                 card = reward_card.describe(finished, config, sets.labels, sets.sources, metrics, curves)
                 self._publish(finished, output, [*sets.notes, *trainer.cut_note(), *card], metrics)
@@ -109,12 +110,13 @@ class RewardTrainer:
 
     def _publish(self, finished: Path, output: Path, notes: list[str], metrics: dict[str, float]) -> None:
         """Move the finished folder to its place, and print notes and metrics."""
-        files.flush_all(finished, like=finished / "config.json")
+        files.flush_all(finished, like=finished / reward_texts.FILE)
         if output.exists():
             output.rmdir()  # free_folder found it empty
         finished.rename(output)
         say("\n".join([*notes, *(f"{name:28} {value:.4g}" for name, value in metrics.items())]))
-        say(f"wrote {output}, which reward.model takes")
+        unmerged = "" if self.config.lora.merge else ", also with reward.on_policy_base=true"
+        say(f"wrote {output}, which reward.model takes{unmerged}")
 
 
 def train_reward(config: RewardTrainingConfig) -> dict[str, float]:

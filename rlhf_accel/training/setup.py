@@ -28,7 +28,8 @@ from rlhf_accel.models.policy_with_value import PolicyWithValue, build
 from rlhf_accel.models.positions import check_window
 from rlhf_accel.models.reference import load_reference
 from rlhf_accel.models.trainable import freeze_unreached, parameter_groups
-from rlhf_accel.reward import Reward, RewardError, RewardFunction, load_golds, load_reward, reward_of
+from rlhf_accel.models.unmerged import put_on_base, require_unmerged
+from rlhf_accel.reward import Reward, RewardError, RewardFunction, SharedBase, load_golds, load_reward, reward_of
 from rlhf_accel.reward import cautions as cautions_of
 from rlhf_accel.rollout import padding
 from rlhf_accel.rollout.collector import Collector
@@ -80,6 +81,8 @@ class Setup:
         if not critic:  # nothing is trained, so nothing has to be computed again
             model = replace(config.model, critic="head", gradient_checkpointing=False)
             config = replace(config, model=model, reward=replace(config.reward, partial_every=0))
+        if config.reward.on_policy_base:
+            require_unmerged(_reward_path(config, runtime) or "", f"reward.model={config.reward.model}")
         train_rows, held_rows = _on_main_first(runtime, lambda: split_rows(config.data))
         path = _on_main_first(runtime, lambda: wheels.resolve_model(config.model.name_or_path))
         tokens = Tokens.load(path, trust_remote_code=config.model.trust_remote_code)
@@ -96,13 +99,12 @@ class Setup:
         check_window(config, policy, len(tokens.prefix))
         reference = load_reference(config, policy)
         reward_path = _reward_path(config, runtime)
-        scorer = _load_reward(config, runtime, reward, reward_path)
-        _check_turns(config, scorer, prompts)
-        golds = _on_main_first(runtime, lambda: load_golds(config.reward))
-        _try_rewards(config, scorer, golds, prompts)
+        shared = _share_base(config, runtime, policy, reward_path)
+        rewards = None if shared else _rewards(config, runtime, reward, reward_path, prompts)
         module, frozen = _build(config, runtime, policy, path, reward_path, critic=critic and config.ppo.has_critic)
-        description = _describe(config, runtime, module, frozen, len(prompts), scorer)
         _prepare(config, runtime, module, resume)
+        # On the policy's base, texts are scored by the prepared module.
+        scorer, golds = rewards or _rewards(config, runtime, reward, reward_path, prompts, shared)
         dtype = _rounds_to(config, runtime)
         static = StaticForm(graphs=runtime.device.type == "cuda", log=log)
         _check_padding(config, runtime, prompts, tokens, dtype, static)
@@ -118,7 +120,7 @@ class Setup:
             collector=_collector(config, runtime, tokens, reference, dtype, static),
             dtype=dtype,
             left_out=omitted,
-            description=description,
+            description=_describe(config, runtime, module, frozen, len(prompts), scorer),
         )
 
     def cautions(self) -> list[tuple[str, str]]:
@@ -178,13 +180,49 @@ def _reward_path(config: Config, runtime: Runtime) -> str | None:
     return None if name is None else _on_main_first(runtime, lambda: wheels.resolve_model(name, "reward.model"))
 
 
-def _load_reward(config: Config, runtime: Runtime, reward: RewardFunction | None, path: str | None) -> Reward:
+def _share_base(config: Config, runtime: Runtime, policy: LanguageModel, path: str | None) -> SharedBase | None:
+    """With reward.on_policy_base, the reward model's adapter is added to the policy; else None."""
+    if not config.reward.on_policy_base or path is None:
+        return None
+    setting, trusted, device = f"reward.model={config.reward.model}", config.model.trust_remote_code, runtime.device
+    classifier = _on_main_first(runtime, lambda: put_on_base(policy, path, setting, device, trust_remote_code=trusted))
+
+    def passes(own: int) -> int:
+        return own if runtime.has_whole_weights else int(runtime.max(torch.tensor(own)))
+
+    return SharedBase(classifier=classifier, policy=lambda: runtime.plain_module.policy, passes=passes)
+
+
+def _rewards(
+    config: Config,
+    runtime: Runtime,
+    reward: RewardFunction | None,
+    path: str | None,
+    prompts: Prompts,
+    shared: SharedBase | None = None,
+) -> tuple[Reward, Mapping[str, Reward]]:
+    """The reward and the gold rewards, tried on a few prompts."""
+    scorer = _load_reward(config, runtime, reward, path, shared)
+    _check_turns(config, scorer, prompts)
+    golds = _on_main_first(runtime, lambda: load_golds(config.reward))
+    _try_rewards(config, scorer, golds, prompts)
+    return scorer, golds
+
+
+def _load_reward(
+    config: Config, runtime: Runtime, reward: RewardFunction | None, path: str | None, shared: SharedBase | None
+) -> Reward:
     if reward is None:
         sizes = (config.rollout.max_prompt_tokens, config.rollout.max_new_tokens)
         trusted, device = config.model.trust_remote_code, runtime.device
-        return _on_main_first(
-            runtime, lambda: load_reward(config.reward, path, device, trust_remote_code=trusted, sample_tokens=sizes)
-        )
+
+        def load() -> Reward:
+            return load_reward(
+                config.reward, path, device, trust_remote_code=trusted, sample_tokens=sizes, shared=shared
+            )
+
+        # A shared base is checked by passes that all ranks may have to make together.
+        return _on_main_first(runtime, load) if shared is None else load()
     if config.reward.model or config.reward.url or config.reward.function:
         raise ConfigError(
             "PPOTrainer(reward=…) is given beside reward.model, reward.url or reward.function; keep one of them",
@@ -354,8 +392,8 @@ def _collector(
 def _describe(
     config: Config, runtime: Runtime, module: PolicyWithValue, frozen: list[str], prompts: int, reward: Reward
 ) -> str:
-    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    held = sum(p.numel() for p in module.parameters())
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in module.parameters()]  # also if ZeRO-3 cut it
+    trainable, held = sum(size for size, is_trainable in sizes if is_trainable), sum(size for size, _ in sizes)
     dtype = str(resolve_dtype(config, runtime.device)).removeprefix("torch.")
     lines = [
         f"policy {config.model.name_or_path} in {dtype}, {trainable:,} of {held:,} parameters are trained; critic "

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM
 
 from tests.distributed.launch import run_all
+from tests.test_unmerged import trained
 
 LORA = {"lora": {"r": 4, "target_modules": ["c_attn", "c_fc"]}, "model": {"critic": "adapter"}}
+SHARED = {"function": [], "model": "{unmerged}", "dtype": "auto", "on_policy_base": True}
 SAVED = {"total_steps": 2, "save_every": 1}
 LONGER = {"total_steps": 3, "save_every": 2}
 CHECKPOINTED = {**LORA, "model": {"critic": "adapter", "gradient_checkpointing": True}, "run": SAVED}
@@ -37,6 +40,15 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "separate": {"model": {"critic": "separate"}, "run": SAVED},
     "classifier": {"reward": {"function": [], "model": "{classifier}", "label": "1"}, "run": SAVED},
     "lora": {**LORA, "run": SAVED},
+    # The reward on the policy's base: ranks have shares of different sizes, and each pass is a collective of ZeRO-3.
+    "shared_base": {
+        **{**LORA, "reward": {**SHARED, "partial_every": 5, "batch_size": 2}, "rollout": {"batch_size": 7}},
+        **{"ppo": {"num_minibatches": 1}, "run": SAVED},
+    },
+    "shared_base_in_step": {
+        **{**LORA, "reward": {**SHARED, "partial_every": 5, "batch_size": 2}},
+        **{"rollout": {"batch_size": 7, "gather_parameters": "never"}, "ppo": {"num_minibatches": 1}, "run": SAVED},
+    },
     # Groups of three, of which a rank's share and a minibatch hold parts.
     "grpo": {
         **{"rollout": {"batch_size": 3, "samples_per_prompt": 3}},
@@ -86,15 +98,15 @@ GRADIENT: dict[str, dict[str, Any]] = {
 # What each launch runs; None is one process.
 BOTH = ("full", "uneven", "grpo", "lora", "checkpointed", "stopped", "poisoned", "gradient", "autocast")
 LAUNCHES: dict[tuple[str | None, int], list[str]] = {
-    (None, 1): [*BOTH, "longer", "few", "separate", "classifier", "bf16_base"],
-    ("ddp", 2): [*BOTH, "plain", "from_one", *(f"stopped_in_{phase}" for phase in PHASES)],
+    (None, 1): [*BOTH, "longer", "few", "separate", "classifier", "bf16_base", "shared_base"],
+    ("ddp", 2): [*BOTH, "plain", "from_one", "shared_base", *(f"stopped_in_{phase}" for phase in PHASES)],
     ("cpu", 3): ["uneven", "few"],
     ("zero1", 2): ["full", "poisoned"],
-    ("zero2", 2): [*BOTH, "from_one_lora", "no_room", "bf16_base"],
+    ("zero2", 2): [*BOTH, "from_one_lora", "no_room", "bf16_base", "shared_base"],
     ("zero3", 2): [
         *BOTH,
         *("few", "in_step", "plain", "separate", "classifier", "bf16_base", "bf16_base_in_step"),
-        *("lora_portable", "from_one", "stopped_in_update", "buffers"),
+        *("lora_portable", "from_one", "stopped_in_update", "buffers", "shared_base", "shared_base_in_step"),
     ],
     ("zero3_offload", 2): ["full"],
 }
@@ -103,7 +115,7 @@ RESUMED: dict[tuple[str | None, int], list[str]] = {
     (None, 1): ["full", "lora", "grpo"],
     ("ddp", 2): ["full"],
     ("zero2", 2): ["full", "lora", "grpo"],
-    ("zero3", 2): ["full", "lora", "lora_portable"],
+    ("zero3", 2): ["full", "lora", "lora_portable", "shared_base"],
     ("zero3_offload", 2): ["full"],
 }
 PORTABLE = {(config, name) for config in ("zero2", "zero3", "zero3_offload") for name in ("full", "lora_portable")}
@@ -176,8 +188,16 @@ def prompts_file(prompts_file: Path, shared: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def unmerged_folder(gpt2_folder: Path, shared: Path) -> Path:
+    """An unmerged reward model over the tiny GPT-2."""
+    torch.set_float32_matmul_precision("highest")
+    return once(shared / "unmerged", lambda: trained(gpt2_folder, shared / "unmerged"))
+
+
+@pytest.fixture(scope="session")
 def launched_runs(
     gpt2_folder: Path,
+    unmerged_folder: Path,
     llama_folder: Path,
     gemma4_folder: Path,
     classifier_folder: Path,
@@ -231,6 +251,7 @@ def launched_runs(
                 [run for name in LAUNCHES[config, processes] for run in runs_of(name, config, processes, folder)]
             )
             folders = {"llama": llama_folder, "gemma4": gemma4_folder, "classifier": classifier_folder}
+            folders["unmerged"] = unmerged_folder
             for name, model in folders.items():
                 text = text.replace(f"{{{name}}}", str(model))
             run_all(json.loads(text), folder, config, processes)

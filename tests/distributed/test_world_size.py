@@ -23,7 +23,10 @@ MANY = [pytest.param(*key, id=f"{key[0]}-{key[1]}") for key in LAUNCHES if key[0
 
 
 # Another way to the same run.
-SAME_AS = {"in_step": "full", "plain": "full", "lora_portable": "lora"}
+SAME_AS = {
+    **{"in_step": "full", "plain": "full", "lora_portable": "lora"},
+    "shared_base_in_step": "shared_base",
+}
 
 
 def assert_same_run(one: Path, other: Path) -> None:
