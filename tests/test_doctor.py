@@ -260,7 +260,7 @@ def test_fp16_is_blamed_for_scores_that_are_not_finite_if_it_is_used(tiny, dtype
 
     class Overflows(Classifier):
         def __init__(self):
-            self.dtype = dtype
+            self.dtype, self.shared = dtype, None
 
         def __call__(self, prompts, responses, **columns):
             return [float("inf")] * len(responses)

@@ -20,7 +20,8 @@ from rlhf_accel.commands.doctor import diagnose
 from rlhf_accel.commands.evaluate import Judge
 from rlhf_accel.commands.model_sizes import measure
 from rlhf_accel.config.loading import load, parse, to_yaml
-from rlhf_accel.config.schema import Config, RewardConfig, RewardTrainingConfig
+from rlhf_accel.config.reward_schema import RewardTrainingConfig
+from rlhf_accel.config.schema import Config, RewardConfig
 from rlhf_accel.models import unmerged
 from rlhf_accel.models.lora import POLICY, REWARD
 from rlhf_accel.models.trainable import training_mode
