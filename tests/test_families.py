@@ -172,7 +172,7 @@ def described(config: Config) -> str:
     """The lines with which a run starts."""
     path = config.model.name_or_path
     module = policy_with_value.build(config, load_policy(config, path, CPU), path, None)
-    launch: Any = SimpleNamespace(world_size=1, device=CPU, precision="fp32")
+    launch: Any = SimpleNamespace(launch="1 process", device=CPU, precision="fp32")
     return setup._describe(config, launch, module, trainable.freeze_unreached(module), 8, Reward(terms=()))
 
 

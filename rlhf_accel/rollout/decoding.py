@@ -23,6 +23,7 @@ from rlhf_accel.models.static_cache import fixed
 from rlhf_accel.rollout.drawing import SamplingSettings, draw
 from rlhf_accel.rollout.generations import Generations
 from rlhf_accel.system.graphs import runs
+from rlhf_accel.system.terminal import say
 from rlhf_accel.system.transfer import to_device, to_host, to_host_later
 
 # Finished rows leave at multiples of so many tokens, if at most this share of the rows is left. Fewer rows need a new
@@ -40,7 +41,7 @@ class StaticForm:
     """
 
     graphs: bool
-    log: Callable[[str], None] = print
+    log: Callable[[str], None] = say
     refused: str | None = None
 
     def refuse(self, reason: str) -> None:
