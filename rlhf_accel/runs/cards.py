@@ -69,12 +69,12 @@ _CITATIONS = """```bibtex
 ```"""
 
 
-_NAMES = {"gae": "PPO", "rloo": "RLOO", "grpo": "GRPO", "dr_grpo": "Dr. GRPO", "reinforce++": "REINFORCE++"}
+_NAMES = {"gae": "PPO", "dr_grpo": "Dr. GRPO"}  # other estimators are called as their keys, in capitals
 
 
 def algorithm(config: Config) -> str:
     """The name of what trained the policy."""
-    return _NAMES[config.ppo.advantage]
+    return _NAMES.get(config.ppo.advantage, config.ppo.advantage.upper())
 
 
 def model_card(
