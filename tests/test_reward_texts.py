@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from rlhf_accel.config.reward_schema import RewardTrainingConfig
 from rlhf_accel.config.schema import Config, RewardConfig
 from rlhf_accel.data import reward_texts
 from rlhf_accel.models import classifier as classifiers
-from rlhf_accel.models import probes
 from rlhf_accel.reward import Classifier, cautions, classifier, classifier_checks, load_reward
 from rlhf_accel.system import arithmetic
 from rlhf_accel.system.errors import ConfigError, RunFailed
@@ -135,10 +135,10 @@ def another_template(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(TEMPLATE.replace("<|turn|>", "### "))
 
 
-def other_weights(folder: Path) -> None:
+def other_weights(folder: Path, factor: float = 1.02) -> None:
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
     with torch.no_grad():
-        model.score.weight.mul_(1.02)
+        model.score.weight.mul_(factor)
     model.save_pretrained(folder)
 
 
@@ -286,6 +286,7 @@ def test_a_written_model_that_is_not_the_trained_one_is_not_written(chat_base, t
     with pytest.raises(RunFailed, match="the written model is not the trained one: the training text"):
         reward_trainer.train_reward(training(tmp_path, chat_base, pairs()))
     assert not (tmp_path / "reward").exists()
+    assert (tmp_path / "reward.refused" / "model.safetensors").exists(), "the training is not lost"
 
 
 def test_a_tokenizer_that_reads_other_ids_than_in_training_is_not_written(chat_base, tmp_path, monkeypatch) -> None:
@@ -294,18 +295,54 @@ def test_a_tokenizer_that_reads_other_ids_than_in_training_is_not_written(chat_b
         reward_trainer.train_reward(training(tmp_path, chat_base, pairs()))
 
 
-def test_fp32_training_is_judged_at_the_limit_of_fp32(chat_base, tmp_path, monkeypatch) -> None:
-    """With the setting that every command makes; the fault is below the limit of bf16."""
-    monkeypatch.setattr(probes, "multiplies_exactly", lambda device: True)
-    monkeypatch.setattr(feedback_trainer, "multiplies_exactly", lambda device: True)
-    finish, before = classifiers.finish, torch.get_float32_matmul_precision()
-    monkeypatch.setattr(classifiers, "finish", lambda *given: finish(*given[:-1], 1.02 * given[-1]))
+@pytest.fixture
+def medium_products(monkeypatch) -> Iterator[None]:
+    """The setting that every command makes, which `exact_fp32` forbids."""
+    monkeypatch.undo()
+    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
-    try:
-        with pytest.raises(RunFailed, match="the written model is not the trained one"):
-            reward_trainer.train_reward(training(tmp_path, chat_base, pairs()))
-    finally:
-        torch.set_float32_matmul_precision(before)
+    yield
+    assert torch.get_float32_matmul_precision() == "medium"
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_training_is_judged_at_the_limit_of_fp32(
+    chat_base, tmp_path, monkeypatch, medium_products, precision
+) -> None:
+    """The fault is far below what bf16 rounds."""
+    finish = classifiers.finish
+    monkeypatch.setattr(classifiers, "finish", lambda *given: finish(*given[:-1], 1.002 * given[-1]))
+    config = training(tmp_path, chat_base, pairs())
+    with pytest.raises(RunFailed, match="the written model is not the trained one"):
+        reward_trainer.train_reward(replace(config, run=replace(config.run, precision=precision)))
+
+
+def test_scoring_in_fp32_is_judged_at_the_limit_of_fp32(chat_reward, tmp_path, medium_products) -> None:
+    judge(chat_reward)
+    folder = changed(chat_reward, tmp_path / "reward", lambda place: other_weights(place, 1.002))
+    with pytest.raises(ConfigError, match="its weights have changed"):
+        judge(folder)
+
+
+def test_a_sound_model_that_bf16_rounds_much_is_written(chat_base, tmp_path, monkeypatch) -> None:
+    """Its scores are small sums of large terms. In a run, it is refused in bf16 and scores in fp32."""
+    load = classifiers.load
+
+    def cancelling(*given):
+        model = load(*given)
+        with torch.no_grad():
+            model.transformer.ln_f.bias.fill_(200.0)
+            model.score.weight.sub_(model.score.weight.mean())
+        return model
+
+    monkeypatch.setattr(classifiers, "load", cancelling)
+    config = training(tmp_path, chat_base, pairs())
+    config = replace(config, run=replace(config.run, precision="bf16"), optim=replace(config.optim, lr=1e-6))
+    reward_trainer.train_reward(config)
+    judge(tmp_path / "reward")
+    with pytest.raises(ConfigError, match=r"bfloat16 rounds too much.*set reward\.dtype=fp32"):
+        judge(tmp_path / "reward", dtype="bf16")
 
 
 # Padding and limits

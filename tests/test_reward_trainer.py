@@ -330,10 +330,11 @@ def test_a_folder_that_scores_otherwise_than_the_model_in_memory_is_not_written(
     monkeypatch.setattr(reward_trainer.classifiers, "adapted", with_others)
     lora = {"r": 2, "target_modules": "all-linear"}
     with pytest.raises(
-        RunFailed, match=r"^the written model is not the trained one: .* training left .*Nothing is written"
+        RunFailed, match=r"^the written model is not the trained one: .* training left .*kept in .*reward\.refused$"
     ):
         train_reward(config(ratings(40), optim={"epochs": 1}, lora=lora))
-    assert list((tmp_path / "out").iterdir()) == []
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["reward.refused"]
+    assert (tmp_path / "out" / "reward.refused" / "adapter_model.safetensors").is_file(), "as trained, not merged"
 
 
 def test_rounding_far_from_zero_discards_no_model(config, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from rlhf_accel.data import reward_texts
 from rlhf_accel.data.reward_texts import Record
 from rlhf_accel.models.classifier import has_position_table
 from rlhf_accel.models.probes import scored_alone, trained_scored
+from rlhf_accel.system.arithmetic import exact_products
 from rlhf_accel.system.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -69,17 +70,21 @@ def _check_record(classifier: Classifier, record: Record) -> None:
         )
     texts = [probe.text for probe in record.probes]
     rows, _ = reward_texts.encode(tokenizer, texts, classifier.max_tokens)
-    scores = torch.cat([classifier.logits([row]) for row in rows]) if rows else torch.zeros(0, 1)
-    then = torch.tensor([probe.scores for probe in record.probes]) if rows else scores
-    ids = [row["input_ids"] for row in rows]
-    finding = trained_scored(texts, ids, scores, [probe.ids for probe in record.probes], then, classifier.dtype)
+    # In fp32 the products are exact, as when the scores were recorded; bf16 and fp16 round as they will in the run.
+    with exact_products():
+        scores = torch.cat([classifier.logits([row]) for row in rows]) if rows else torch.zeros(0, 1)
+        then = torch.tensor([probe.scores for probe in record.probes]) if rows else scores
+        ids = [row["input_ids"] for row in rows]
+        finding = trained_scored(texts, ids, scores, [probe.ids for probe in record.probes], then, classifier.dtype)
     if not finding.passed:
-        dtype = str(classifier.dtype).removeprefix("torch.")
-        cause = f"its weights have changed, or {dtype} rounds too much"
+        cause, remedy = "its weights have changed", "restore the files of the training"
         if finding.unit == "texts":
             cause = "its tokenizer has changed"
+        elif classifier.dtype != torch.float32:
+            cause += f", or {str(classifier.dtype).removeprefix('torch.')} rounds too much"
+            remedy += ", or set reward.dtype=fp32"
         raise ConfigError(
-            f"{setting}: {finding.message}: {cause}; restore the files of the training, or set reward.dtype=fp32",
+            f"{setting}: {finding.message}: {cause}; {remedy}",
             key="reward.model",
             difference=finding.difference,
         )

@@ -37,6 +37,17 @@ def casts_kept(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Inside the context, fp32 matrix products are true fp32, whatever `process.tune_process` allowed."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def has_gpu() -> bool:
     """Whether this process computes on a GPU: there is one, and the launch does not keep the process on the CPU
     (`use_cpu: true`, as in accelerate_configs/cpu.yaml)."""

@@ -5,8 +5,10 @@ Knows losses, batches and the arguments of the loop; knows no output folder and 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +25,7 @@ from rlhf_accel.data import reward_texts
 from rlhf_accel.data.feedback import Feedback, Sets
 from rlhf_accel.data.reward_texts import Record
 from rlhf_accel.models import classifier as classifiers
-from rlhf_accel.system.arithmetic import computes_in_bf16, has_gpu, multiplies_exactly
+from rlhf_accel.system.arithmetic import computes_in_bf16, exact_products, has_gpu
 from rlhf_accel.system.errors import ConfigError, RunFailed
 from rlhf_accel.system.terminal import say
 from rlhf_accel.training.reward_evaluation import Kept, tuning_loss
@@ -135,12 +137,14 @@ class FeedbackTrainer(Trainer):  # type: ignore[misc]  # mypy skips transformers
         short = [len(text) <= reward_texts.LONGEST_PROBE for text in train.texts]
         places = reward_texts.spread([len(ids) for ids in self.ids], short)
         texts = tuple(train.texts[i] for i in places)
-        rounded = self.args.bf16 or not multiplies_exactly(self.args.device)
+        # In fp32 and without autocast: bf16 rounds a decoder's scores by several percent, which would hide a fault.
+        with exact_products(), without_autocast(self.model):
+            scores = torch.from_numpy(self.scores(texts)).float()
         return Kept(
             texts=texts,
             ids=[self.ids[i] for i in places],
-            scores=torch.from_numpy(self.scores(texts)).float(),
-            dtype=torch.bfloat16 if rounded else torch.float32,
+            scores=scores,
+            dtype=classifiers.output_layer(self.model).weight.dtype,
         )
 
     def record(self, sets: Sets) -> Record:
@@ -212,6 +216,17 @@ class _Progress(transformers.TrainerCallback):  # type: ignore[misc]  # as Feedb
         for key, place in (("loss", ""), ("eval_loss", " on the tuning rows")):
             if state.is_world_process_zero and logs and key in logs:
                 say(f"step {state.global_step}/{state.max_steps}  {self.loss}{place} {float(logs[key]):.3f}")
+
+
+@contextlib.contextmanager
+def without_autocast(model: nn.Module) -> Iterator[None]:
+    """Inside the context, `forward` is that of the model's class, and not Accelerate's, which runs it in autocast."""
+    wrapped = model.__dict__.pop("forward", None)
+    try:
+        yield
+    finally:
+        if wrapped is not None:
+            model.__dict__["forward"] = wrapped
 
 
 def _in_order(scores: Any, places: Any, count: int) -> np.ndarray:

@@ -21,6 +21,7 @@ from rlhf_accel.data.feedback import Feedback
 from rlhf_accel.data.reward_texts import Probe, Record
 from rlhf_accel.models.probes import trained_scored
 from rlhf_accel.reward import Classifier
+from rlhf_accel.system.arithmetic import exact_products
 from rlhf_accel.system.errors import RunFailed
 
 # Number of texts for the mean and the standard deviation of the scores, and the seed that draws them.
@@ -34,7 +35,7 @@ class Kept:
     texts: tuple[str, ...]
     ids: list[list[int]]  # as read in training
     scores: Tensor  # (N, K), fp32, by the model in memory, before normalization
-    dtype: torch.dtype  # to which the scores may have been rounded: bf16 for TF32 too
+    dtype: torch.dtype  # of the weights that computed the scores: bf16 under DeepSpeed in bf16, else fp32
 
 
 def write_record(
@@ -62,20 +63,16 @@ def write_record(
         format="chat" if record.format == "chat" else "plain",
         text="response" if alone else "full",
     )
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # recorded scores must not depend on this machine
-    try:
+    with exact_products():  # recorded scores must not depend on this machine
         classifier = Classifier(config, str(folder), torch.device("cpu"), trust_remote_code=trust_remote_code)
         rows, _ = reward_texts.encode(classifier.tokenizer, kept.texts, classifier.max_tokens)
         scores = torch.cat([classifier.logits([row]) for row in rows]) if rows else kept.scores
-    finally:
-        torch.set_float32_matmul_precision(before)
-    ids = [row["input_ids"] for row in rows]
-    # On the scale of the model in memory, whose rounding is a share of these scores, not of the shifted ones.
-    raw = scores * scale + shift
-    finding = trained_scored(kept.texts, ids, raw, kept.ids, kept.scores, kept.dtype)
+        ids = [row["input_ids"] for row in rows]
+        # On the scale of the model in memory, whose rounding is a share of these scores, not of the shifted ones.
+        raw = scores * scale + shift
+        finding = trained_scored(kept.texts, ids, raw, kept.ids, kept.scores, kept.dtype)
     if not finding.passed:
-        raise RunFailed(f"the written model is not the trained one: {finding.message}. Nothing is written")
+        raise RunFailed(f"the written model is not the trained one: {finding.message}")
     probes = [
         Probe(text=text, ids=row, scores=score)
         for text, row, score in zip(kept.texts, ids, scores.tolist(), strict=True)

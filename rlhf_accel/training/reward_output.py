@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from rlhf_accel.config.reward_schema import RewardTrainingConfig
 from rlhf_accel.system.errors import ConfigError, RunFailed, first_line
+from rlhf_accel.system.files import replace_folder
 from rlhf_accel.system.lock import hold
 from rlhf_accel.system.terminal import say
 
@@ -39,6 +40,18 @@ def work_folder(output: Path) -> Iterator[Path]:
     finally:
         if is_main():
             shutil.rmtree(made[0], ignore_errors=True)
+
+
+@contextmanager
+def kept_if_refused(trained: Path, output: Path) -> Iterator[None]:
+    """If the block raises `RunFailed`, move the folder `trained` to NAME.refused beside the output, which the error
+    then names: a long training is not lost to a fault of the writing."""
+    try:
+        yield
+    except RunFailed as error:
+        kept = output.with_name(f"{output.name}.refused")
+        replace_folder(trained, kept)
+        raise RunFailed(f"{error}; {output} is not written, and the trained weights are kept in {kept}") from error
 
 
 @contextmanager

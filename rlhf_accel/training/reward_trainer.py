@@ -5,6 +5,7 @@ Knows the order of the steps, from the config to the folder that `reward.model` 
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from rlhf_accel.system.errors import ConfigError
 from rlhf_accel.system.terminal import say
 from rlhf_accel.training.feedback_trainer import FeedbackTrainer, training_arguments
 from rlhf_accel.training.reward_evaluation import figures, normalization, write_record
-from rlhf_accel.training.reward_output import free_folder, is_main, locked, on_main, work_folder
+from rlhf_accel.training.reward_output import free_folder, is_main, kept_if_refused, locked, on_main, work_folder
 
 
 class RewardTrainer:
@@ -82,9 +83,13 @@ class RewardTrainer:
             trainer.save_model(str(finished))
 
             def write() -> None:
+                trained = finished
+                if config.lora.r:  # a few MiB, which the merged model replaces
+                    trained = Path(shutil.copytree(finished, work / "trained"))
                 unmerged = classifiers.finish(finished, config, tokenizer, sets.labels, shift, scale)
                 record = replace(trainer.record(sets), unmerged=unmerged)
-                write_record(finished, record, sets.labels, kept, shift, scale, trust_remote_code=trusted)
+                with kept_if_refused(trained, output):
+                    write_record(finished, record, sets.labels, kept, shift, scale, trust_remote_code=trusted)
                 card = reward_card.describe(finished, config, sets.labels, sets.sources, metrics, curves)
                 self._publish(finished, output, [*sets.notes, *trainer.cut_note(), *card], metrics)
 
