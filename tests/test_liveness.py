@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rlhf_accel.config.schema import RunConfig
 from rlhf_accel.distributed import accelerator, liveness
@@ -59,8 +61,34 @@ def test_a_phase_beyond_its_limit_is_reported_once_before_nccl_aborts(
     heartbeat.close()
     said = capsys.readouterr().err
     assert set(asked) == {"late/score of step 7"} and said.count("\n") == 1
-    assert said.startswith("warning: score of step 7 has lasted 0 s, longer than run.collective_timeout; ")
+    assert re.match(r"warning: score of step 7 has lasted \d+ s, longer than run.collective_timeout; ", said)
     assert "rank 5 (in score of step 7 since noon)" in said
+
+
+def test_one_process_is_the_first_for_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert liveness.first_of_all("error"), "without a process group"
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(liveness, "_store", lambda: store)
+    assert [liveness.first_of_all(event) for event in ("late/a", "late/a", "late/b", "late/a")] == [
+        *(True, False, True, False)
+    ]
+
+    def gone() -> None:
+        raise torch.distributed.DistNetworkError("the process that serves the store has ended")
+
+    monkeypatch.setattr(liveness, "_store", gone)
+    assert liveness.first_of_all("late/a")
+
+
+def test_all_process_groups_get_the_time_limit_of_the_first() -> None:
+    distributed, limit = torch.distributed, timedelta(seconds=77)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1, timeout=limit)
+    try:
+        group = distributed.new_group([0], timeout=timedelta(seconds=5))
+        liveness.share_time_limit()
+        assert group._get_backend(torch.device("cpu")).options._timeout == limit
+    finally:
+        distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("has_gpu", [True, False])

@@ -48,4 +48,4 @@ def test_the_inner_of_two_contexts_counts_and_then_the_outer_again() -> None:
 
 def test_the_mask_of_sequences_is_that_of_queries_and_responses() -> None:
     sequences = make_sequences([[1]], [[2]], width=2, length=2)
-    assert mask_of(sequences).tolist() == [[False, True, True, False]]
+    assert mask_of(sequences.query_mask, sequences.response_mask).tolist() == [[False, True, True, False]]

@@ -235,7 +235,7 @@ def test_advice_comes_cheapest_first(tiny, gpt2_folder, monkeypatch):
     assert "zero3_offload" in steps[-1]
 
 
-def test_a_gpu_samples_its_share_at_once_and_advice_lowers_it(tiny, monkeypatch):
+def test_a_gpu_samples_its_share_at_once_and_advice_lowers_what_is_sampled(tiny, monkeypatch):
     config = tiny(rollout={"batch_size": 256, "forward_batch_size": None})
     large = replace(SIZES, cache_row=10**6)
     rows = {"cpu": 64, "cuda": 128}
@@ -246,6 +246,8 @@ def test_a_gpu_samples_its_share_at_once_and_advice_lowers_it(tiny, monkeypatch)
     memory, launch = plan.CUDA_CONTEXT + plan.NCCL_COMMUNICATOR + 50 * 10**6, Launch(processes=2, device="cuda")
     steps, made = plan.advice(config, launch, memory=memory, base=0, paths=("", None))
     assert steps == ["--rollout.forward_batch_size 32"] and plan.fits(made, memory)
+    steps, made = plan.advice(config, Launch(processes=2), memory=100 * 10**6, base=0, paths=("", None))
+    assert steps[-1] == "--rollout.forward_batch_size 32" and plan.fits(made, 100 * 10**6)
 
 
 def test_tables_add_up(tiny):

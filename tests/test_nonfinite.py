@@ -324,6 +324,21 @@ def test_a_full_disk_does_not_end_a_run_and_loses_nothing(tiny, tmp_path: Path) 
         assert torch.equal(load_file(tmp_path / "run" / "final" / "model.safetensors")[name], weight)
 
 
+def test_a_failed_save_is_reported_once_with_how_to_resume(tiny, tmp_path: Path, capsys) -> None:
+    """Not again after each step until one succeeds."""
+    run = {"total_steps": 5, "save_every": 2, "eval_samples": 0, "output_dir": str(tmp_path / "run")}
+    trainer = PPOTrainer(tiny(run={**run, "max_failed_saves": 2}))
+    failures = iter([None, "No space left on device"])
+    trainer.runtime.save_state = lambda folder, save=trainer.runtime.save_state: save(folder) or next(failures)
+    trainer.fit()
+    (warning,) = (line for line in capsys.readouterr().out.splitlines() if "could not be written" in line)
+    assert warning == (
+        "warning: the checkpoint of step 4 could not be written: No space left on device; 1 more such failure ends the "
+        f"run; the last checkpoint is {tmp_path}/run/checkpoints/step-000002, resume with --run.output_dir "
+        f"{tmp_path}/run --run.resume latest"
+    )
+
+
 def test_too_many_failed_saves_end_a_run(tiny, tmp_path: Path) -> None:
     run = {"total_steps": 6, "save_every": 1, "eval_samples": 0, "output_dir": str(tmp_path / "run")}
     trainer = PPOTrainer(tiny(run={**run, "max_failed_saves": 2}))

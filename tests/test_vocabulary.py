@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from rlhf_accel.models import vocabulary
@@ -121,3 +122,13 @@ def test_other_kinds_of_vocabulary_layers_stay_as_they_are() -> None:
     model = Model()
     with_fp32_logits(model)
     assert type(model.head) is Scaled and not has_fp32_logits(model)
+
+
+def test_a_frozen_layer_costs_no_product_for_its_gradient() -> None:
+    """As in LoRA, where that product is as large as the forward pass."""
+    layer, x = near_minus_100()
+    layer = fp32_logits(layer.to(BF16)).requires_grad_(False)
+    outputs = layer(x.to(BF16).requires_grad_())
+    with FlopCounterMode(display=False) as counter:
+        outputs.sum().backward()
+    assert counter.get_total_flops() == 2 * 6 * 16 * 700

@@ -32,7 +32,7 @@ from rlhf_accel.runs.progress_line import plain
 from rlhf_accel.runs.run_folder import model_folder
 from rlhf_accel.runs.summary import reward_scale
 from rlhf_accel.system.arithmetic import has_gpu
-from rlhf_accel.system.errors import ConfigError, first_line, why
+from rlhf_accel.system.errors import ConfigError, as_config_error, why
 from rlhf_accel.system.process import quiet_libraries, tune_process
 from rlhf_accel.system.terminal import Terminal
 
@@ -140,7 +140,7 @@ def _writers(options: argparse.Namespace) -> tuple[Config | None, list[Writer]]:
 
 def _load(kind: Any, path: str, trust_remote_code: bool, base: str | None = None) -> Any:
     device = "cuda" if has_gpu() else "cpu"
-    try:
+    with as_config_error(f"{path}: the model cannot be loaded"):
         if base is not None:
             return adapted(_load(AutoModelForCausalLM, base, trust_remote_code), path).eval().to(device)
         if kind is AutoPeftModelForCausalLM:
@@ -148,10 +148,6 @@ def _load(kind: Any, path: str, trust_remote_code: bool, base: str | None = None
         model = pretrained(kind, path, trust_remote_code=trust_remote_code).eval().to(device)
         with_fp32_logits(model)
         return model
-    except ConfigError:
-        raise
-    except Exception as error:  # a missing, broken or foreign file raises many kinds
-        raise ConfigError(f"{path}: the model cannot be loaded ({first_line(error)})") from error
 
 
 def _reward(config: Config | None, run: Path) -> Reward:

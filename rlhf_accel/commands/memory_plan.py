@@ -235,29 +235,29 @@ def advice(
     def fit() -> bool:
         return _needs(made) <= memory
 
+    def improved(changed: Config) -> bool:
+        """Take the change if it lowers the peak."""
+        nonlocal config, made
+        better = plan(changed, sizes, launch, base=base)
+        if better.peak >= made.peak:
+            return False
+        config, made = changed, better
+        return True
+
     rows = min(config.ppo.micro_batch_tokens // longest, -(-batch.rollout // launch.processes))
     while not fit() and rows > 1:
         rows //= 2
-        smaller = replace(config, ppo=replace(config.ppo, micro_batch_tokens=max(rows * longest, least)))
-        better = plan(smaller, sizes, launch, base=base)
-        if better.peak < made.peak:
-            config, made = smaller, better
-            steps = [f"--ppo.micro_batch_tokens {config.ppo.micro_batch_tokens}"]
+        tokens = max(rows * longest, least)
+        if improved(replace(config, ppo=replace(config.ppo, micro_batch_tokens=tokens))):
+            steps = [f"--ppo.micro_batch_tokens {tokens}"]
     at_once = sampled_at_once(config.rollout, launch.processes, on_gpu=launch.device == "cuda")
     before = steps
-    while not fit() and launch.device == "cuda" and at_once > 1:
+    while not fit() and at_once > 1:
         at_once //= 2
-        smaller = replace(config, rollout=replace(config.rollout, forward_batch_size=at_once))
-        better = plan(smaller, sizes, launch, base=base)
-        if better.peak < made.peak:
-            config, made = smaller, better
+        if improved(replace(config, rollout=replace(config.rollout, forward_batch_size=at_once))):
             steps = [*before, f"--rollout.forward_batch_size {at_once}"]
-    if not fit() and not config.model.gradient_checkpointing:
-        smaller = replace(config, model=replace(config.model, gradient_checkpointing=True))
-        better = plan(smaller, sizes, launch, base=base)
-        if better.peak < made.peak:
-            config, made = smaller, better
-            steps.append("--model.gradient_checkpointing true")
+    if not fit() and improved(replace(config, model=replace(config.model, gradient_checkpointing=True))):
+        steps.append("--model.gradient_checkpointing true")
     if not fit() and config.lora.r == 0:
         config = replace(config, lora=replace(config.lora, r=16))
         sizes = measure(config, *paths, device=launch.device)

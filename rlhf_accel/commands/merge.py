@@ -24,7 +24,7 @@ from rlhf_accel.models.probes import Finding, export_is_memory
 from rlhf_accel.runs.exports import VALUE_HEAD, ExportError
 from rlhf_accel.runs.run_folder import model_folder
 from rlhf_accel.system import console, files
-from rlhf_accel.system.errors import ConfigError, first_line
+from rlhf_accel.system.errors import ConfigError, as_config_error
 from rlhf_accel.system.files import failure
 from rlhf_accel.system.process import quiet_libraries
 from rlhf_accel.system.terminal import say
@@ -74,7 +74,7 @@ def merge(
         trust_remote_code=trust_remote_code,
         dtype=DTYPES["fp32"],
     )
-    try:
+    with as_config_error(f"{adapter} does not fit the base {name}"):
         both = adapted(model, str(adapter))
         if scale != 1:
             both.load_state_dict(scaled_adapter(both.state_dict(), scale))
@@ -84,10 +84,6 @@ def merge(
         ids = torch.tensor(tokens.encode([_PROBE]))
         before = logits_of(both, ids)
         merged = both.merge_and_unload(safe_merge=True)
-    except ConfigError:
-        raise
-    except Exception as error:  # peft raises many kinds for broken or foreign files
-        raise ConfigError(f"{adapter} does not fit the base {name} ({first_line(error)})") from error
     found = export_is_memory(before, logits_of(merged, ids), dtype=DTYPES["fp32"])
     if not found.passed:
         raise ExportError(
@@ -162,11 +158,5 @@ def _as_loaded(folder: Path, merged: Any, ids: Tensor, trust_remote_code: bool, 
 
 
 def _settings(adapter: Path) -> PeftConfig:
-    try:
+    with as_config_error(f"{adapter / 'adapter_config.json'} does not have the form that peft writes"):
         return adapter_config(str(adapter))
-    except ConfigError:
-        raise
-    except Exception as error:  # peft raises many kinds for files that it did not write
-        raise ConfigError(
-            f"{adapter / 'adapter_config.json'} does not have the form that peft writes ({first_line(error)})"
-        ) from error

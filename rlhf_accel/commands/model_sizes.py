@@ -28,7 +28,7 @@ from rlhf_accel.models.loading import attention_settings
 from rlhf_accel.models.policy import fitted, resolve_dtype
 from rlhf_accel.models.unmerged import classifier_config, shared_bytes
 from rlhf_accel.reward import reward_dtype
-from rlhf_accel.system.errors import ConfigError, first_line
+from rlhf_accel.system.errors import ConfigError, as_config_error
 
 # NF4 with block scales quantised again, 8 bits for 64 weights and 32 for 64 x 256 (Dettmers et al. 2023, section 3).
 BYTES_OF_NF4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8
@@ -142,16 +142,10 @@ def _outline(config: Config, settings: Any, reward_path: str | None, dtype: torc
 
 
 def _model_config(path: str, key: str, trusted: bool) -> Any:
-    try:
+    with as_config_error(f"{key}={path}: the model's config could not be read", key=key):
         if key == "reward.model":
             return classifier_config(path, f"{key}={path}", trust_remote_code=trusted)
         return pretrained(AutoConfig, path, trust_remote_code=trusted, subject=f"{key}={path}")
-    except ConfigError:
-        raise
-    except Exception as error:  # a missing, broken or foreign file raises many kinds
-        raise ConfigError(
-            f"{key}={path}: the model's config could not be read ({first_line(error)})", key=key
-        ) from error
 
 
 def _critic(config: Config, settings: Any, reward_path: str | None, policy: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Options of a command line that are no keys of a config. Imports no library."""
+"""Options of a command line that are not keys of a config. Imports no library."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from rlhf_accel.algorithm.batches import Sequences
 from rlhf_accel.data.loading import pretrained
-from rlhf_accel.system.errors import ConfigError, first_line
+from rlhf_accel.system.errors import ConfigError, as_config_error
 from rlhf_accel.system.transfer import to_device
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"  # in place of bytes that are not a character
@@ -47,25 +47,14 @@ class Tokens:
     @classmethod
     def load(cls, name_or_path: str, *, trust_remote_code: bool = False) -> Tokens:
         """The tokenizer of a folder or hub id. Raises `ConfigError` if there is none."""
-        try:
-            tokenizer = pretrained(
-                AutoTokenizer,
-                name_or_path,
-                trust_remote_code=trust_remote_code,
-                subject=f"model.name_or_path={name_or_path}",
-            )
+        named = f"model.name_or_path={name_or_path}"
+        here = "" if os.path.exists(name_or_path) else "there is no such folder of a run or a model here, and "
+        message = f"{named}: {here}no tokenizer could be loaded; save one beside the model"
+        with as_config_error(message, key="model.name_or_path"):
+            tokenizer = pretrained(AutoTokenizer, name_or_path, trust_remote_code=trust_remote_code, subject=named)
             # For some architectures (GPT-2) transformers makes an empty tokenizer where a folder holds none.
             if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
                 raise ValueError("its vocabulary is empty")
-        except ConfigError:
-            raise
-        except Exception as error:  # transformers raises many types for a missing or broken tokenizer
-            here = "" if os.path.exists(name_or_path) else "there is no such folder of a run or a model here, and "
-            raise ConfigError(
-                f"model.name_or_path={name_or_path}: {here}no tokenizer could be loaded; save one beside the model "
-                f"({first_line(error)})",
-                key="model.name_or_path",
-            ) from error
         return cls(tokenizer)
 
     def __len__(self) -> int:

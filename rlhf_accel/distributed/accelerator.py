@@ -17,7 +17,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from rlhf_accel.config.schema import RunConfig
 from rlhf_accel.distributed.liveness import BEFORE_ABORT
 from rlhf_accel.system.arithmetic import computes_in_bf16, has_gpu
-from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.system.errors import ConfigError, first_line
 
 
 def chosen_precision(precision: str) -> str:
@@ -49,7 +49,7 @@ def make_accelerator(run: RunConfig, deepspeed: DeepSpeedPlugin | None) -> Accel
         )
     except (ValueError, ImportError) as error:
         settings = "the launch's DeepSpeed settings" if deepspeed else "the launch's settings"
-        raise ConfigError(f"{settings}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{settings}: {first_line(error)}") from error
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.MEGATRON_LM):
         raise ConfigError(
             f"distributed_type={accelerator.distributed_type.value} of the launch is not supported; use one of "

@@ -29,9 +29,10 @@ _OTHER_MACHINE = 300.0  # seconds that another machine with the same home folder
 def check_tools(zero: Mapping[str, Any]) -> None:
     """Raises `ConfigError` if this `zero_optimization` offloads the optimizer and a tool is missing here with which
     DeepSpeed compiles its AdamW for that. Otherwise the run would fail once its models are loaded."""
-    if zero.get("offload_optimizer", {}).get("device", "none") == "none":
+    offload = zero.get("offload_optimizer") or {}
+    if offload.get("device", "none") == "none" or _is_built():
         return
-    missing = [name for name in (os.environ.get("CXX", "c++"), "ninja") if shutil.which(name.split()[0]) is None]
+    missing = [name for name in (os.environ.get("CXX") or "c++", "ninja") if shutil.which(name.split()[0]) is None]
     if _needs_nvcc() and not _has_nvcc():
         missing.append("nvcc (of the CUDA toolkit in CUDA_HOME)")
     if missing:
@@ -40,6 +41,13 @@ def check_tools(zero: Mapping[str, Any]) -> None:
             f"{' and '.join(missing)}; install what is missing, or launch without offload",
             key="zero_optimization.offload_optimizer",
         )
+
+
+def _is_built() -> bool:
+    """Whether this DeepSpeed was installed with its AdamW for the CPU (DS_BUILD_CPU_ADAM=1)."""
+    from deepspeed.git_version_info import installed_ops
+
+    return bool(installed_ops.get("cpu_adam"))
 
 
 def _needs_nvcc() -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from rlhf_accel.distributed import collectives
 from rlhf_accel.distributed.liveness import share_time_limit
 from rlhf_accel.distributed.weights import whole_weights
-from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.system.errors import ConfigError, first_line
 from rlhf_accel.system.files import failure
 from rlhf_accel.system.memory import free_memory
 
@@ -271,7 +271,7 @@ def _shard_files() -> Any:
                 try:
                     super(ShardFiles, self).save(state_dict, path)
                 except RuntimeError as error:  # torch's report of a failed write
-                    raise OSError(str(error).splitlines()[0]) from error
+                    raise OSError(first_line(error)) from error
 
             self.failure = self.failure or failure(write)
 
@@ -280,9 +280,8 @@ def _shard_files() -> Any:
                 with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
                     return torch.load(path, map_location=map_location, weights_only=True)
             except pickle.UnpicklingError as error:
-                reason = str(error).splitlines()[0]
                 raise ConfigError(
-                    f"run.resume: {path} holds objects that no checkpoint has and was not read ({reason})",
+                    f"run.resume: {path} holds objects that no checkpoint has and was not read ({first_line(error)})",
                     key="run.resume",
                 ) from error
 

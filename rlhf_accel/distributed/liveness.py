@@ -53,7 +53,7 @@ def first_of_all(event: str) -> bool:
     """Whether this process is the first of the launch to ask for this event; True if the store cannot be reached."""
     try:
         return int(_store().add(f"rlhf_accel/{event}", 1)) == 1
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         return True
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlhf_accel.algorithm.batches import Sequences
 from rlhf_accel.models.loading import LanguageModel
+from rlhf_accel.models.masks import mask_of
 from rlhf_accel.models.positions import first_position, position_ids
 
 
@@ -83,7 +84,7 @@ def logits_of(model: LanguageModel, ids: Int[Tensor, "B L"]) -> Tensor:
 def trunk_inputs(
     model: LanguageModel, queries: Tensor, query_mask: Tensor, responses: Tensor, response_mask: Tensor
 ) -> dict[str, Tensor]:
-    mask = torch.cat([query_mask, response_mask], dim=1).long()
+    mask = mask_of(query_mask, response_mask).long()
     return {
         "input_ids": torch.cat([queries, responses], dim=1),
         "attention_mask": mask,

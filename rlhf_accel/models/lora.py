@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from rlhf_accel.config.schema import Config
 from rlhf_accel.data.loading import adapted, adapter_config
 from rlhf_accel.models.loading import LanguageModel, without_dropout
-from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.system.errors import ConfigError, as_config_error, first_line
 
 ALL_LINEAR = ("all-linear",)
 # peft finds expert matrices by these names, also if transformers keeps those of all experts in one tensor.
@@ -135,7 +135,7 @@ def scaled_adapter(weights: Mapping[str, Tensor], scale: float) -> dict[str, Ten
 
 def continued_adapter(model: LanguageModel, config: Config, path: str) -> LanguageModel:
     """The model with the adapter at `path` twice: once trainable, once as the reference."""
-    try:
+    with as_config_error(f"lora.adapter={path}: is not a LoRA adapter for this model", key="lora.adapter"):
         settings = adapter_config(path, f"lora.adapter={path}")
         if settings.r != config.lora.r:
             raise ConfigError(
@@ -151,26 +151,29 @@ def continued_adapter(model: LanguageModel, config: Config, path: str) -> Langua
         model.load_adapter(path, adapter_name=REFERENCE)
         # The adapter may come from another machine; exports name the base that it is trained on here.
         model.peft_config[POLICY].base_model_name_or_path = model.get_base_model().name_or_path
-    except ConfigError:
-        raise
-    except Exception as error:  # a missing, broken or foreign file raises errors of many types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(
-            f"lora.adapter={path}: is not a LoRA adapter for this model ({reason})", key="lora.adapter"
-        ) from error
     return without_dropout(model) if config.lora.dropout == 0 else model
 
 
 def with_adapter(model: LanguageModel, config: Config, task: TaskType) -> LanguageModel:
     settings = lora_settings(model, config, task, config.lora.modules_to_save if task == TaskType.CAUSAL_LM else ())
+    with seeded(config.run.seed):
+        return wrapped(model, settings, config.lora.target_modules)
+
+
+def wrapped(model: LanguageModel, settings: PeftLoraConfig, named: Sequence[str] | None) -> LanguageModel:
+    """The model with new adapters, in fp32 also on a bf16 base (peft's autocast_adapter_dtype).
+
+    Raises `ConfigError` if it lacks layers that lora.target_modules has `named`.
+    """
     try:
-        with seeded(config.run.seed):
-            return get_peft_model(model, settings)  # fp32 on a bf16 base: peft's autocast_adapter_dtype
+        return get_peft_model(model, settings)
     except ValueError as error:
-        targets = config.lora.target_modules
-        raise ConfigError(
-            f"lora.target_modules={targets}: {str(error).splitlines()[0]}", key="lora.target_modules"
-        ) from error
+        raise ConfigError(f"lora.target_modules={named}: {first_line(error)}", key="lora.target_modules") from error
+
+
+def stores_transposed(model: nn.Module) -> bool:
+    """Whether its matrices are stored transposed, as GPT-2's are: `fan_in_fan_out` of `LoraConfig`."""
+    return any(isinstance(layer, Conv1D) for layer in model.modules())
 
 
 @contextlib.contextmanager
@@ -194,7 +197,5 @@ def lora_settings(
         modules_to_save=list(modules_to_save) or None,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
-        fan_in_fan_out=any(
-            isinstance(layer, Conv1D) for layer in model.modules()
-        ),  # GPT-2 stores its matrices transposed
+        fan_in_fan_out=stores_transposed(model),
     )

@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 from transformers import masking_utils
-
-from rlhf_accel.algorithm.batches import Sequences
 
 # Where transformers asks. A version that lacks one of them asks the mask on the GPU: slower, and the same.
 _QUESTIONS = ("_ignore_causal_mask_sdpa", "_ignore_bidirectional_mask_sdpa")
@@ -43,9 +42,9 @@ def known_mask(mask: Tensor | None, device: torch.device) -> Iterator[None]:
         _known.mask = before
 
 
-def mask_of(sequences: Sequences) -> Tensor:
-    """The mask (B, Q + R) with which models read these sequences."""
-    return torch.cat([sequences.query_mask, sequences.response_mask], dim=1)
+def mask_of(query_mask: Bool[Tensor, "B Q"], response_mask: Bool[Tensor, "B R"]) -> Bool[Tensor, "B L"]:
+    """The mask with which models read queries followed by responses; L = Q + R."""
+    return torch.cat([query_mask, response_mask], dim=1)
 
 
 @functools.cache

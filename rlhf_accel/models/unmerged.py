@@ -22,7 +22,7 @@ from rlhf_accel.data.loading import adapted, adapter_config, from_config, pretra
 from rlhf_accel.data.reward_texts import Rounded, Unmerged
 from rlhf_accel.models.loading import DTYPES, LanguageModel, load_pretrained, trunk_of, without_loading_report
 from rlhf_accel.models.lora import REWARD, adapter, seeded
-from rlhf_accel.system.errors import ConfigError, key_in
+from rlhf_accel.system.errors import ConfigError, as_config_error, first_line, key_in
 
 _SAMPLED = 256  # values of each tensor that a fingerprint reads
 _PREFIX = "base_model.model."  # of all names in a file of peft
@@ -56,7 +56,11 @@ def load_classifier(path: str, setting: str, *, trust_remote_code: bool, dtype: 
     if record is None or record.unmerged is None:
         kind = AutoModelForSequenceClassification
         return load_pretrained(kind, path, setting, trust_remote_code=trust_remote_code, dtype=dtype)
-    with _named(setting, record.unmerged), without_loading_report(), seeded(0):  # the new head is random, then filled
+    with (
+        _loading_base(setting, record.unmerged),
+        without_loading_report(),
+        seeded(0),
+    ):  # the new head is random, then filled
         base = pretrained(
             AutoModelForSequenceClassification,
             wheels.resolve_model(record.unmerged.base, key_in(setting)),
@@ -73,7 +77,7 @@ def classifier_config(path: str, setting: str, *, trust_remote_code: bool) -> An
     record = reward_texts.read(path, setting)
     if record is None or record.unmerged is None:
         return pretrained(AutoConfig, path, trust_remote_code=trust_remote_code, subject=setting)
-    with _named(setting, record.unmerged):
+    with _loading_base(setting, record.unmerged):
         base = wheels.resolve_model(record.unmerged.base, key_in(setting))
         return pretrained(AutoConfig, base, trust_remote_code=trust_remote_code, **_outputs(record.unmerged))
 
@@ -125,8 +129,8 @@ def put_on_base(
         classifier.load_state_dict(tensors, strict=False, assign=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ConfigError(
-            f"{setting}: its adapter cannot be put on the policy's base ({_reason(error)}); restore the files of the "
-            "training, or remove reward.on_policy_base",
+            f"{setting}: its adapter cannot be put on the policy's base ({first_line(error)}); restore the files of "
+            "the training, or remove reward.on_policy_base",
             key="reward.model",
         ) from error
     return classifier.eval().requires_grad_(False)
@@ -180,19 +184,6 @@ def _trunk_name(classifier: nn.Module) -> str:
     return next(name for name, child in classifier.named_children() if child is trunk)
 
 
-@contextlib.contextmanager
-def _named(setting: str, unmerged: Unmerged) -> Iterator[None]:
-    """Turn any error of loading the base into a `ConfigError`."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:  # a missing, broken or foreign file raises errors of many types
-        raise ConfigError(
-            f"{setting}: is an adapter, and its base {unmerged.base} could not be loaded ({_reason(error)})",
-            key=key_in(setting),
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _loading_base(setting: str, unmerged: Unmerged) -> contextlib.AbstractContextManager[None]:
+    message = f"{setting}: is an adapter, and its base {unmerged.base} could not be loaded"
+    return as_config_error(message, key=key_in(setting))

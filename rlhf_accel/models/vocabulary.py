@@ -76,7 +76,7 @@ def _fp32_product(x: Tensor, weight: Tensor) -> Tensor:
         return x.float() @ weight.t()
     if x.is_cuda and x.dtype == weight.dtype and _HAS_WIDER_RESULT:  # it sums in fp32 anyway
         return torch.mm(x, weight.t(), out_dtype=torch.float32)
-    x, rows = x.float(), max(_SLICE // max(weight.shape[1], 1), 1)
+    x, rows = x.float(), max(_SLICE // weight.shape[1], 1)
     product = x.new_empty(len(x), len(weight))
     for start in range(0, len(weight), rows):
         torch.mm(x, weight[start : start + rows].float().t(), out=product[:, start : start + rows])

@@ -15,7 +15,7 @@ from rlhf_accel.data.reward_texts import Record
 from rlhf_accel.models.classifier import has_position_table
 from rlhf_accel.models.probes import scored_alone, trained_scored
 from rlhf_accel.system.arithmetic import exact_products
-from rlhf_accel.system.errors import ConfigError
+from rlhf_accel.system.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     from rlhf_accel.reward.classifier import Classifier
@@ -112,7 +112,7 @@ def _check_longest(classifier: Classifier, sample_tokens: tuple[int, int] | None
             ) from error
         raise ConfigError(
             f"{classifier.setting} cannot read a text of {tokens} tokens, although its files allow it "
-            f"({str(error).splitlines()[0]}); set model_max_length in its tokenizer_config.json to the tokens it reads",
+            f"({first_line(error)}); set model_max_length in its tokenizer_config.json to the tokens it reads",
             key="reward.model",
             tokens=tokens,
         ) from error

@@ -84,7 +84,7 @@ class Collector:
             for placed in cut_by_tokens(*lengths, shares, self.pass_tokens)[rank]:
                 rows = placed - shares[rank][:1]  # counted from this rank's first
                 chunk = (own.select(rows) if len(rows) else sequences.select(torch.tensor([0]))).trimmed()
-                with known_mask(mask_of(chunk), self.runtime.device):
+                with known_mask(mask_of(chunk.query_mask, chunk.response_mask), self.runtime.device):
                     found = self._passes(chunk.to(self.runtime.device))  # a collective of all ranks with ZeRO-3
                 passed += [(rows, found)] if len(rows) else []
         figures = iter(to_host([figure for _, found in passed for figure in found.values()]))

@@ -62,12 +62,12 @@ def pick(probabilities: Float[Tensor, "B V"], uniform: Float[Tensor, " B"]) -> I
     total = cumulated[:, -1:]
     # Rounding may bring the product up to the total itself, beyond which no token lies.
     target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    # Of probabilities that are not finite comes a token all the same, whose log-probability then is not finite either.
+    # Probabilities that are not finite give some token all the same; its log-probability is not finite either.
     tokens = torch.searchsorted(cumulated, target, right=True).clamp(max=probabilities.shape[-1] - 1)
-    # A GPU sums in parallel, and its cumulated sums may waver in the last bit where nothing is added. A token without
-    # probability that gets such a bit is replaced: it may be a forbidden one.
+    # A GPU sums in parallel, and its cumulated sums may differ in the last bit where nothing is added. A token that is
+    # picked by such a bit alone has no probability and may be a blocked one: the likeliest token replaces it.
     possible = probabilities.gather(1, tokens) > 0
-    if tokens.device.type != "cpu" or not possible.all():  # a GPU replaces none sooner than it tells whether there are
+    if tokens.device.type != "cpu" or not possible.all():  # on a GPU, asking would take longer
         tokens = torch.where(possible, tokens, probabilities.argmax(-1, keepdim=True))
     return tokens[:, 0]
 
@@ -84,7 +84,8 @@ def truncate(logits: Float[Tensor, "B V"], top_k: int, top_p: float) -> Float[Te
         logits = logits.masked_fill(logits < smallest, -torch.inf)
     if top_p < 1.0:
         ordered, order = logits.sort(descending=True, stable=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        probabilities = ordered.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities
         dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, before >= top_p)
         logits = logits.masked_fill(dropped, -torch.inf)
     return logits

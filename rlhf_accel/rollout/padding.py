@@ -21,6 +21,7 @@ from rlhf_accel.models.probes import Finding, rounding_limit
 from rlhf_accel.rollout.decoding import StaticForm
 from rlhf_accel.rollout.drawing import SamplingSettings
 from rlhf_accel.rollout.sampling import sample, uniforms
+from rlhf_accel.system.errors import in_one_line
 
 _PROMPTS, _RESPONSE = (2, 6), 3  # tokens of the made-up batch; each pass has to read all weights
 _STATIC_RESPONSE = 4  # the first token, one that warms up, and two of a captured graph
@@ -38,8 +39,7 @@ def problem(look: Callable[[], Finding]) -> str | None:
 
 
 def cannot_run(error: Exception) -> str:
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
-    return f"this model cannot be run as a decoder of text ({reason:.200}){_ADVICE}"
+    return f"this model cannot be run as a decoder of text ({in_one_line(error)}){_ADVICE}"
 
 
 def made_up(ids: Tensor, pad_id: int) -> Sequences:
@@ -137,7 +137,7 @@ def static_problem(
     try:
         found = sampled_is_recomputed(policy, batch, pad_id, dtype, static=form, room=room)
     except Exception as error:  # models are many, and most are not written for such a cache
-        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return in_one_line(error)
     return form.refused if found.passed else found.message.removesuffix(_ADVICE)
 
 

@@ -37,6 +37,7 @@ from rlhf_accel.system.errors import ConfigError, RunFailed
 from rlhf_accel.system.files import failure
 from rlhf_accel.system.lock import NEWER_RUN, Lock
 from rlhf_accel.system.provenance import environment
+from rlhf_accel.system.terminal import counted
 
 _RETRY = 60.0  # seconds before final/ is written again, in which its user may free disk space
 
@@ -131,10 +132,6 @@ class Recorder:
         self._warn(self.runtime.trackers.log(tracked, int(metrics["step"])))
         if self.runtime.is_main:
             self.journal.record(metrics)
-        if self._failed:
-            self.line.say(
-                f"warning: {self._failed} checkpoint(s) in a row could not be written; {self.how_to_resume()}"
-            )
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write samples to all sinks that take tables."""
@@ -165,7 +162,8 @@ class Recorder:
                     f"{message}; run.max_failed_saves={most} have failed in a row; free disk space, then: "
                     f"{self.how_to_resume()}"
                 ) from error
-            self.line.say(f"warning: {message}; {most - self._failed} more such failures end the run")
+            more = counted(most - self._failed, "more such failure ends", "more such failures end")
+            self.line.say(f"warning: {message}; {more} the run; {self.how_to_resume()}")
             return False
         self._failed, self._saved = 0, progress
         keep = self.config.run.keep_checkpoints

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rlhf_accel.system.terminal import visible
@@ -53,6 +55,29 @@ def first_line(error: BaseException) -> str:
     ('no such tensor', 'ValueError')
     """
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def in_one_line(error: BaseException) -> str:
+    r"""An error's type and text on one line of at most 200 characters.
+
+    >>> in_one_line(RuntimeError("a stream\n  is captured"))
+    'RuntimeError: a stream is captured'
+    """
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+@contextmanager
+def as_config_error(message: str, *, key: str | None = None) -> Iterator[None]:
+    """Turn any error inside the context into a `ConfigError`: the message, and the error's first line in brackets.
+
+    For calls of libraries: a missing, broken or foreign file raises errors of many types. A `ConfigError` is passed on.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{message} ({first_line(error)})", key=key) from error
 
 
 def why(error: BaseException) -> str:

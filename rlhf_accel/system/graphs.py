@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from rlhf_accel.system.errors import in_one_line
+
 
 def runs(step: Callable[[], None], *, capture: bool, failed: Callable[[str], None]) -> Iterator[None]:
     """Each `next` runs the step once. With `capture`, the first run warms up, and later ones replay its graph; if none
@@ -20,7 +22,7 @@ def runs(step: Callable[[], None], *, capture: bool, failed: Callable[[str], Non
             yield
             step = captured(step)
         except RuntimeError as error:  # of operators and libraries, which are many; the step has not taken effect
-            failed(" ".join(f"{type(error).__name__}: {error}".split())[:200])
+            failed(in_one_line(error))
     while True:
         step()
         yield

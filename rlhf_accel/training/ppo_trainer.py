@@ -228,7 +228,7 @@ class PPOTrainer:
         An empty micro-batch reads one row and counts no token of it: its passes keep this rank in step with the others.
         """
         part = experience.select(rows if len(rows) else torch.zeros(1, dtype=torch.int64)).trimmed()
-        attended = mask_of(part.sequences)
+        attended = mask_of(part.sequences.query_mask, part.sequences.response_mask)
         part = part.to(self.runtime.device)
         mask = part.sequences.response_mask & bool(len(rows))
 
