@@ -188,9 +188,9 @@ def test_the_blocks_of_the_page_on_rewards_run(exact_fp32, toy, tmp_path):
                 assert words[:4] == ["python", "-m", "rlhf_accel", "train"]
                 command_line.main([*words[3:], *toy])
                 ran.append(words)
-    assert len(ran) == 4
+    assert len(ran) == 5
     assert sorted(path.parent.name for path in tmp_path.glob("saved_models/*/summary.json")) == [
-        *("my_run", "partial", "served", "weighted")
+        *("arithmetic", "my_run", "partial", "served", "weighted")
     ]
     assert isinstance(names["trainer"], PPOTrainer)
     with HTTPServer(("127.0.0.1", 0), names["Handler"]) as server:

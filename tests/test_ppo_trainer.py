@@ -51,6 +51,7 @@ EVALUATED = {
 }
 GOLD = {"eval/gold/NAME", "eval/gold_ci/NAME"}
 OTHERS = {"loss/kl", "rollout/flat_groups"}  # tests/test_surrogates.py, tests/test_estimators.py
+OTHERS |= {"objective/score/NAME", "eval/score/NAME", "eval/score_ci/NAME"}  # of several rewards: below
 
 
 def read(path):
@@ -433,6 +434,23 @@ def test_weights_of_a_sum_of_rewards(fit):
     expected = one[0]["objective/score"] - 2 * other[0]["objective/score"]
     assert other[0]["objective/score"] > 1
     assert summed[0]["objective/score"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_several_rewards_are_logged_each_on_its_own_scale(fit, capsys):
+    evaluated = {"total_steps": 1, "eval_samples": 4}
+    _, (one,) = fit(run=evaluated, reward={"function": FUNCTIONS[:1]})
+    _, (other,) = fit(run=evaluated, reward={"function": FUNCTIONS[1:]})
+    reward = {"function": FUNCTIONS, "weights": [1.0, -2.0], "calibrate": True, "clip": 0.1}
+    trainer, (row,) = fit(run=evaluated, reward=reward)
+    assert not [key for key in (*one, *other) if "/score/" in key]
+    assert row["objective/score/share_of_o"] == pytest.approx(one["objective/score"], abs=1e-6)
+    assert row["objective/score/length"] == pytest.approx(other["objective/score"], abs=1e-5)
+    # Before the first step, all three policies are the base.
+    base = json.loads((trainer.folder / "summary.json").read_text())["base"]
+    assert base["score/length"] > 1 and base["score_ci/length"] > 0
+    assert row["eval/score/length"] > 1 and row["eval/score_ci/length"] > 0
+    assert row["eval/score/share_of_o"] < 1
+    assert f"length: {base['score/length']:+.3f} before, " in capsys.readouterr().out
 
 
 def test_trackers_get_the_same_figures(fit):

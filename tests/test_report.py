@@ -29,7 +29,9 @@ NASTY = "</td><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}\u
 
 def metrics_row(step: int, **changed: float | None) -> dict[str, float | None]:
     row: dict[str, float | None] = {
-        metric.name: 0.1 * step for metric in METRICS if not metric.name.startswith(("eval/", "step", "optim/skipped"))
+        metric.name: 0.1 * step
+        for metric in METRICS
+        if not metric.name.startswith(("eval/", "step", "optim/skipped")) and not metric.name.endswith("/NAME")
     }
     return {"step": step, "optim/skipped_steps": 0, **row, **changed}
 
@@ -339,6 +341,22 @@ def test_a_gold_reward_of_any_name_is_shown(folder: Path, gold: str) -> None:
     assert shown[f"Gold reward: {gold}"].lines[0].half == [0.25]
     ((_, _, rows, _),) = report._models([run])
     assert rows == [(f"gold/{gold}", [(0.5, 0.25)])]
+
+
+@pytest.mark.parametrize("name", ["length", "score_ci", "mine:length_ci"])
+def test_each_of_several_rewards_is_shown(folder: Path, name: str) -> None:
+    found = {f"objective/score/{name}": 0.25, f"eval/score/{name}": 0.5, f"eval/score_ci/{name}": 0.125}
+    write_rows(folder / "metrics.jsonl", [metrics_row(1, **found)])
+    shown = {chart.title: chart for chart in panels([run_data.read_run(folder)])}
+    assert [title for title in shown if name in title] == [f"Score: {name}"]
+    training, held_out = shown[f"Score: {name}"].lines
+    assert (training.y, training.half, held_out.y, held_out.half) == ([0.25], None, [0.5], [0.125])
+    tree = {"base": {f"score/{name}": 0.25, "score": 1.0}, "trained": {f"score/{name}": 0.5, "score": 2.0}}
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps({**summary, "steps": 1, **tree}))
+    page, _ = report.write([folder])
+    assert f"<th>{name}</th>" in page.read_text() or f">{name}<" in page.read_text()
+    assert "+0.250 → +0.500" in page.read_text()
 
 
 def test_a_frontier_of_another_shape_is_reported(folder: Path) -> None:

@@ -193,6 +193,20 @@ def rewarding(function, **settings):
     return Reward(terms=(("reward.function=f", 1.0, function),), **settings)
 
 
+def test_scores_of_terms_have_the_names_of_their_functions():
+    terms = (("reward.function=a:number", 2.0, number_of), ("reward.function=b:number", 1.0, length_of_prompt))
+    reward = Reward(terms=terms, mean=1.0, std=4.0, clip=0.5)
+    found = reward.term_scores(["a", "ab"], ["c", "d"], {"number": [3.0, 4.0]})
+    assert found.tolist() == [[3.0, 1.0], [4.0, 2.0]] and found.dtype == torch.float64
+    assert {name: column.tolist() for name, column in reward.by_name(found).items()} == {
+        "a:number": [3.0, 4.0],
+        "b:number": [1.0, 2.0],
+    }
+    assert reward.total(found).tolist() == [0.5, 0.5]  # (7 - 1) / 4 and (10 - 1) / 4, clipped
+    alone = rewarding(number_of)
+    assert alone.by_name(alone.term_scores(["a"], ["c"], {"number": [3.0]})) == {}
+
+
 def test_functions_are_found_by_import_path():
     assert import_function("os.path:join") is __import__("os").path.join
 

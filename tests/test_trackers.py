@@ -154,5 +154,17 @@ def test_each_library_gets_its_kind_of_table(monkeypatch):
     ]
 
 
+def test_trackers_get_the_names_they_take():
+    calls = []
+    trackers_of_run = [
+        types.SimpleNamespace(name=name, log=lambda values, step, name=name: calls.append((name, values)))
+        for name in ("mlflow", "wandb")
+    ]
+    accelerator = types.SimpleNamespace(is_main_process=True, trackers=trackers_of_run)
+    sent = {"objective/score": 1.0, "objective/score/length": 2.0}
+    assert trackers.Trackers(accelerator, ["mlflow", "wandb"]).log(sent, 1) == []
+    assert calls == [("mlflow", {"objective/score": 1.0, "objective/score.length": 2.0}), ("wandb", sent)]
+
+
 def test_a_text_stays_in_its_cell():
     assert trackers.markdown_rows(ROWS).splitlines()[2] == r"| The \| film | a⏎b&lt;i> | +0.50 | +1.25 |"

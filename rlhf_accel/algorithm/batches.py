@@ -10,7 +10,7 @@ is True where a token counts. Masks, never token ids, say where the padding is: 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -40,16 +40,16 @@ class _Batch:
 
     def select(self: T, rows: Int[Tensor, " n"]) -> T:
         """A new batch with these rows, in this order."""
-        return replace(self, **{field.name: _select(getattr(self, field.name), rows) for field in fields(self)})
+        return replace(self, **{part.name: _select(getattr(self, part.name), rows) for part in fields(self)})
 
     def to(self: T, device: torch.device | str) -> T:
         """A new batch with its tensors on `device`."""
         moved = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for part in fields(self):
+            value = getattr(self, part.name)
             if isinstance(value, _Batch):
                 value = value.to(device)
-            moved[field.name] = to_device(value, device) if isinstance(value, Tensor) else value
+            moved[part.name] = to_device(value, device) if isinstance(value, Tensor) else value
         return replace(self, **moved)
 
 
@@ -175,6 +175,7 @@ class Rollout(_Batch):
     groups: Int[Tensor, " B"]  # the place of each response's prompt in the step's batch
     finished: Bool[Tensor, " B"]
     scores: Float[Tensor, " B"]
+    term_scores: Mapping[str, Float[Tensor, " B"]] = field(default_factory=dict)  # of each of several rewards, by name
     partial_scores: Float[Tensor, "B R"]  # of the response before each token is chosen; 0 where not asked for
     logprobs: Float[Tensor, "B R"]
     ref_logprobs: Float[Tensor, "B R"]
@@ -190,6 +191,8 @@ class Rollout(_Batch):
         _check("scores", self.scores, torch.float32, shape[:1])
         for name in ("partial_scores", "logprobs", "ref_logprobs", "values", "entropy"):
             _check_if_there(name, getattr(self, name), torch.float32, shape)
+        for name, scores in self.term_scores.items():
+            _check(name, scores, torch.float32, shape[:1])
         _check_rows(len(self), {"prompts": self.prompts, "texts": self.texts})
 
     def __len__(self) -> int:

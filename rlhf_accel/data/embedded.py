@@ -1,4 +1,4 @@
-"""The movie reviews in this package, and the reward model that is trained on them at first use.
+"""The data sets in this package, and the reward model that is trained on its movie reviews at first use.
 
 Knows the data file, the recipe of the training and its cached result. The training runs in a process of its own: this
 file knows no model and no rank.
@@ -20,6 +20,7 @@ import pyarrow.parquet
 from rlhf_accel.config.loading import load
 from rlhf_accel.config.recipes import REWARD_RECIPE
 from rlhf_accel.config.reward_schema import RewardTrainingConfig
+from rlhf_accel.data import problems
 from rlhf_accel.data.cache import built_once, cache_dir, note
 from rlhf_accel.system.errors import ConfigError
 from rlhf_accel.system.files import sha256
@@ -33,18 +34,24 @@ _LAUNCH_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "LOCAL_", "GROUP_", "ROLE_",
 
 
 def embedded_dataset(name: str, split: str) -> datasets.Dataset:
-    """Rows of the data set in this package: columns id, text, rating (the mean) and ratings (one for each rater).
+    """Rows of a data set in this package. movie_reviews has the columns id, text, rating (the mean) and ratings (one
+    for each rater), arithmetic has kind, text (the question) and answer.
 
     Raises `ConfigError` naming data.source or data.split if one of them does not exist.
     """
-    if name != "movie_reviews":
+    known = {"movie_reviews": SPLITS, "arithmetic": problems.SPLITS}
+    if name not in known:
         raise ConfigError(
-            f"data.source=embedded:{name} does not exist; choose embedded:movie_reviews", key="data.source"
+            f"data.source=embedded:{name} does not exist; choose embedded:{' or embedded:'.join(known)}",
+            key="data.source",
         )
-    if split not in SPLITS:
+    if split not in known[name]:
         raise ConfigError(
-            f"data.split={split} does not exist in embedded:{name}; choose one of {', '.join(SPLITS)}", key="data.split"
+            f"data.split={split} does not exist in embedded:{name}; choose one of {', '.join(known[name])}",
+            key="data.split",
         )
+    if name == "arithmetic":
+        return datasets.Dataset.from_list([problem._asdict() for problem in problems.arithmetic_problems(split)])
     # Not by `datasets`, whose cache folder processes would share.
     table = pyarrow.parquet.read_table(MOVIE_REVIEWS, filters=[("split", "==", split)])
     return datasets.Dataset(table.drop_columns("split"))

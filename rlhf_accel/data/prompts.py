@@ -1,4 +1,4 @@
-"""Prompts from the hub, local files or the embedded reviews, as typed batches in an order that the seed fixes.
+"""Prompts from the hub, local files or the embedded data, as typed batches in an order that the seed fixes.
 
 The batch of a step depends on (seed, step) only, so a resumed run needs no saved position, and every process builds the
 same batch. Knows no model and no rank.

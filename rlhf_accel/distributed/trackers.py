@@ -88,7 +88,7 @@ class Trackers:
 
     def log(self, metrics: dict[str, float], step: int) -> list[str]:
         """Send figures to every tracker. Returns a message for each one that fails for the first time."""
-        return self._on_each(lambda tracker: tracker.log(metrics, step=step))
+        return self._on_each(lambda tracker: tracker.log(names_for(tracker.name, metrics), step=step))
 
     def log_table(self, title: str, rows: Rows, step: int) -> list[str]:
         """Send rows with the same keys to the trackers that hold tables; returns what `log` does."""
@@ -115,6 +115,18 @@ class Trackers:
                 self._failed.add(tracker.name)
                 problems.append(f"{tracker.name} failed ({' '.join(problem.split())})")
         return problems
+
+
+def names_for(tracker: str, metrics: dict[str, float]) -> dict[str, float]:
+    """The figures by the names that a tracker takes. A metric in MLflow's file store is a file, which cannot also be
+    the folder of others.
+
+    >>> names_for("mlflow", {"objective/score": 1.0, "objective/score/length": 2.0, "eval/gold/vader": 3.0})
+    {'objective/score': 1.0, 'objective/score.length': 2.0, 'eval/gold/vader': 3.0}
+    """
+    if tracker != "mlflow":
+        return metrics
+    return {name.replace("/score/", "/score."): value for name, value in metrics.items()}
 
 
 def settings(run_name: str, folder: Path, first_step: int | None) -> dict[str, dict[str, Any]]:

@@ -46,7 +46,29 @@ class Reward:
 
         Raises `RewardError`, which names the term that failed after `retries` retries.
         """
-        return self._sum([self._retried(name, term, prompts, responses, columns) for name, _, term in self.terms])
+        return self.total(self.term_scores(prompts, responses, columns))
+
+    def term_scores(
+        self, prompts: Sequence[str], responses: Sequence[str], columns: Mapping[str, Sequence[Any]]
+    ) -> Float[Tensor, "B T"]:
+        """Scores (B, T) of the T terms on their own scales, in fp64; see `__call__`."""
+        parts = [self._retried(name, term, prompts, responses, columns) for name, _, term in self.terms]
+        return torch.stack(parts, dim=1)
+
+    def total(self, term_scores: Float[Tensor, "B T"]) -> Float[Tensor, " B"]:
+        """The scores (B,) in fp32: the weighted sum, shifted, scaled and clipped."""
+        parts = term_scores.unbind(1)
+        total = sum(weight * part for (_, weight, _), part in zip(self.terms, parts, strict=True))
+        scores = ((torch.as_tensor(total) - self.mean) / self.std).float()
+        return scores if self.clip is None else scores.clamp(-self.clip, self.clip)
+
+    def by_name(self, term_scores: Float[Tensor, "B T"]) -> dict[str, Float[Tensor, " B"]]:
+        """The scores of each term in fp32 by the name of its metric, see `term_names`; none of a single term, whose
+        score is the total."""
+        if len(self.terms) == 1:
+            return {}
+        names = term_names([name for name, _, _ in self.terms])
+        return dict(zip(names, term_scores.float().unbind(1), strict=True))
 
     def finite(
         self, prompts: Sequence[str], responses: Sequence[str], columns: Mapping[str, Sequence[Any]]
@@ -56,7 +78,7 @@ class Reward:
         for name, _, term in self.terms:
             parts.append(self._retried(name, term, prompts, responses, columns))
             check_finite(name, parts[-1], responses)
-        return self._sum(parts)
+        return self.total(torch.stack(parts, dim=1))
 
     def try_out(
         self, prompts: Sequence[str], responses: Sequence[str], columns: Mapping[str, Sequence[Any]]
@@ -82,11 +104,6 @@ class Reward:
             )
         return replace(self, mean=float(mean), std=float(std))
 
-    def _sum(self, parts: Sequence[Float[Tensor, " B"]]) -> Float[Tensor, " B"]:
-        total = sum(weight * part for (_, weight, _), part in zip(self.terms, parts, strict=True))
-        scores = ((torch.as_tensor(total) - self.mean) / self.std).float()
-        return scores if self.clip is None else scores.clamp(-self.clip, self.clip)
-
     def _retried(
         self,
         name: str,
@@ -104,3 +121,18 @@ class Reward:
                 logger.warning("%s; trying again in %g s (%d of %d)", error, wait, attempt + 1, retries)
                 time.sleep(wait)
         return call(name, function, prompts, responses, columns, self.timeout)
+
+
+def term_names(terms: Sequence[str]) -> tuple[str, ...]:
+    """The names of a reward's terms in metrics: `model`, `url`, or the name of the function, with its module if another
+    term has the same name.
+
+    >>> term_names(["reward.model=org/judge", "reward.function=rlhf_accel.rewards:last_number"])
+    ('model', 'last_number')
+    >>> term_names(["reward.model=org/judge", "reward.function=mine:model", "reward.function=his:model"])
+    ('model', 'mine:model', 'his:model')
+    """
+    parts = [name.removeprefix("reward.").partition("=") for name in terms]
+    paths = [value if key == "function" else key for key, _, value in parts]
+    short = [path.rpartition(":")[2] for path in paths]
+    return tuple(path if short.count(name) > 1 else name for name, path in zip(short, paths, strict=True))

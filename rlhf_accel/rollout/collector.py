@@ -6,6 +6,7 @@ passes, since with ZeRO-3 each is a collective: a rank that has finished its sha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -64,10 +65,11 @@ class Collector:
         responses: Responses,
         scores: Float[Tensor, " n"],
         partial_scores: Float[Tensor, "n R"],
+        term_scores: Mapping[str, Float[Tensor, " n"]] | None = None,
     ) -> Rollout:
         """The rollout: log-probabilities, values and reference for this rank's responses, gathered from all ranks.
 
-        `prompts` are those of all ranks.
+        `prompts` are those of all ranks; the scores are those of this rank's responses.
         """
         gather, own, count = self.runtime.gather_rows, responses.sequences, len(prompts)
         sequences = Sequences(
@@ -99,6 +101,7 @@ class Collector:
             groups=prompts.index,
             finished=gather(responses.finished, count),
             scores=gather(scores, count),
+            term_scores={name: gather(column, count) for name, column in (term_scores or {}).items()},
             partial_scores=gather(partial_scores, count),
             prompts=tuple(self.runtime.gather_list(responses.prompts)),
             texts=tuple(self.runtime.gather_list(responses.texts)),

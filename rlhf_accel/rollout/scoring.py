@@ -31,9 +31,14 @@ class FailedScoring(RewardError):
 
 def score(runtime: Runtime, responses: Responses, reward: Reward) -> Float[Tensor, " n"]:
     """Scores of this rank's responses. Raises `FailedScoring` on every rank if the reward failed on any."""
-    scores, failure, cause = torch.zeros(len(responses)), None, None
+    return reward.total(score_terms(runtime, responses, reward))
+
+
+def score_terms(runtime: Runtime, responses: Responses, reward: Reward) -> Float[Tensor, "n T"]:
+    """Scores of this rank's responses by each of the reward's T terms, see `Reward.term_scores`. Raises as `score`."""
+    scores, failure, cause = torch.zeros(len(responses), len(reward.terms)), None, None
     try:
-        scores = reward(responses.prompts, responses.texts, responses.columns)
+        scores = reward.term_scores(responses.prompts, responses.texts, responses.columns)
     except RewardError as error:
         failure, cause = str(error), error
     failure = runtime.first_failure(failure)

@@ -40,9 +40,10 @@ from rlhf_accel.system.files import (
 MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
-# Metrics that a step may lack: those of evaluations, of a critic, of a KL in the loss, and of several samples a prompt.
+# Metrics that a step may lack: those of evaluations, of a critic, of a KL in the loss, of several samples a prompt, and
+# of several rewards.
 _OPTIONAL = {name for name in NAMES if name.startswith(("eval/", "value/"))}
-_OPTIONAL |= {"loss/value", "loss/kl", "rollout/flat_groups"}
+_OPTIONAL |= {"loss/value", "loss/kl", "rollout/flat_groups", "objective/score/NAME"}
 NAME = re.compile(r"step-(\d+)(\.old)?")
 
 

@@ -58,7 +58,9 @@ class Journal:
                 f"after: a gain of {summary['gain']:.2f} standard deviations at a KL of {trained['kl']:.2f} nats"
             )
         for key in summary.get("trained", ()):
-            if key.startswith("gold/") and key in summary["base"]:
+            kind, _, reward = key.partition("/")
+            if kind in ("score", "gold") and reward and key in summary["base"]:
                 before, after = summary["base"][key], summary["trained"][key]
-                self.line.say(f"{key.removeprefix('gold/')}, not trained on: {before:+.3f} before, {after:+.3f} after")
+                note = ", not trained on" if kind == "gold" else ""
+                self.line.say(f"{reward}{note}: {before:+.3f} before, {after:+.3f} after")
         self.line.say(f"{summary['steps']} steps in {summary['seconds']:.0f} s; the model: {self.folder / 'final'}")

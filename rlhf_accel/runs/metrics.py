@@ -17,6 +17,12 @@ METRICS = (
     Metric("step", "", "PPO step, from 1", "same on all ranks"),
     Metric("episodes", "responses", "responses sampled since the start", "sum over steps"),
     Metric("objective/score", "score", "score of a response (calibrated, if so configured)", "mean over responses"),
+    Metric(
+        "objective/score/NAME",
+        "reward",
+        "score by reward NAME of several, on its own scale: not weighted, calibrated or clipped",
+        "mean over responses",
+    ),
     Metric("objective/score_std", "score", "spread of those scores", "standard deviation over responses"),
     Metric(
         "objective/reward", "score", "sum of a response's token rewards: score less KL penalty", "mean over responses"
@@ -85,6 +91,13 @@ METRICS = (
     Metric("perf/peak_memory_mib", "MiB", "peak memory of a process so far: GPU if there is one", "max over ranks"),
     Metric("eval/score", "score", "score on held-out prompts; only at steps with an evaluation", "mean over responses"),
     Metric("eval/score_ci", "score", "half-width of its 95 % interval: 1.96 s / sqrt(prompts)", "over prompts"),
+    Metric(
+        "eval/score/NAME",
+        "reward",
+        "score by reward NAME of several, on its own scale, on held-out prompts",
+        "mean over responses",
+    ),
+    Metric("eval/score_ci/NAME", "reward", "half-width of its 95 % interval", "over prompts"),
     Metric("eval/kl", "nats/response", "KL to the reference on held-out prompts, k1", "mean over responses"),
     Metric("eval/kl_ci", "nats/response", "half-width of its 95 % interval", "over prompts"),
     Metric("eval/length", "tokens", "length of a response to held-out prompts", "mean over responses"),

@@ -20,7 +20,7 @@ from rlhf_accel.algorithm.masked import masked_row_sum
 from rlhf_accel.reward import Reward, RewardError
 from rlhf_accel.rollout.collector import Collector
 from rlhf_accel.rollout.engine import Seeds
-from rlhf_accel.rollout.scoring import score
+from rlhf_accel.rollout.scoring import score_terms
 
 # Step number of the random numbers: training steps count from 1, and the calibration uses 0. The k-th responses to the
 # prompts have the k-th number from here on. The seed is fixed, so that runs with different seeds are compared on the
@@ -40,6 +40,7 @@ class Evaluation:
     - score, kl, length (tokens up to and including the stop), eos_fraction (ended by a stop, not by the length limit)
       and gold/NAME are means; score_ci, kl_ci, gold_ci/NAME the half-widths of their 95 % intervals.
     - score_std: standard deviation of the scores.
+    - score/NAME, score_ci/NAME: the same as score and score_ci for each of several rewards, on its own scale.
     - distinct_1, distinct_2 and self_repetition: see the functions of these names; over token ids.
     - reference_perplexity: see `perplexity`.
     - win_rate, win_rate_ci: only if the base's scores are known; see `wins`.
@@ -90,9 +91,9 @@ def roll_out(collector: Collector, prompts: PromptBatch, reward: Reward, seeds: 
     runtime = collector.runtime
     with runtime.gathered():
         responses = collector.sample(prompts, seeds)
-        scores = score(runtime, responses, reward)
+        terms = score_terms(runtime, responses, reward)
         no_parts = torch.zeros(responses.sequences.responses.shape)
-        return collector.forward(prompts, responses, scores, no_parts)
+        return collector.forward(prompts, responses, reward.total(terms), no_parts, reward.by_name(terms))
 
 
 def measure(
@@ -126,6 +127,9 @@ def measure(
     }
     if base is not None:
         figures["win_rate"], figures["win_rate_ci"] = mean_interval(wins(scores, base).mean(1))
+    for name in rollouts[0].term_scores:
+        values = torch.stack([rollout.term_scores[name] for rollout in rollouts], dim=1)
+        figures[f"score/{name}"], figures[f"score_ci/{name}"] = mean_interval(values.mean(1))
     for name, values in golds.items():
         figures[f"gold/{name}"], figures[f"gold_ci/{name}"] = mean_interval(values.mean(1))
     return Evaluation(scores=scores, kls=kls, golds=golds, rollout=rollouts[0], figures=figures)

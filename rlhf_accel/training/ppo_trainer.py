@@ -32,7 +32,7 @@ from rlhf_accel.models.positions import check_prompts
 from rlhf_accel.models.trainable import training_mode
 from rlhf_accel.reward import RewardFunction
 from rlhf_accel.rollout.engine import Seeds
-from rlhf_accel.rollout.scoring import score, score_parts
+from rlhf_accel.rollout.scoring import score, score_parts, score_terms
 from rlhf_accel.runs.checkpoint import Progress
 from rlhf_accel.system.errors import ConfigError
 from rlhf_accel.system.process import reseed
@@ -96,8 +96,7 @@ class PPOTrainer:
         prompts, step, watch = self._start_step(prompts)
         with self._whole_weights(watch):
             responses = self._sample(prompts, step, watch)
-            scores, partial_scores = self._score(responses, watch)
-            rollout = self._forward(prompts, responses, scores, partial_scores, watch)
+            rollout = self._forward(prompts, responses, self._score(responses, watch), watch)
         experience = make_experience(rollout, self.config.ppo, self.config.reward, self.kl_controller.coef)
         fault = rollout_fault(rollout, step)
         first = None
@@ -156,20 +155,25 @@ class PPOTrainer:
         self.between()
         return responses
 
-    def _score(self, responses: Responses, watch: Stopwatch) -> tuple[Tensor, Tensor]:
-        """Scores of this rank's responses, and of their parts where reward.partial_every asks for them."""
+    def _score(self, responses: Responses, watch: Stopwatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Scores of this rank's responses, of their parts where reward.partial_every asks for them, and by each of
+        several rewards."""
         with watch("score"):
-            scores = score(self.runtime, responses, self.reward)
+            by_terms = score_terms(self.runtime, responses, self.reward)
             every, tokens = self.config.reward.partial_every, self.setup.tokens
             parts = score_parts(self.runtime, tokens, responses, self.reward, every, self.between)
         self.between()
-        return scores, parts
+        return self.reward.total(by_terms), parts, self.reward.by_name(by_terms)
 
     def _forward(
-        self, prompts: PromptBatch, responses: Responses, scores: Tensor, parts: Tensor, watch: Stopwatch
+        self,
+        prompts: PromptBatch,
+        responses: Responses,
+        scores: tuple[Tensor, Tensor, dict[str, Tensor]],
+        watch: Stopwatch,
     ) -> Rollout:
         with watch("rollout"):
-            rollout = self.collector.forward(prompts, responses, scores, parts)
+            rollout = self.collector.forward(prompts, responses, *scores)
         self.rollout, self.columns = rollout, prompts.columns
         self.between()
         return rollout

@@ -17,7 +17,8 @@ from rlhf_accel.system.stopwatch import Stopwatch
 def step_metrics(
     rollout: Rollout, experience: Experience, losses: LossStats, watch: Stopwatch, run: dict[str, float]
 ) -> dict[str, float]:
-    """The metrics of one step, in the order of `METRICS`; `run` holds those that depend on earlier steps."""
+    """The metrics of one step, in the order of `METRICS`, and then the scores by each of several rewards; `run` holds
+    those that depend on earlier steps."""
     mask, partial = rollout.sequences.response_mask, rollout.partial_scores
     k1, k3 = (
         masked_row_sum(kl_estimate(rollout.logprobs, rollout.ref_logprobs, kind), mask).mean() for kind in ("k1", "k3")
@@ -59,7 +60,8 @@ def step_metrics(
         **optional,
         **run,
     }
-    return {metric.name: found[metric.name] for metric in METRICS if metric.name in found}
+    parts = {f"objective/score/{name}": float(scores.mean()) for name, scores in rollout.term_scores.items()}
+    return {metric.name: found[metric.name] for metric in METRICS if metric.name in found} | parts
 
 
 def logged_samples(rollout: Rollout, count: int) -> list[dict[str, Any]]:

@@ -20,18 +20,19 @@ from tests.test_unmerged import trained
 LORA = {"lora": {"r": 4, "target_modules": ["c_attn", "c_fc"]}, "model": {"critic": "adapter"}}
 SHARED = {"function": [], "model": "{unmerged}", "dtype": "auto", "on_policy_base": True}
 SAVED = {"total_steps": 2, "save_every": 1}
+SUM = {"function": ["tests.conftest:share_of_o", "tests.conftest:mean_code"], "weights": [1.0, 0.01]}
 LONGER = {"total_steps": 3, "save_every": 2}
 CHECKPOINTED = {**LORA, "model": {"critic": "adapter", "gradient_checkpointing": True}, "run": SAVED}
 RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "full": {"run": SAVED},
     "longer": {"run": LONGER},
     "uneven": {
-        **{"rollout": {"batch_size": 7}, "ppo": {"num_minibatches": 1}, "reward": {"partial_every": 5}},
+        **{"rollout": {"batch_size": 7}, "ppo": {"num_minibatches": 1}, "reward": {"partial_every": 5, **SUM}},
         "run": SAVED,
     },
     # Fewer samples than ranks, in training and in evaluation.
     "few": {
-        **{"rollout": {"batch_size": 2}, "ppo": {"num_minibatches": 1}, "reward": {"partial_every": 2}},
+        **{"rollout": {"batch_size": 2}, "ppo": {"num_minibatches": 1}, "reward": {"partial_every": 2, **SUM}},
         "run": {"total_steps": 2, "eval_samples": 1},
     },
     "in_step": {"rollout": {"gather_parameters": "never"}, "run": SAVED},

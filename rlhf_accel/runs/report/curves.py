@@ -47,7 +47,12 @@ def panels(runs: Sequence[Run]) -> list[charts.Chart]:
     """The charts over steps for which at least one run has values."""
     known = {name for run in runs for row in run.rows for name, value in row.items() if value is not None}
     others = [name for name in sorted(known) if _is_other_evaluation(name)][:_MOST_OTHERS]
-    plans = [*PANELS, *((title_of(name), False, ((name, "held-out, 95 %"),)) for name in others)]
+    rewards = sorted({name.partition("/score/")[2] for name in known if "/score/" in name})[:_MOST_OTHERS]
+    plans = [
+        *PANELS,
+        *((f"Score: {name}", False, _by_reward(name)) for name in rewards),
+        *((title_of(name), False, ((name, "held-out, 95 %"),)) for name in others),
+    ]
     drawn = []
     for title, from_zero, lines in plans:
         there = [(name, label) for name, label in lines if name in known]
@@ -56,8 +61,12 @@ def panels(runs: Sequence[Run]) -> list[charts.Chart]:
     return [*drawn, *(_phases(run, alone=len(runs) == 1) for run in runs if any(p in known for p in _PHASES))]
 
 
+def _by_reward(name: str) -> tuple[tuple[str, str], ...]:
+    return (f"objective/score/{name}", "training"), (f"eval/score/{name}", "held-out, 95 %")
+
+
 def _is_other_evaluation(name: str) -> bool:
-    return name.startswith("eval/") and name not in _SHOWN and not is_interval(name)
+    return name.startswith("eval/") and name not in _SHOWN and "/score/" not in name and not is_interval(name)
 
 
 def title_of(name: str) -> str:
@@ -73,7 +82,7 @@ def title_of(name: str) -> str:
 
 
 def _metric(name: str) -> Metric:
-    return _METRICS.get(name) or _METRICS.get("eval/gold/NAME" if name.startswith("eval/gold/") else "", _UNKNOWN)
+    return _METRICS.get(name) or _METRICS.get(f"{name.rpartition('/')[0]}/NAME", _UNKNOWN)
 
 
 def _panel(runs: Sequence[Run], title: str, from_zero: bool, quantities: Sequence[tuple[str, str]]) -> charts.Chart:

@@ -168,9 +168,10 @@ def _headline(run: Run) -> dict[str, str]:
     if "win_rate" in trained:
         cells["Wins over the base"] = _figure(trained["win_rate"], ".0%")
     for name in trained:
-        if name.startswith("gold/") and name in base:
+        kind, _, reward = name.partition("/")
+        if kind in ("score", "gold") and reward and name in base:
             before, after = (_figure(figures[name], "+.3f") for figures in (base, trained))
-            cells[f"{name.removeprefix('gold/')}, not trained on"] = f"{before} → {after}"
+            cells[f"{reward}, not trained on" if kind == "gold" else reward] = f"{before} → {after}"
     cells["Steps"] = str(run.rows[-1]["step"])
     seconds = as_number(summary.get("seconds")) if summary else sum(v for v in run.column("time/step") if v == v)
     cells["Time"] = _clock(seconds)

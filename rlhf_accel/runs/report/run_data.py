@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from rlhf_accel.system.errors import ConfigError
 from rlhf_accel.system.files import parse_json, read_bounded, whole
 
 _MOST_POINTS = 1000  # beside a frontier
+_OF_A_REWARD = re.compile("((?:eval/)?(?:score|gold))/(.+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,20 +147,22 @@ def as_number(value: Any) -> float:
 def interval_of(name: str) -> str:
     """The name of the half-width of a metric's interval, in metrics.jsonl or in a summary.
 
-    >>> interval_of("eval/score"), interval_of("eval/gold/vader"), interval_of("gold/vader")
-    ('eval/score_ci', 'eval/gold_ci/vader', 'gold_ci/vader')
+    >>> interval_of("eval/score"), interval_of("eval/score/length"), interval_of("gold/vader")
+    ('eval/score_ci', 'eval/score_ci/length', 'gold_ci/vader')
     """
-    before, gold, reward = name.partition("gold/")
-    return f"{before}gold_ci/{reward}" if gold else f"{name}_ci"
+    own = _OF_A_REWARD.fullmatch(name)
+    return f"{own[1]}_ci/{own[2]}" if own else f"{name}_ci"
 
 
 def is_interval(name: str) -> bool:
-    """Whether a metric is such a half-width; a gold reward may have any name.
+    """Whether a metric is such a half-width; a reward may have any name.
 
     >>> [is_interval(name) for name in ("eval/score_ci", "gold_ci/vader", "eval/gold/social_circle", "gold/my_ci")]
     [True, True, False, False]
     """
-    return name.removeprefix("eval/").startswith("gold_ci/") or (name.endswith("_ci") and "gold/" not in name)
+    if name.removeprefix("eval/").startswith(("score_ci/", "gold_ci/")):
+        return True
+    return name.endswith("_ci") and not _OF_A_REWARD.fullmatch(name)
 
 
 def skipped_steps(run: Run) -> list[float]:
