@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from rlhf_accel.config.schema import RunConfig
+from rlhf_accel.config.loading import parse
+from rlhf_accel.config.schema import Config, RunConfig
 from rlhf_accel.distributed import accelerator, liveness
 from rlhf_accel.distributed.liveness import Heartbeat, is_lost_contact, who_is_missing
+from rlhf_accel.runs import recorder
+from rlhf_accel.runs.progress_line import ProgressLine
 
 
 def test_each_phase_is_logged_and_posted(tmp_path: Path) -> None:
@@ -78,6 +83,18 @@ def test_one_process_is_the_first_for_an_event(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(liveness, "_store", gone)
     assert liveness.first_of_all("late/a")
+
+
+@pytest.mark.parametrize(
+    ("processes", "device", "limit"), [(2, "cuda", 7.0), (1, "cuda", math.inf), (2, "cpu", math.inf)]
+)
+def test_late_phases_are_reported_only_where_nccl_would_abort(
+    processes: int, device: str, limit: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "fp32_products", lambda device: None)
+    config, line = parse(Config, {"run": {"collective_timeout": 7.0}}), ProgressLine(1, enabled=False)
+    runtime: Any = SimpleNamespace(world_size=processes, device=torch.device(device))
+    assert recorder.Recorder(config, tmp_path, runtime, line, config).heartbeat._limit == limit
 
 
 def test_all_process_groups_get_the_time_limit_of_the_first() -> None:
