@@ -338,7 +338,8 @@ def test_a_switch_changes_the_run(step_twice, plain_rows, llama_folder, classifi
     trainer, rows = step_twice(**sections)
 
     assert [figures(row) for row in rows] != [figures(row) for row in plain_rows]
-    assert all(set(row) == KEYS for row in rows)
+    of_several = {f"objective/score/{path.partition(':')[2]}" for path in FUNCTIONS} if switch == "weights" else set()
+    assert all(set(row) == KEYS | of_several for row in rows)
     constant_values = {"value/explained_variance", "optim/grad_norm"}
     assert all(math.isfinite(row[key]) for row in rows for key in KEYS - constant_values)
     assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
@@ -857,9 +858,9 @@ def test_a_reward_that_fails_on_a_part_later_says_where(tiny):
 def test_a_stop_is_heard_between_the_calls_for_parts(tiny, monkeypatch):
     trainer, asked = PPOTrainer(tiny(reward={"partial_every": 1})), []
     trainer.between = lambda: asked.append("stop?")
-    score = scoring.score
+    score_terms = scoring.score_terms
     for module in (scoring, trainer_module):
-        monkeypatch.setattr(module, "score", lambda *given: asked.append("score") or score(*given))
+        monkeypatch.setattr(module, "score_terms", lambda *given: asked.append("score") or score_terms(*given))
     trainer.step(["The film", "A dull"] * 4)
     length = trainer.config.rollout.max_new_tokens
     assert asked[: 2 * length + 2] == ["stop?", "score", *(["stop?", "score"] * length)]

@@ -348,7 +348,7 @@ def test_each_of_several_rewards_is_shown(folder: Path, name: str) -> None:
     found = {f"objective/score/{name}": 0.25, f"eval/score/{name}": 0.5, f"eval/score_ci/{name}": 0.125}
     write_rows(folder / "metrics.jsonl", [metrics_row(1, **found)])
     shown = {chart.title: chart for chart in panels([run_data.read_run(folder)])}
-    assert [title for title in shown if name in title] == [f"Score: {name}"]
+    assert [title for title in shown if title.endswith(f": {name}")] == [f"Score: {name}"]
     training, held_out = shown[f"Score: {name}"].lines
     assert (training.y, training.half, held_out.y, held_out.half) == ([0.25], None, [0.5], [0.125])
     tree = {"base": {f"score/{name}": 0.25, "score": 1.0}, "trained": {f"score/{name}": 0.5, "score": 2.0}}
