@@ -66,7 +66,7 @@ def write_record(
     torch.set_float32_matmul_precision("highest")  # recorded scores must not depend on this machine
     try:
         classifier = Classifier(config, str(folder), torch.device("cpu"), trust_remote_code=trust_remote_code)
-        rows, _ = reward_texts.encode(classifier.tokenizer, kept.texts, classifier.max_tokens)
+        rows, _ = classifier.encoded(kept.texts)
         scores = torch.cat([classifier.logits([row]) for row in rows]) if rows else kept.scores
     finally:
         torch.set_float32_matmul_precision(before)
