@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ from rlhf_accel.data.conversations import MESSAGES, transcript, turns_of
 from rlhf_accel.data.prompts import Prompts, load_rows, split_rows
 from rlhf_accel.data.rows import Rows
 from rlhf_accel.data.tokenizer import Tokens
-from rlhf_accel.reward import Classifier
+from rlhf_accel.reward import Classifier, cautions, reward_of
 from rlhf_accel.system.errors import ConfigError
 from rlhf_accel.training.ppo_trainer import PPOTrainer
+from rlhf_accel.training.setup import check_prompt_tokens
 from tests.conftest import TEXTS, make_tokenizer
 
 QUESTION, ANSWER, SYSTEM = "Is the film good?", "It is very good.", "You like good films."
@@ -264,6 +265,44 @@ def test_a_text_that_is_cut_keeps_the_special_tokens_at_its_ends(folder_of) -> N
         reward.tokenizer.truncation_side = side
         (row,), (cut,) = reward.encoded(texts)
         assert cut and row["input_ids"] == kept
+
+
+def test_the_probe_of_a_run_finds_other_tokens_than_the_templates(folder_of) -> None:
+    prompts = prompts_of(folder_of("llama 3"), [QUESTION], DataConfig(chat=True))
+    assert "1 texts as the tokenizer does" in check_prompt_tokens(prompts)
+    object.__setattr__(prompts, "tokens", Doubled(prompts.tokens.tokenizer))
+    error = error_of(check_prompt_tokens, prompts)
+    assert error.key == "model.name_or_path" and "is <|begin_of_text|> <|begin_of_text|>" in str(error)
+
+
+class Doubled(Tokens):
+    """Puts BOS before texts of a template that has written it."""
+
+    def encode_laid_out(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.prefix + ids for ids in super().encode_laid_out(texts)]
+
+
+def test_a_reward_may_have_another_template_and_its_default_is_its_own(folder_of, tmp_path: Path) -> None:
+    (tmp_path / "mine.jinja").write_text("{% for m in messages %}{{ '<' + m.content + '>' }}{% endfor %}")
+    folder = str(folder_of("chatml"))
+    config = RewardConfig(model=folder, format="chat", dtype="fp32", chat_template=str(tmp_path / "mine.jinja"))
+    reward = Classifier(config, folder, torch.device("cpu"), conversations=True)
+    assert reward.formed([""], [ANSWER], {MESSAGES: conversations(False)[:1]}) == [f"<{QUESTION}><{ANSWER}>"]
+    assert absolute(Config(reward=config)).reward.chat_template == (tmp_path / "mine.jinja").read_text()
+    error = error_of(parse, Config, {"reward": {"model": folder, "format": "plain", "chat_template": "{}"}})
+    assert error.key == "reward.chat_template"
+
+
+@pytest.mark.parametrize("text", ["full", "response"])
+def test_a_reward_of_plain_texts_reads_a_transcript_of_conversations_and_says_so(text: str, folder_of) -> None:
+    folder = str(folder_of("chatml"))
+    config = RewardConfig(model=folder, format="plain", dtype="fp32", text=text)
+    reward = Classifier(config, folder, torch.device("cpu"), conversations=True)
+    given = conversations(False)[0]
+    whole = f"user: {QUESTION}\nassistant: {ANSWER}" if text == "full" else ANSWER
+    assert reward.formed([transcript(given)], [ANSWER], {MESSAGES: [given]}) == [whole]
+    found = [message for _, message in cautions(reward_of(config, (("it", 1.0, reward),)), 8, 8)]
+    assert any("reads a transcript" in message for message in found) == (text == "full")
 
 
 # Prompts
