@@ -538,7 +538,7 @@ KEYLESS = {
     *("loading.parse", "prompts.own_prompts", "accelerator.make_accelerator", "accelerator.check_precision_of_process"),
     *("deepspeed_config.deepspeed_plugin", "weights.set_weights", "building.build"),
     *("evaluate._config", "evaluate.of", "evaluate.reference_scores", "generate._load", "push.main"),
-    *("generate._prompts", "generate.write", "push.check_base"),
+    *("generate._prompts", "generate._encoded", "push.check_base"),
     *(
         "loading.adapter_config",
         "merge.merge",

@@ -1,5 +1,6 @@
 """README and docs/: keys and metrics exist, links resolve, tables match the code, and blocks run at toy size."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -166,6 +167,27 @@ def test_the_readme_trains(exact_fp32, toy):
         if not write_file(block, toy) and block["language"] == "python":
             exec(compile(block["code"], "README.md", "exec"), names)
     assert Path("saved_models/my_run/summary.json").is_file() and names["trainer"].progress.step == 1
+
+
+def test_the_blocks_of_the_page_on_conversations_run(exact_fp32, toy, capsys):
+    """As those of the page on rewards; the tiny policy gets a chat template."""
+    Path("short.jinja").write_text(
+        "{% for m in messages %}{{ m.role[0] + ':' + m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
+    )
+    toy = [*toy, "--data.chat_template", "short.jinja", "--rollout.max_prompt_tokens", "40"]
+    for block in blocks("conversations"):
+        if write_file(block, toy):
+            continue
+        if block["language"] == "python":
+            exec(compile(block["code"], "conversations.md", "exec"), {})
+        else:
+            words = shlex.split(block["code"])
+            assert block["marker"] == "run" and words[:3] == ["python", "-m", "rlhf_accel"]
+            command_line.main(words[3:])
+    row = json.loads(Path("saved_models/my_chat/samples.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert re.fullmatch(r"system: Be brief\.\nuser: \d+\+1\?\nassistant: ", row["prompt"])
+    assert "What is 3+4?" in capsys.readouterr().out
 
 
 def test_the_blocks_of_the_page_on_rewards_run(exact_fp32, toy, tmp_path):

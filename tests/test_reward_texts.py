@@ -239,6 +239,42 @@ def test_prompts_that_are_laid_out_themselves_are_refused_by_the_run(chat_base, 
     PPOTrainer(parse(Config, tree))
 
 
+def test_a_reward_model_of_conversations_scores_in_ppo_what_it_scored_in_its_evaluation(
+    chat_base, chat_reward, tmp_path
+) -> None:
+    """The conversations of the data become those of its training, with the response; by an independent pass, too."""
+    transformers.GPT2LMHeadModel(transformers.GPT2Config.from_pretrained(chat_base)).save_pretrained(
+        tmp_path / "policy"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(chat_base)
+    tokenizer.save_pretrained(tmp_path / "policy")
+    cells = [turns(f"film {i}?", "an old answer") for i in range(8)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": cell}) + "\n" for cell in cells))
+    tree = {
+        "run": {"output_dir": str(tmp_path / "run"), "total_steps": 1, "eval_samples": 0, "trackers": []},
+        "model": {"name_or_path": str(tmp_path / "policy"), "dtype": "fp32"},
+        "data": {"source": str(tmp_path / "prompts.jsonl"), "chat": True},
+        "rollout": {"batch_size": 4, "max_prompt_tokens": 32, "max_new_tokens": 4},
+        "reward": {"model": str(chat_reward), "dtype": "fp32"},
+    }
+    trainer = PPOTrainer(parse(Config, tree))
+    trainer.step(trainer.setup.prompts.batch(1, 4))
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(chat_reward)
+    asked = trainer.columns["messages"]
+    for row, text, score in zip(asked, trainer.rollout.texts, trainer.rollout.scores.tolist(), strict=True):
+        assert [turn["role"] for turn in row] == ["user"]
+        ids = tokenizer.apply_chat_template(turns(row[0]["content"], text), tokenize=True, return_dict=False)
+        with torch.no_grad():
+            assert score == pytest.approx(float(model(torch.tensor([ids])).logits[0, 0]), abs=1e-5)
+    record = reward_texts.read(str(chat_reward), "it")
+    said = {tokenizer.apply_chat_template(pair[key], tokenize=False): pair[key] for pair in pairs() for key in pair}
+    assert record is not None and record.ends == ("<s>", "")
+    for probe in record.probes:
+        prompt, answer = said["<s>" + probe.text]
+        found = trainer.reward(["unused"], [answer["content"]], {"messages": [[prompt]]})
+        assert found.tolist() == pytest.approx(probe.scores, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("rows", "kind"),
     [

@@ -67,6 +67,7 @@ class PromptBatch(_Batch):
     sample: Int[Tensor, " B"]
     texts: tuple[str, ...]
     columns: Mapping[str, tuple[Any, ...]]  # the data set's other columns, for reward functions
+    transcripts: tuple[str, ...] | None = None  # of conversations: what rewards and samples show in place of the ids
 
     def __post_init__(self) -> None:
         _check("queries", self.queries, torch.int64, self.query_mask.shape)
@@ -155,6 +156,7 @@ class Responses(_Batch):
     prompts: tuple[str, ...]
     texts: tuple[str, ...]
     columns: Mapping[str, tuple[Any, ...]]
+    transcripts: tuple[str, ...] | None = None  # the prompts, if they are conversations
 
     def __post_init__(self) -> None:
         _check("finished", self.finished, torch.bool, (len(self),))

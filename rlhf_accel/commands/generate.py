@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,10 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_accel.algorithm.batches import Sequences
 from rlhf_accel.config.loading import load_run, parse
-from rlhf_accel.config.schema import Config, RolloutConfig
+from rlhf_accel.config.schema import Config, DataConfig, RolloutConfig
 from rlhf_accel.config.trust import require_trust
 from rlhf_accel.data import wheels
+from rlhf_accel.data.conversations import MESSAGES, Turns, answered, transcript, with_system
 from rlhf_accel.data.loading import adapted, adapter_config, pretrained
+from rlhf_accel.data.prompts import encode_conversations
 from rlhf_accel.data.rows import text_lines
 from rlhf_accel.data.tokenizer import Tokens
 from rlhf_accel.models.policy import end_of_text_ids
@@ -37,6 +39,7 @@ from rlhf_accel.system.process import quiet_libraries, tune_process
 from rlhf_accel.system.terminal import Terminal
 
 BATCH = 32
+_PLAIN = DataConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,16 +50,15 @@ class Writer:
     model: Any
     tokens: Tokens
     rollout: RolloutConfig
+    data: DataConfig = _PLAIN
     adapter_off: bool = False
 
-    def write(self, prompts: Sequence[str], seed: int) -> tuple[str, ...]:
-        """A response to each prompt. With the same seed, each row gets the same random numbers."""
-        rows = self.tokens.encode(prompts)
-        if [] in rows:
-            text = prompts[rows.index([])]
-            raise ConfigError(f"the tokenizer returns no tokens for the prompt {text!r:.40}; use another one")
+    def write(self, prompts: Sequence[str | Turns], seed: int) -> tuple[str, ...]:
+        """A response to each text, or with data.chat to each conversation. With the same seed, each row gets the same
+        random numbers."""
+        rows = self._encoded(prompts)
         new_tokens = self.rollout.max_new_tokens
-        check_prompts(self.model, prompts, list(map(len, rows)), new_tokens, "--max_new_tokens")
+        check_prompts(self.model, _shown(prompts), list(map(len, rows)), new_tokens, "--max_new_tokens")
         queries, query_mask = self.tokens.pad_left(rows)
         stop = self.tokens.stop_condition(self.rollout.stop, end_of_text_ids(self.model))
         device = self.model.device
@@ -79,6 +81,15 @@ class Writer:
         )
         return self.tokens.decode(sequences)[1]
 
+    def _encoded(self, prompts: Sequence[Any]) -> list[list[int]]:
+        if self.data.chat:
+            return encode_conversations(prompts, self.tokens, self.data)
+        rows = self.tokens.encode(prompts)
+        if [] in rows:
+            text = prompts[rows.index([])]
+            raise ConfigError(f"the tokenizer returns no tokens for the prompt {text!r:.40}; use another one")
+        return rows
+
 
 def main(options: argparse.Namespace) -> None:
     """Raises `ConfigError` for a folder or a file that cannot be used."""
@@ -87,13 +98,27 @@ def main(options: argparse.Namespace) -> None:
     config, writers = _writers(options)
     if config is not None:
         tune_process(config.run.matmul_precision)
+    data = writers[0].data
     reward = _reward(config, Path(options.model)) if options.score else None
+    histories: dict[str, Turns] = {writer.name: [] for writer in writers}  # of the conversation that is typed
     for number, prompts in enumerate(_prompts(options)):
+        asked = {name: [_asked(turns, text, data) for text in prompts] for name, turns in histories.items()}
         try:
-            _show(prompts, writers, reward, options.seed + number)
+            written = _show(prompts, writers, reward, options.seed + number, asked if data.chat else None)
         except RewardError as error:
             hint = "prompts given here have no columns: if the reward reads columns of data.source, use evaluate"
             raise ConfigError(f"--score: {error}; {hint}", key="--score") from error
+        if _is_typed(options):
+            histories = {name: answered(asked[name][0], texts[0]) for name, texts in written.items()}
+
+
+def _asked(history: Turns, text: str, data: DataConfig) -> Turns:
+    """The conversation so far with this turn of the user."""
+    return with_system([*history, {"role": "user", "content": text}], data.system)
+
+
+def _shown(prompts: Sequence[Any]) -> list[str]:
+    return [prompt if isinstance(prompt, str) else transcript(prompt) for prompt in prompts]
 
 
 def _writers(options: argparse.Namespace) -> tuple[Config | None, list[Writer]]:
@@ -122,12 +147,13 @@ def _writers(options: argparse.Namespace) -> tuple[Config | None, list[Writer]]:
         RolloutConfig, asdict(rollout) | {key: value for key, value in changes.items() if value is not None}
     )
 
+    data = _data(options, config)
     adapter = (folder / "adapter_config.json").is_file()
     kind = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
-    tokens = Tokens.load(path, trust_remote_code=trust)
+    tokens = Tokens.load(path, trust_remote_code=trust, data=data)
     # The run's config has the absolute path of the base; the adapter's has it as the user wrote it, perhaps relative.
     known = None if config is None or not adapter else wheels.resolve_model(config.model.name_or_path)
-    trained = Writer(name="trained", model=_load(kind, path, trust, known), tokens=tokens, rollout=rollout)
+    trained = Writer(name="trained", model=_load(kind, path, trust, known), tokens=tokens, rollout=rollout, data=data)
     if not options.compare:
         return config, [trained]
     if adapter:
@@ -136,6 +162,20 @@ def _writers(options: argparse.Namespace) -> tuple[Config | None, list[Writer]]:
         raise ConfigError("--compare needs a run's folder or an adapter, since these name their base", key="--compare")
     base = _load(AutoModelForCausalLM, wheels.resolve_model(config.model.name_or_path), trust)
     return config, [replace(trained, name="base", model=base), trained]
+
+
+def _data(options: argparse.Namespace, config: Config | None) -> DataConfig:
+    """How prompts become conversations: as in the run, unless the options say otherwise."""
+    data = _PLAIN if config is None else config.data
+    if options.score and options.chat not in (None, data.chat):
+        flag = "--chat" if options.chat else "--no-chat"
+        raise ConfigError(f"--score: the run's reward scores prompts as in its training; remove {flag}", key=flag)
+    data = replace(data, chat=data.chat if options.chat is None else options.chat)
+    if options.system is None:
+        return data
+    if not data.chat:
+        raise ConfigError("--system needs conversations, and the prompts are plain texts; add --chat", key="--system")
+    return replace(data, system=options.system)
 
 
 def _load(kind: Any, path: str, trust_remote_code: bool, base: str | None = None) -> Any:
@@ -152,7 +192,8 @@ def _load(kind: Any, path: str, trust_remote_code: bool, base: str | None = None
 
 def _reward(config: Config | None, run: Path) -> Reward:
     assert config is not None, "checked with the options"
-    reward = load_reward_here(config.reward, trust_remote_code=config.model.trust_remote_code)
+    trusted = config.model.trust_remote_code
+    reward = load_reward_here(config.reward, trust_remote_code=trusted, conversations=config.data.chat)
     if not config.reward.calibrate:
         return reward
     scale = reward_scale(run)
@@ -172,7 +213,7 @@ def _prompts(options: argparse.Namespace) -> Iterator[list[str]]:
             lines = text_lines(options.file.read_bytes())
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--file {options.file}: cannot be read ({why(error)})", key="--file") from error
-    elif sys.stdin.isatty():
+    elif _is_typed(options):
         yield from ([line] for line in _typed(input))
         return
     else:
@@ -186,6 +227,10 @@ def _prompts(options: argparse.Namespace) -> Iterator[list[str]]:
     yield from (lines[start : start + BATCH] for start in range(0, len(lines), BATCH))
 
 
+def _is_typed(options: argparse.Namespace) -> bool:
+    return not options.prompts and options.file is None and sys.stdin.isatty()
+
+
 def _typed(ask: Callable[[str], str]) -> Iterator[str]:
     while True:
         try:
@@ -197,9 +242,23 @@ def _typed(ask: Callable[[str], str]) -> Iterator[str]:
         yield line
 
 
-def _show(prompts: list[str], writers: list[Writer], reward: Reward | None, seed: int) -> None:
-    written = {writer.name: writer.write(prompts, seed) for writer in writers}
-    scores = {name: reward.try_out(prompts, texts, {}).tolist() for name, texts in written.items()} if reward else {}
+def _show(
+    prompts: list[str],
+    writers: list[Writer],
+    reward: Reward | None,
+    seed: int,
+    asked: Mapping[str, list[Turns]] | None = None,
+) -> dict[str, tuple[str, ...]]:
+    """Prints and returns the responses of each writer to the prompts, or to what it is `asked`: the conversations that
+    end with them."""
+    asked = asked or {}
+    written = {writer.name: writer.write(asked.get(writer.name, prompts), seed) for writer in writers}
+    scores: dict[str, list[float]] = {}
+    for name, texts in written.items():
+        if reward is None:
+            continue
+        columns = {MESSAGES: asked[name]} if asked else {}
+        scores[name] = reward.try_out(_shown(asked.get(name, prompts)), texts, columns).tolist()
     table = Table(show_lines=True)
     table.add_column("prompt", overflow="fold")
     for name in written:
@@ -212,3 +271,4 @@ def _show(prompts: list[str], writers: list[Writer], reward: Reward | None, seed
             cells += [texts[i], *([f"{scores[name][i]:+.2f}"] if reward else [])]
         table.add_row(*map(plain, cells))
     Terminal().print(table)
+    return written

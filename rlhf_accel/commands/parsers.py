@@ -83,6 +83,13 @@ def generate(arguments: Sequence[str]) -> argparse.Namespace:
         "prompts", nargs="*", help="prompts; if none are given, they are read from --file, from stdin or interactively"
     )
     parser.add_argument("--file", type=Path, help="a text file with one prompt per line")
+    parser.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="prompts are turns of the user, formatted by the chat template; typed ones continue one conversation "
+        "(default: data.chat of the run, else no)",
+    )
+    parser.add_argument("--system", help="system turn of all conversations (default: data.system of the run)")
     parser.add_argument("--which", choices=MODELS, default="final", help="model of the run's folder (default: final)")
     parser.add_argument("--compare", action="store_true", help="show the continuation of the base model as well")
     parser.add_argument(
@@ -192,7 +199,7 @@ def report(arguments: Sequence[str]) -> argparse.Namespace:
 
 def reward_server(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _parser("reward-server", "Serve a reward over HTTP, for reward.url.")
-    for key in ("function", "model", "label", "output", "text", "format", "chat_field"):
+    for key in ("function", "model", "label", "output", "text", "format", "chat_field", "chat_template"):
         parser.add_argument(f"--{key}", help=f"as reward.{key} in a run's config")
     parser.add_argument("--host", default=LOOPBACK[0], help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 chooses a free one and prints it")

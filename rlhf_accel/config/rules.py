@@ -16,7 +16,7 @@ from rlhf_accel.system.errors import ConfigError
 
 if TYPE_CHECKING:  # the schema calls these rules when a config is made
     from rlhf_accel.config.reward_schema import RewardTrainingConfig
-    from rlhf_accel.config.schema import Config, RewardConfig, RolloutConfig
+    from rlhf_accel.config.schema import Config, DataConfig, RewardConfig, RolloutConfig
 
 # Keys of local paths: a run records them as absolute paths, older versions recorded them as they were given.
 _PATHS = ("model.name_or_path", "lora.adapter", "data.source", "data.eval_split", "reward.model")
@@ -162,6 +162,7 @@ def contradictions(config: Config) -> Iterator[ConfigError]:
             key="data.eval_split",
             others=("data.split",),
         )
+    yield from _chat_contradictions(data)
     if data.prompt_tokens is not None:
         low, high = data.prompt_tokens
         if low > high:
@@ -180,6 +181,24 @@ def contradictions(config: Config) -> Iterator[ConfigError]:
     yield from _scoring_contradictions(config)
     yield from _model_contradictions(config)
     yield from _ppo_contradictions(config)
+
+
+def _chat_contradictions(data: DataConfig) -> Iterator[ConfigError]:
+    for key in ("system", "chat_template", "thinking"):
+        if getattr(data, key) is not None and not data.chat:
+            yield ConfigError(
+                f"data.{key} is set, but data.chat=false uses no chat template; set data.chat=true, or remove "
+                f"data.{key}",
+                key=f"data.{key}",
+                others=("data.chat",),
+            )
+    if data.chat and data.prompt_tokens is not None:
+        yield ConfigError(
+            f"data.prompt_tokens={list(data.prompt_tokens)} cuts prompts, and data.chat=true makes conversations, "
+            "which cannot be cut; remove one of them",
+            key="data.prompt_tokens",
+            others=("data.chat",),
+        )
 
 
 def without_effect(config: Config) -> list[str]:
@@ -312,22 +331,23 @@ def _scoring_contradictions(config: Config) -> Iterator[ConfigError]:
             key="reward.partial_every",
             others=("ppo.whiten_rewards",),
         )
-    for key, default in (("label", None), ("format", "auto"), ("chat_field", None)):
+    for key, default in (("label", None), ("format", "auto"), ("chat_field", None), ("chat_template", None)):
         value = getattr(reward, key)
         if reward.model is None and value != default:
             yield ConfigError(
-                f"reward.{key}={value} is set without reward.model; name the model or remove reward.{key}",
+                f"reward.{key}={short(value)} is set without reward.model; name the model or remove reward.{key}",
                 key=f"reward.{key}",
                 others=("reward.model",),
             )
     if reward.on_policy_base:
         yield from _shared_base_problems(config)
-    if reward.format == "plain" and reward.chat_field is not None:
-        yield ConfigError(
-            "reward.chat_field is set, but reward.format=plain does not use turns; remove one of them",
-            key="reward.chat_field",
-            others=("reward.format",),
-        )
+    for key in ("chat_field", "chat_template"):
+        if reward.format == "plain" and getattr(reward, key) is not None:
+            yield ConfigError(
+                f"reward.{key} is set, but reward.format=plain does not use turns; remove one of them",
+                key=f"reward.{key}",
+                others=("reward.format",),
+            )
 
 
 def _shared_base_problems(config: Config) -> Iterator[ConfigError]:

@@ -148,7 +148,8 @@ class DataConfig:
     """Split of the held-out prompts, or the name of another file; by default a fixed tenth of data.split, which is not
     used in training."""
     text_field: str = "text"
-    """Column of the text; the other columns are passed to the reward function. A CSV file has no types: a column is
+    """Column of the prompts: texts, or conversations with data.chat. If there is no column `text`, `prompt` is used.
+    The other columns are passed to the reward function. A CSV file has no types: a column is
     read as numbers (or booleans) if each value is written as Python writes it, such as 7, 0.5 or True, and as texts
     otherwise, such as 007 or 0.50; an empty cell is None."""
     max_samples: PositiveInt | None = None
@@ -156,6 +157,15 @@ class DataConfig:
     prompt_tokens: tuple[PositiveInt, PositiveInt] | None = None
     """The prompt is the first n tokens of a text, with n drawn from this range for each text; by default the whole
     text."""
+    chat: bool = False
+    """Prompts are conversations, formatted by the policy's chat template with its generation prompt: a list of {role,
+    content}, the same as JSON, or a text, which becomes one turn of the user. An answer at the end is left out."""
+    system: str | None = None
+    """With data.chat: system turn of all conversations; replaces their own."""
+    chat_template: str | None = None
+    """With data.chat: a Jinja template, or the name of its file, in place of the template of the policy's tokenizer."""
+    thinking: bool | None = None
+    """With data.chat: value of `enable_thinking` in a chat template that has it, such as Qwen 3's; null passes none."""
 
 
 _AT_ONCE_ON_CPU = 64  # responses; more do not make a CPU faster
@@ -213,7 +223,9 @@ class RewardConfig:
     turn by the classifier's own chat template; auto is the format that its training recorded beside it, else plain."""
     chat_field: str | None = None
     """With the chat format: column of the data with the prompt for the classifier, a text or a list of {role, content};
-    by default the policy's prompt, which must then be plain text."""
+    by default the policy's prompt, which must then be plain text, or a conversation by data.chat."""
+    chat_template: str | None = None
+    """With the chat format: a Jinja template, or the name of its file, in place of the classifier's own."""
     dtype: Dtype = "auto"
     """Dtype of the frozen classifier. On a GPU, auto is fp16, or bf16 for a model that was stored or trained in bf16;
     on a CPU, it is bf16 if the CPU has bf16 units, else fp32."""

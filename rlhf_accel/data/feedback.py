@@ -19,7 +19,7 @@ from rlhf_accel.algorithm.calibration import PAIR_MARGIN
 from rlhf_accel.config.reward_schema import RewardDataConfig
 from rlhf_accel.data import prompts as data
 from rlhf_accel.data import reward_texts
-from rlhf_accel.data.reward_texts import Turns
+from rlhf_accel.data.conversations import Turns, is_conversation
 from rlhf_accel.system.errors import ConfigError, key_in
 
 # Pairs are drawn from ratings with a seed of their own: models of all seeds are compared on the same pairs. Each
@@ -329,7 +329,7 @@ class _Reader:
         texts = []
         for number, content in enumerate(rows[field], start=1):
             place = f"data.pair_fields: row {number} of {source} in the column {field}"
-            if reward_texts.is_conversation(content):
+            if is_conversation(content):
                 texts.append(self._laid_out(content, place))
                 self.formed.chat(content, texts[-1])
             elif isinstance(content, str) and content.strip():

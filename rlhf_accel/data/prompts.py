@@ -10,7 +10,7 @@ import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,16 @@ import torch
 from rlhf_accel.algorithm.batches import PromptBatch
 from rlhf_accel.config.schema import DataConfig
 from rlhf_accel.data import embedded
+from rlhf_accel.data.conversations import (
+    MESSAGES,
+    Turns,
+    identity,
+    is_conversation,
+    is_text,
+    transcript,
+    turns_of,
+    with_system,
+)
 from rlhf_accel.data.rows import READERS, Table, read_file
 from rlhf_accel.data.tokenizer import Tokens
 from rlhf_accel.system.errors import ConfigError, first_line
@@ -75,10 +85,10 @@ def checked_texts(rows: Table, source: str, text_field: str) -> list[str]:
         )
     texts = list(rows[text_field])
     for number, text in enumerate(texts, start=1):
-        if not _is_text(text):
+        if not is_text(text):
             fix = "remove the row or choose another data.text_field"
-            if isinstance(text, list) and text and isinstance(text[0], dict):
-                fix = "write the conversations into a column of texts by the policy's chat template, and name that one"
+            if is_conversation(text):
+                fix = "it is a conversation: set data.chat=true to format it by the policy's chat template"
             raise ConfigError(
                 f"data.text_field={text_field}: row {number} of {source} has no text there (found {text!r:.40}); {fix}",
                 key="data.text_field",
@@ -87,18 +97,44 @@ def checked_texts(rows: Table, source: str, text_field: str) -> list[str]:
     return texts
 
 
-def _is_text(value: Any) -> bool:
-    if not isinstance(value, str) or not value.strip():
-        return False
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair: valid in JSON, but no tokenizer reads it
-        return False
-    return True
+def checked_prompts(rows: Table, source: str, config: DataConfig) -> list[str]:
+    """A text for each row that tells its prompt apart; raises `ConfigError` as `checked_texts`, and with data.chat for
+    the first row without a conversation."""
+    column = text_column(rows, config.text_field)
+    if not config.chat:
+        return checked_texts(rows, source, column)
+    if column not in rows.column_names:
+        return checked_texts(rows, source, column)  # raises
+    return [identity(turns) for turns in _conversations(rows[column], source, column)]
 
 
-def _check_column_names(rows: Table, source: str, source_key: str, text_field: str) -> None:
-    taken = [name for name in rows.column_names if name in _ARGUMENTS and name != text_field]
+def text_column(rows: Table, text_field: str) -> str:
+    """data.text_field, or `prompt`, as TRL calls it, if there is no column `text`."""
+    names = rows.column_names
+    return "prompt" if text_field == "text" and "text" not in names and "prompt" in names else text_field
+
+
+def _conversations(values: Sequence[Any], source: str, column: str) -> list[Turns]:
+    """The turns in each cell; raises `ConfigError` for the first one without any to respond to."""
+    conversations = []
+    for number, value in enumerate(values, start=1):
+        turns = turns_of(value)
+        if turns is None:
+            raise ConfigError(
+                f"data.text_field={column}: row {number} of {source} has neither a text nor a conversation there, a "
+                f"list of {{role, content}} that ends with a turn to respond to (found {value!r:.40}); correct or "
+                "remove the row",
+                key="data.text_field",
+                row=number,
+            )
+        conversations.append(turns)
+    return conversations
+
+
+def _check_column_names(rows: Table, source: str, source_key: str, config: DataConfig) -> None:
+    arguments = (*_ARGUMENTS, MESSAGES) if config.chat else _ARGUMENTS
+    column = text_column(rows, config.text_field)
+    taken = [name for name in rows.column_names if name in arguments and name != column]
     if taken:
         raise ConfigError(
             f"{source_key}={source} has a column {taken[0]}, but every reward function already has an argument of "
@@ -119,8 +155,8 @@ def split_rows(config: DataConfig) -> tuple[Table, Table]:
     Without data.eval_split, the latter may be empty if there are few texts.
     """
     rows = load_rows(config.source, config.split, config.max_samples)
-    texts = checked_texts(rows, config.source, config.text_field)
-    _check_column_names(rows, config.source, "data.source", config.text_field)
+    texts = checked_prompts(rows, config.source, config)
+    _check_column_names(rows, config.source, "data.source", config)
     if config.eval_split is not None:
         return rows, _eval_rows(config, config.eval_split)
     train = [i for i, text in enumerate(texts) if not held_out(text)]
@@ -131,8 +167,8 @@ def split_rows(config: DataConfig) -> tuple[Table, Table]:
 def _eval_rows(config: DataConfig, eval_split: str) -> Table:
     if is_file_name(eval_split):
         held = load_rows(eval_split, "train", source_key="data.eval_split")
-        checked_texts(held, eval_split, config.text_field)
-        _check_column_names(held, eval_split, "data.eval_split", config.text_field)
+        checked_prompts(held, eval_split, config)
+        _check_column_names(held, eval_split, "data.eval_split", config)
         return held
     if is_file_name(config.source):
         raise ConfigError(
@@ -141,7 +177,7 @@ def _eval_rows(config: DataConfig, eval_split: str) -> Table:
             key="data.eval_split",
         )
     held = load_rows(config.source, eval_split, split_key="data.eval_split")
-    checked_texts(held, config.source, config.text_field)
+    checked_prompts(held, config.source, config)
     return held
 
 
@@ -162,11 +198,14 @@ class Prompts:
     def of(cls, rows: Table, tokens: Tokens, config: DataConfig, max_prompt_tokens: int, seed: int) -> Prompts:
         """The prompts in `rows`. Without data.prompt_tokens, rows that are too long are left out with a warning.
 
-        Raises `ConfigError` if none is left, or if the tokenizer makes no token of a text.
+        Raises `ConfigError` if none is left, if the tokenizer makes no token of a text, or if the chat template refuses
+        a conversation.
         """
+        config = replace(config, text_field=text_column(rows, config.text_field))
         if config.prompt_tokens is None:
-            encoded = _encoded(checked_texts(rows, config.source, config.text_field), tokens, config)
-            lengths = [len(ids) - len(tokens.prefix) for ids in encoded]
+            checked_prompts(rows, config.source, config)
+            encoded = _encoded(rows[config.text_field], tokens, config)
+            lengths = [len(ids) - (0 if config.chat else len(tokens.prefix)) for ids in encoded]
             short = [i for i, length in enumerate(lengths) if length <= max_prompt_tokens]
             if not short:
                 raise ConfigError(
@@ -203,8 +242,8 @@ class Prompts:
         order = np.random.default_rng(_FIXED_ORDER).permutation(len(self))[:count]
         return self._prompts(order.tolist(), np.random.default_rng(_FIXED_LENGTH))
 
-    def some_texts(self, count: int) -> list[str]:
-        """Whole texts of `count` rows drawn at random, or of all rows if there are fewer."""
+    def some_texts(self, count: int) -> list[Any]:
+        """Whole texts, or conversations, of `count` rows drawn at random, or of all rows if there are fewer."""
         order = np.random.default_rng(_FIXED_ORDER).permutation(len(self))[:count]
         return list(self.rows[order.tolist()][self.config.text_field])
 
@@ -216,6 +255,8 @@ class Prompts:
         low, high = self.config.prompt_tokens or (self.max_prompt_tokens, self.max_prompt_tokens)
         limits = lengths.integers(low, high, size=len(rows), endpoint=True)
         texts = chosen.pop(self.config.text_field)
+        if self.config.chat:  # never cut: those that are too long were left out
+            return chat_batch(_with_run_system(texts, self.config), self.tokens, self.config, chosen)
         encoded = _encoded(texts, self.tokens, self.config)
         return prompt_batch(
             [ids[: limit + len(self.tokens.prefix)] for ids, limit in zip(encoded, limits, strict=True)],
@@ -224,8 +265,15 @@ class Prompts:
         )
 
 
-def _encoded(texts: Sequence[str], tokens: Tokens, config: DataConfig) -> list[list[int]]:
-    """The ids of each text; raises `ConfigError` for the first text without any."""
+def _with_run_system(values: Sequence[Any], config: DataConfig) -> list[Turns]:
+    turns = _conversations(values, config.source, config.text_field)
+    return [with_system(each, config.system) for each in turns]
+
+
+def _encoded(texts: Sequence[Any], tokens: Tokens, config: DataConfig) -> list[list[int]]:
+    """The ids of each text or conversation; raises `ConfigError` for the first one without any."""
+    if config.chat:
+        return encode_conversations(_with_run_system(texts, config), tokens, config)
     encoded = tokens.encode(texts)
     if [] in encoded:
         raise ConfigError(
@@ -234,6 +282,36 @@ def _encoded(texts: Sequence[str], tokens: Tokens, config: DataConfig) -> list[l
             key="data.text_field",
         )
     return encoded
+
+
+def encode_conversations(conversations: Sequence[Turns], tokens: Tokens, config: DataConfig) -> list[list[int]]:
+    """Ids of conversations by the chat template; raises `ConfigError` for the first one that does not fit it, and if it
+    leaves out a system turn."""
+    texts, key = [], "data.text_field" if config.system is None else "data.system"
+    for turns in conversations:
+        system = turns[0]["content"].strip() if turns[0]["role"] == "system" else ""
+        try:
+            texts.append(tokens.lay_out(turns))
+            if system not in texts[-1]:
+                raise ValueError("it leaves out the system turn")
+        except ValueError as error:
+            fix = "; write its instructions into the user's turn" if system else ""
+            raise ConfigError(
+                f"{key}: the conversation {transcript(turns)!r:.60} does not fit the policy's chat template "
+                f"({error}){fix}",
+                key=key,
+            ) from error
+    return tokens.encode_laid_out(texts)
+
+
+def chat_batch(
+    conversations: Sequence[Turns], tokens: Tokens, config: DataConfig, columns: dict[str, list[Any]] | None = None
+) -> PromptBatch:
+    """Conversations as a batch, with their transcripts as texts; rewards get them in the column `messages`."""
+    ids = encode_conversations(conversations, tokens, config)
+    batch = prompt_batch(ids, tokens, {**(columns or {}), MESSAGES: list(conversations)})
+    texts = tuple(map(transcript, conversations))
+    return replace(batch, texts=texts, transcripts=texts)
 
 
 def prompt_batch(
@@ -251,14 +329,24 @@ def prompt_batch(
     )
 
 
-def own_prompts(texts: Sequence[str], tokens: Tokens) -> PromptBatch:
-    """Whole prompts from a caller; raises `ConfigError` if there are none, or for the first one without a text."""
+def own_prompts(texts: Sequence[Any], tokens: Tokens, config: DataConfig | None = None) -> PromptBatch:
+    """Whole prompts from a caller: texts, or with data.chat texts and conversations.
+
+    Raises `ConfigError` if there are none, or for the first one without a text.
+    """
     if isinstance(texts, str):
         raise ConfigError(f"expected a list of prompts, and found one text: {texts!r:.40}; put it into a list")
     texts = list(texts)
     if not texts:
         raise ConfigError("there are no prompts; give at least one")
-    encoded = [tokens.encode([text])[0] if _is_text(text) else [] for text in texts]
+    if config is not None and config.chat:
+        turns = [turns_of(text) for text in texts]
+        found = [with_system(each, config.system) for each in turns if each is not None]
+        if len(found) == len(texts):
+            return chat_batch(found, tokens, config)
+        encoded: list[Any] = [[] if each is None else each for each in turns]
+    else:
+        encoded = [tokens.encode([text])[0] if is_text(text) else [] for text in texts]
     if [] in encoded:
         number = encoded.index([])
         raise ConfigError(

@@ -15,6 +15,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from transformers.utils import cached_file
 
+from rlhf_accel.data.conversations import Turns, answered
 from rlhf_accel.data.tokenizer import special_ids_around
 from rlhf_accel.system.errors import ConfigError, first_line
 
@@ -25,7 +26,6 @@ MARKED = 0.5  # if a larger share of the training texts has special tokens insid
 
 _STRICT = ConfigDict(extra="forbid")
 
-Turns = list[dict[str, str]]
 Rounded = Literal["bf16", "fp16"]
 
 
@@ -65,6 +65,9 @@ class Record:
     truncation_side: Literal["left", "right"]
     around: tuple[str, str]
     """Special tokens that the tokenizer puts before and after every text, such as BOS or [CLS], and an end token."""
+    ends: tuple[str, str] | None = None
+    """For `chat`: those of them that the chat template writes itself, and only these are read. Null if the tokenizer's
+    own are read around each text, as by encoders and by models that an earlier version trained."""
     precision: Literal["fp32", "bf16"]
     """Precision of the training."""
     texts: int
@@ -87,14 +90,35 @@ def once(tokenizer: Any, texts: Sequence[str]) -> list[str]:
     return [text.removeprefix(before).removesuffix(after) for text in texts]
 
 
-def encode(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> tuple[list[dict[str, list[int]]], list[bool]]:
+def template_ends(tokenizer: Any) -> tuple[str, str] | None:
+    """Which of the special tokens that the tokenizer puts around every text its chat template writes, as text.
+
+    With these alone, a conversation becomes the ids of `apply_chat_template`. None for an encoder, which reads [CLS]
+    whatever the template writes, and for a template that refuses two turns.
+    """
+    if tokenizer.cls_token is not None:
+        return None
+    before, after = around(tokenizer)
+    try:
+        text = str(tokenizer.apply_chat_template(answered("a", "b"), tokenize=False))
+    except Exception:  # a template may raise anything
+        return None
+    return before if text.startswith(before) else "", after if text.endswith(after) else ""
+
+
+def encode(
+    tokenizer: Any, texts: Sequence[str], max_tokens: int, ends: tuple[str, str] | None = None
+) -> tuple[list[dict[str, list[int]]], list[bool]]:
     """The model's inputs for each text, cut to `max_tokens` on the tokenizer's truncation side, and whether it was cut.
 
-    An empty text is read as a space: some tokenizers make no token of it.
+    The special tokens at both ends, which are never cut off, are those that the tokenizer adds, or `ends`. An empty
+    text is read as a space: some tokenizers make no token of it.
     """
     if not texts:
         return [], []
     texts = [text or " " for text in once(tokenizer, texts)]
+    if ends is not None:
+        return _encoded_between(tokenizer, texts, max_tokens, ends)
     # Without the warning that a text is longer than the context: it is cut below.
     found = tokenizer(texts, verbose=False)
     cut = [len(ids) > max_tokens for ids in found["input_ids"]]
@@ -104,36 +128,29 @@ def encode(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> tuple[list[
     return [{key: list(found[key][i]) for key in keys} for i in range(len(texts))], cut
 
 
+def _encoded_between(
+    tokenizer: Any, texts: Sequence[str], max_tokens: int, ends: tuple[str, str]
+) -> tuple[list[dict[str, list[int]]], list[bool]]:
+    # As one text: some tokenizers read the first word of a text in another way than a word behind a special token.
+    found = tokenizer([ends[0] + text + ends[1] for text in texts], add_special_tokens=False, verbose=False)
+    first, last = (len(tokenizer(end, add_special_tokens=False)["input_ids"]) if end else 0 for end in ends)
+    rows, cut = [], [len(ids) > max_tokens for ids in found["input_ids"]]
+    for i, is_cut in enumerate(cut):
+        row = {key: list(found[key][i]) for key in found if key != "attention_mask"}
+        if is_cut and tokenizer.truncation_side == "left":
+            row = {key: ids[:first] + ids[len(ids) - max_tokens + first :] for key, ids in row.items()}
+        elif is_cut:
+            row = {key: ids[: max_tokens - last] + ids[len(ids) - last :] for key, ids in row.items()}
+        rows.append(row)
+    return rows, cut
+
+
 def lay_out(tokenizer: Any, turns: Turns) -> str:
     """The conversation as one text by the chat template; raises `ValueError` if the template refuses these turns."""
     try:
         return once(tokenizer, [tokenizer.apply_chat_template(turns, tokenize=False)])[0]
     except Exception as error:  # a template may raise anything, for example about the order of roles
         raise ValueError(first_line(error)) from error
-
-
-def is_conversation(content: Any) -> bool:
-    """Whether it is a list, not empty, of {role, content} with two texts."""
-    return (
-        isinstance(content, list)
-        and len(content) > 0
-        and all(
-            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-            for turn in content
-        )
-    )
-
-
-def answered(prompt: str | Turns, response: str) -> Turns:
-    """A conversation that ends with the response. If the prompt is a conversation, an answer at its end is removed.
-
-    >>> answered("Hi", "Hello")
-    [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}]
-    """
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    if turns and turns[-1]["role"] == "assistant":
-        turns = turns[:-1]
-    return [*turns, {"role": "assistant", "content": response}]
 
 
 def special_token(tokenizer: Any, rows: Sequence[Sequence[int]]) -> str | None:

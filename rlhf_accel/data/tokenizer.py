@@ -16,6 +16,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from rlhf_accel.algorithm.batches import Sequences
+from rlhf_accel.config.places import template_text
+from rlhf_accel.config.schema import DataConfig
+from rlhf_accel.data.conversations import Turns
 from rlhf_accel.data.loading import pretrained
 from rlhf_accel.system.errors import ConfigError, as_config_error
 from rlhf_accel.system.transfer import to_device
@@ -29,11 +32,13 @@ class Tokens:
 
     `pad_id` fills padding, which masks exclude; without a PAD token it is EOS. `prefix` holds the ids that
     the tokenizer puts before every text (BOS, or `[gMASK] <sop>`). `added` maps the text of each token that is matched
-    as a whole to its id. `hidden` holds the ids of special tokens, which decoded texts omit.
+    as a whole to its id. `hidden` holds the ids of special tokens, which decoded texts omit. `template_options` are
+    passed to the chat template.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, template_options: dict[str, Any] | None = None) -> None:
         self.tokenizer = tokenizer
+        self.template_options = template_options or {}
         self.eos_id: int | None = tokenizer.eos_token_id
         ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad_id: int = next(token_id for token_id in ids if token_id is not None)
@@ -45,8 +50,11 @@ class Tokens:
         self.hidden = frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
 
     @classmethod
-    def load(cls, name_or_path: str, *, trust_remote_code: bool = False) -> Tokens:
-        """The tokenizer of a folder or hub id. Raises `ConfigError` if there is none."""
+    def load(cls, name_or_path: str, *, trust_remote_code: bool = False, data: DataConfig | None = None) -> Tokens:
+        """The tokenizer of a folder or hub id, with the chat template that `data` asks for, if any.
+
+        Raises `ConfigError` if there is no tokenizer, or no chat template where one is needed.
+        """
         named = f"model.name_or_path={name_or_path}"
         here = "" if os.path.exists(name_or_path) else "there is no such folder of a run or a model here, and "
         message = f"{named}: {here}no tokenizer could be loaded; save one beside the model"
@@ -55,7 +63,7 @@ class Tokens:
             # For some architectures (GPT-2) transformers makes an empty tokenizer where a folder holds none.
             if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
                 raise ValueError("its vocabulary is empty")
-        return cls(tokenizer)
+        return cls(tokenizer, _with_template(tokenizer, name_or_path, data) if data is not None and data.chat else None)
 
     def __len__(self) -> int:
         return len(self.tokenizer)
@@ -67,6 +75,27 @@ class Tokens:
         # Not verbose: a text may be longer than the model's context, as only its first tokens may be used.
         encoded = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return [self._prefixed(ids) for ids in encoded]
+
+    def lay_out(self, turns: Turns) -> str:
+        """The conversation by the chat template, up to where the response begins.
+
+        Raises `ValueError` if the template refuses these turns.
+        """
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    turns, tokenize=False, add_generation_prompt=True, **self.template_options
+                )
+            )
+        except Exception as error:  # a template may raise anything, for example about the order of roles
+            raise ValueError(first_line(error)) from error
+
+    def encode_laid_out(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts by the chat template, whose special tokens are the only ones."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return [list(ids) for ids in encoded]
 
     def _prefixed(self, ids: list[int]) -> list[int]:
         # A text from a chat template begins with BOS, which must not be read twice.
@@ -160,6 +189,27 @@ class Tokens:
 
     def _decoded(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _with_template(tokenizer: Any, name_or_path: str, data: DataConfig) -> dict[str, Any]:
+    """Sets the chat template of the tokenizer where `data` has one; returns the options for it."""
+    if data.chat_template is not None:
+        tokenizer.chat_template = template_text(data.chat_template, "data.chat_template")
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"data.chat=true: the tokenizer of model.name_or_path={name_or_path} has no chat template, as that of a "
+            "base model; use a model that was trained on conversations, or set data.chat_template",
+            key="data.chat",
+        )
+    if data.thinking is None:
+        return {}
+    if "enable_thinking" not in str(tokenizer.chat_template):
+        raise ConfigError(
+            f"data.thinking={str(data.thinking).lower()}: the chat template does not use enable_thinking; remove "
+            "data.thinking",
+            key="data.thinking",
+        )
+    return {"enable_thinking": data.thinking}
 
 
 class StopCondition:

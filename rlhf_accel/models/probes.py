@@ -199,7 +199,24 @@ def prompt_tokens(tokenizer: Any, texts: Sequence[str], read: Sequence[Sequence[
     The tokens that it puts before a text count, once even if the text contains them. Those that it appends (T5's EOS)
     do not: they would end the prompt. `read` are the ids that the policy reads, a row per text.
     """
-    expected = [_own_tokens(tokenizer, text) for text in texts]
+    return _same_tokens(tokenizer, texts, [_own_tokens(tokenizer, text) for text in texts], read)
+
+
+def chat_tokens(
+    tokenizer: Any, conversations: Sequence[Any], read: Sequence[Sequence[int]], options: Mapping[str, Any]
+) -> Finding:
+    """Whether the policy reads the tokens that `apply_chat_template` itself gives for each conversation, with these
+    options for the template. `read` are the ids that the policy reads, a row per conversation."""
+    expected = [
+        tokenizer.apply_chat_template(turns, tokenize=True, add_generation_prompt=True, return_dict=False, **options)
+        for turns in conversations
+    ]
+    return _same_tokens(tokenizer, [turns[-1]["content"] for turns in conversations], expected, read)
+
+
+def _same_tokens(
+    tokenizer: Any, texts: Sequence[str], expected: Sequence[list[int]], read: Sequence[Sequence[int]]
+) -> Finding:
     wrong = [i for i, row in enumerate(read) if list(row) != expected[i]]
     message = f"prompt tokens: the policy reads {len(texts)} texts as the tokenizer does"
     if wrong:

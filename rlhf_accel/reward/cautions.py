@@ -46,6 +46,11 @@ def _other_format(name: str, term: Classifier) -> Iterator[str]:
             f"{name} has a chat template and no record of how its texts were formed in training: they are scored "
             "plain; if it was trained on conversations set reward.format=chat, else plain"
         )
+    if term.conversations and term.format == "plain" and term.config.text == "full":
+        yield (
+            f"{name} reads plain text, and the prompts are conversations: it reads a transcript with the names of the "
+            "roles; set reward.text=response to score responses alone"
+        )
     if term.record is not None and term.record.format not in ("mixed", "marked", term.format):
         yield (
             f"reward.format={term.format}, but {name} was trained on {term.record.format} texts: its scores mean "

@@ -15,8 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rlhf_accel.config.places import template_text
 from rlhf_accel.config.schema import RewardConfig
 from rlhf_accel.data import reward_texts
+from rlhf_accel.data.conversations import MESSAGES, answered
 from rlhf_accel.data.reward_texts import Record
 from rlhf_accel.models.classifier import load_tokenizer, most_tokens, settle_padding, stored_dtype
 from rlhf_accel.models.loading import DTYPES
@@ -45,7 +47,8 @@ class Classifier:
 
     Texts are formed as in its training, if that is recorded beside it. `sample_tokens` is the most tokens of the policy
     that a sample's prompt and response may have, if known. With `shared`, it is the one on the policy's base, and none
-    is loaded. Raises `ConfigError` if the classifier cannot be loaded, or does not score as in its training.
+    is loaded. With `conversations`, the prompts are conversations, which the chat format reads in the column
+    `messages`. Raises `ConfigError` if the classifier cannot be loaded, or does not score as in its training.
     """
 
     def __init__(
@@ -57,13 +60,18 @@ class Classifier:
         trust_remote_code: bool = False,
         sample_tokens: tuple[int, int] | None = None,
         shared: SharedBase | None = None,
+        conversations: bool = False,
     ) -> None:
         self.config = config
         self.shared = shared
+        self.conversations = conversations
+        self.chat_field = config.chat_field or (MESSAGES if conversations else None)
         self.device = device
         self.setting = f"reward.model={config.model}"  # with which its errors begin
         self.record = reward_texts.read(path, self.setting)
         self.tokenizer = load_tokenizer(path, self.setting, trust_remote_code=trust_remote_code)
+        if config.chat_template is not None:
+            self.tokenizer.chat_template = template_text(config.chat_template, "reward.chat_template")
         if shared is None:
             in_bf16 = self.record is not None and self.record.precision == "bf16"
             self.dtype = reward_dtype(config, device, torch.bfloat16 if in_bf16 else stored_dtype(path))
@@ -78,13 +86,17 @@ class Classifier:
             self.max_tokens = min(self.max_tokens, self.record.max_tokens)
             self.tokenizer.truncation_side = self.record.truncation_side
         self.format = _settle_format(config, self.record, bool(self.tokenizer.chat_template))
+        self.ends: tuple[str, str] | None = None  # special tokens in place of those that the tokenizer adds
+        if self.format == "chat":
+            record = self.record if self.record is not None and self.record.format == "chat" else None
+            self.ends = reward_texts.template_ends(self.tokenizer) if record is None else record.ends
         classifier_checks.check(self, sample_tokens)
         self.read = self.cut = self.unread = 0  # texts scored, texts cut, texts cut before the response
 
     @property
     def reads_prompts_as_turns(self) -> bool:
         """Whether the policy's prompt becomes the user's turn of a conversation."""
-        return self.format == "chat" and self.config.chat_field is None and self.config.text == "full"
+        return self.format == "chat" and self.chat_field is None and self.config.text == "full"
 
     def tokens_read(self, prompt_tokens: int, new_tokens: int) -> int:
         """How many tokens the classifier gets of a sample, counted in the policy's tokens."""
@@ -116,7 +128,7 @@ class Classifier:
     ) -> tuple[list[dict[str, list[int]]], list[list[int]]]:
         """The encoded texts, and their positions in batches: texts of similar length need less padding."""
         texts = self.formed(prompts, responses, columns)
-        rows, cut = reward_texts.encode(self.tokenizer, texts, self.max_tokens)
+        rows, cut = self.encoded(texts)
         self._count(prompts, columns, rows, cut)
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         size = self.config.batch_size
@@ -130,12 +142,16 @@ class Classifier:
         if self.format == "plain":
             return [r if alone else p + r for p, r in zip(prompts, responses, strict=True)]
         given: Sequence[Any] = prompts
-        if self.config.chat_field is not None and not alone:
-            given = columns.get(self.config.chat_field, ())
-            if not columns.get(self.config.chat_field) and len(prompts):
-                raise KeyError(f"{self.config.chat_field} (reward.chat_field) is not a column of the data")
-        turns = [reward_texts.answered([] if alone else p, r) for p, r in zip(given, responses, strict=True)]
+        if self.chat_field is not None and not alone:
+            given = columns.get(self.chat_field, ())
+            if not columns.get(self.chat_field) and len(prompts):
+                raise KeyError(f"{self.chat_field} (reward.chat_field) is not a column of the data")
+        turns = [answered([] if alone else p, r) for p, r in zip(given, responses, strict=True)]
         return [reward_texts.lay_out(self.tokenizer, conversation) for conversation in turns]
+
+    def encoded(self, texts: Sequence[str]) -> tuple[list[dict[str, list[int]]], list[bool]]:
+        """The model's inputs for each formed text, and whether it was cut."""
+        return reward_texts.encode(self.tokenizer, texts, self.max_tokens, self.ends)
 
     @torch.no_grad()
     def logits(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> Float[Tensor, "B K"]:
@@ -168,7 +184,7 @@ class Classifier:
             places = [i for i, is_cut in enumerate(cut) if is_cut]
             few = {name: [column[i] for i in places] for name, column in columns.items()}
             empty = self.formed([prompts[i] for i in places], [""] * len(places), few)
-            without, _ = reward_texts.encode(self.tokenizer, empty, self.max_tokens)
+            without, _ = self.encoded(empty)
             self.unread += sum(rows[i] == alone for i, alone in zip(places, without, strict=True))
 
     def _scores(self, logits: Float[Tensor, "B K"]) -> Float[Tensor, " B"]:

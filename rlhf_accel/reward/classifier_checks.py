@@ -58,7 +58,8 @@ def _check_record(classifier: Classifier, record: Record) -> None:
         if now != record.laid_out:
             raise ConfigError(
                 f"{setting}: its chat template turns a conversation of the training into {now!r:.80}, and in training "
-                f"it gave {record.laid_out!r:.80}; restore the tokenizer of the training, or train again",
+                f"it gave {record.laid_out!r:.80}; restore the tokenizer of the training, remove reward.chat_template, "
+                "or train again",
                 key="reward.model",
             )
     outputs = classifier.model.config.num_labels
@@ -69,7 +70,7 @@ def _check_record(classifier: Classifier, record: Record) -> None:
             key="reward.model",
         )
     texts = [probe.text for probe in record.probes]
-    rows, _ = reward_texts.encode(tokenizer, texts, classifier.max_tokens)
+    rows, _ = classifier.encoded(texts)
     # In fp32 the products are exact, as when the scores were recorded; bf16 and fp16 round as they will in the run.
     with exact_products():
         scores = torch.cat([classifier.logits([row]) for row in rows]) if rows else torch.zeros(0, 1)

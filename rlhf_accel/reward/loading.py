@@ -29,12 +29,13 @@ def load_reward(
     trust_remote_code: bool = False,
     sample_tokens: tuple[int, int] | None = None,
     shared: SharedBase | None = None,
+    conversations: bool = False,
 ) -> Reward:
     """The reward that the config describes; `path` is the folder or hub id of reward.model.
 
     Code that comes with the model runs only if `trust_remote_code`, the value of model.trust_remote_code.
-    `sample_tokens` and `shared` are for `Classifier`. Raises `ConfigError` if a part cannot be loaded, or no reward is
-    configured.
+    `sample_tokens`, `shared` and `conversations` are for `Classifier`. Raises `ConfigError` if a part cannot be loaded,
+    or no reward is configured.
     """
     names: list[str] = []
     functions: list[RewardFunction] = []
@@ -42,7 +43,15 @@ def load_reward(
         names.append(f"reward.model={config.model}")
         trusted = trust_remote_code
         functions.append(
-            Classifier(config, path, device, trust_remote_code=trusted, sample_tokens=sample_tokens, shared=shared)
+            Classifier(
+                config,
+                path,
+                device,
+                trust_remote_code=trusted,
+                sample_tokens=sample_tokens,
+                shared=shared,
+                conversations=conversations,
+            )
         )
     if config.url is not None:
         names.append(f"reward.url={config.url}")
@@ -59,11 +68,11 @@ def load_reward(
     return reward_of(config, tuple(zip(names, weights, functions, strict=True)))
 
 
-def load_reward_here(config: RewardConfig, *, trust_remote_code: bool = False) -> Reward:
+def load_reward_here(config: RewardConfig, *, trust_remote_code: bool = False, conversations: bool = False) -> Reward:
     """The config's reward in a command of one process, on a GPU if there is one. Raises as `load_reward`."""
     path = None if config.model is None else wheels.resolve_model(config.model, "reward.model")
     device = torch.device("cuda" if has_gpu() else "cpu")
-    return load_reward(config, path, device, trust_remote_code=trust_remote_code)
+    return load_reward(config, path, device, trust_remote_code=trust_remote_code, conversations=conversations)
 
 
 def reward_of(config: RewardConfig, terms: tuple[tuple[str, float, RewardFunction], ...]) -> Reward:

@@ -54,9 +54,10 @@ class Collector:
             logprobs=generated.logprobs,
             entropy=generated.entropy,
             values=generated.values,
-            prompts=texts,
+            prompts=mine.transcripts or texts,
             texts=continuations,
             columns=mine.columns,
+            transcripts=mine.transcripts,
         )
 
     def forward(

@@ -75,7 +75,7 @@ def score_parts(
         read = torch.arange(mask.shape[1]).expand(len(rows), -1) < start
         prompts, texts = tokens.decode(replace(parts.sequences, response_mask=read))
         try:
-            found = score(runtime, replace(parts, prompts=prompts, texts=texts), reward)
+            found = score(runtime, replace(parts, prompts=parts.transcripts or prompts, texts=texts), reward)
         except FailedScoring as error:
             message = f"{error}; it was asked about unfinished responses (reward.partial_every={every})"
             message += f": let it score them, or {WITHOUT_PARTS}"

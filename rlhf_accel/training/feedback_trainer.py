@@ -42,6 +42,8 @@ class FeedbackTrainer(Trainer):  # type: ignore[misc]  # mypy skips transformers
         self.objective = config.data.objective
         self.tokenizer = tokenizer
         self.max_tokens = min(config.data.max_tokens, classifiers.most_tokens(model, tokenizer))
+        chats = sets.formed.conversations and not sets.formed.plain
+        self.ends = reward_texts.template_ends(tokenizer) if chats else None
         self.ids, self.cut = self._encoded(sets.train)
         evaluated = self._numbered(sets.tuning.texts) if config.run.eval_every else None
 
@@ -104,7 +106,7 @@ class FeedbackTrainer(Trainer):  # type: ignore[misc]  # mypy skips transformers
 
     def _numbered(self, texts: tuple[str, ...]) -> list[dict[str, Any]]:
         """Texts with their positions: the Trainer groups them by length, which changes their order."""
-        rows, _ = reward_texts.encode(self.tokenizer, texts, self.max_tokens)
+        rows, _ = reward_texts.encode(self.tokenizer, texts, self.max_tokens, self.ends)
         return [{"input_ids": row["input_ids"], "labels": i} for i, row in enumerate(rows)]
 
     def _examples(self, train: Feedback) -> list[dict[str, Any]] | datasets.Dataset:
@@ -162,6 +164,7 @@ class FeedbackTrainer(Trainer):  # type: ignore[misc]  # mypy skips transformers
             max_tokens=self.max_tokens,
             truncation_side=self.tokenizer.truncation_side,
             around=reward_texts.around(self.tokenizer),
+            ends=self.ends,
             precision="bf16" if self.args.bf16 else "fp32",
             texts=len(self.ids),
             cut=self.cut,
@@ -181,7 +184,7 @@ class FeedbackTrainer(Trainer):  # type: ignore[misc]  # mypy skips transformers
 
     def _encoded(self, train: Feedback) -> tuple[list[list[int]], int]:
         """Ids of each training text, and the number of texts that were cut."""
-        rows, cut = reward_texts.encode(self.tokenizer, train.texts, self.max_tokens)
+        rows, cut = reward_texts.encode(self.tokenizer, train.texts, self.max_tokens, self.ends)
         return [row["input_ids"] for row in rows], sum(cut)
 
 

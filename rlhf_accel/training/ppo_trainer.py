@@ -297,7 +297,7 @@ def checked_prompts(prompts: PromptBatch | Sequence[str], setup: Setup) -> Promp
     """The prompts of a step as a batch with a row for each response. Raises `ConfigError` as `PPOTrainer.step`."""
     rollout, minibatches = setup.config.rollout, setup.config.ppo.num_minibatches
     if not isinstance(prompts, PromptBatch):
-        prompts = own_prompts(prompts, setup.tokens)
+        prompts = own_prompts(prompts, setup.tokens, setup.config.data)
     prompts = prompts.repeated(rollout.samples_per_prompt)
     policy, lengths = setup.runtime.plain_module.policy, prompts.query_mask.sum(1).tolist()
     check_prompts(policy, prompts.texts, lengths, rollout.max_new_tokens, "rollout.max_new_tokens")

@@ -65,7 +65,7 @@ def write_record(
     )
     with exact_products():  # recorded scores must not depend on this machine
         classifier = Classifier(config, str(folder), torch.device("cpu"), trust_remote_code=trust_remote_code)
-        rows, _ = reward_texts.encode(classifier.tokenizer, kept.texts, classifier.max_tokens)
+        rows, _ = classifier.encoded(kept.texts)
         scores = torch.cat([classifier.logits([row]) for row in rows]) if rows else kept.scores
         ids = [row["input_ids"] for row in rows]
         # On the scale of the model in memory, whose rounding is a share of these scores, not of the shifted ones.

