@@ -180,6 +180,7 @@ def contradictions(config: Config) -> Iterator[ConfigError]:
     yield from _advantage_contradictions(config)
     yield from _scoring_contradictions(config)
     yield from _model_contradictions(config)
+    yield from _lora_contradictions(config)
     yield from _ppo_contradictions(config)
 
 
@@ -457,6 +458,10 @@ def _model_contradictions(config: Config) -> Iterator[ConfigError]:
             key="model.attention",
             others=("run.precision", "model.dtype"),
         )
+
+
+def _lora_contradictions(config: Config) -> Iterator[ConfigError]:
+    model, lora = config.model, config.lora
     unused = [key for key in ("modules_to_save", "use_rslora", "use_dora") if getattr(lora, key)]
     if lora.r == 0 and unused:
         yield ConfigError(

@@ -20,7 +20,7 @@ from rlhf_accel.config.places import template_text
 from rlhf_accel.config.schema import DataConfig
 from rlhf_accel.data.conversations import Turns
 from rlhf_accel.data.loading import pretrained
-from rlhf_accel.system.errors import ConfigError, as_config_error
+from rlhf_accel.system.errors import ConfigError, as_config_error, first_line
 from rlhf_accel.system.transfer import to_device
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"  # in place of bytes that are not a character
