@@ -119,6 +119,8 @@ def test_select_gives_these_rows_in_this_order(make: Any) -> None:
             assert after == (before[2], before[0], before[2])
         elif isinstance(before, dict):
             assert after == {key: (column[2], column[0], column[2]) for key, column in before.items()}
+        elif before is None:
+            assert after is None
         else:
             assert torch.equal(after.queries, before.queries[rows])
             assert torch.equal(after.response_mask, before.response_mask[rows])

@@ -393,5 +393,8 @@ def test_attention_that_cannot_work_here_names_what_to_set(gpt2_folder, monkeypa
         loading.check_attention(config, gpu)
     monkeypatch.setitem(loading._FLASH, "flash_attention_2", lambda: True)
     loading.check_attention(config, gpu)
+    with pytest.raises(ConfigError, match=r"^model\.attention=flex_attention needs a CUDA GPU; set"):
+        built(gpt2_folder, model={"attention": "flex_attention"})
+    monkeypatch.setattr(policy_module, "check_attention", lambda *_: None)
     with pytest.raises(ConfigError, match=r"^model\.name_or_path=.* with model\.attention=flex_attention: .* not "):
         built(gpt2_folder, model={"attention": "flex_attention"})

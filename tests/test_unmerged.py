@@ -308,3 +308,21 @@ def test_ranks_stay_in_step(sharing, monkeypatch) -> None:
     with pytest.raises(_Refused):
         classifier([""], ["a film"])
     assert len(read) == 5
+
+
+def test_a_folder_or_a_base_that_is_not_there_is_named(
+    tiny: Callable[..., Config], gpt2_folder: Path, tmp_path: Path
+) -> None:
+    shared = {"function": [], "label": None, "on_policy_base": True, "dtype": "auto"}
+    missing = str(tmp_path / "a" / "b")
+    with pytest.raises(ConfigError, match=rf"^reward\.model={missing}: no such folder"):
+        PPOTrainer(tiny(lora={"r": 2}, reward={**shared, "model": missing}))
+    folder = trained(gpt2_folder, tmp_path / "adapter")
+    for name in ("reward_texts.json", "adapter_config.json"):
+        text = (folder / name).read_text().replace(str(gpt2_folder), missing)
+        (folder / name).write_text(text)
+    for on_base in (True, False):
+        with pytest.raises(
+            ConfigError, match=rf"^reward\.model={folder} is an adapter over {missing}, which is not there"
+        ):
+            PPOTrainer(tiny(lora={"r": 2}, reward={**shared, "model": str(folder), "on_policy_base": on_base}))

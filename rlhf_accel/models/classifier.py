@@ -36,7 +36,9 @@ def load_tokenizer(path: str, subject: str, *, trust_remote_code: bool) -> Any:
     """The tokenizer of the classifier at `path`, with a PAD; code that comes with it runs only if `trust_remote_code`.
 
     Raises `ConfigError`, whose message starts with `subject`, if there is none."""
-    with as_config_error(f"{subject}: no tokenizer could be loaded; save one beside the model", key=key_in(subject)):
+    here = "" if os.path.exists(path) else "there is no such folder here, and "
+    message = f"{subject}: {here}no tokenizer could be loaded; save one beside the model"
+    with as_config_error(message, key=key_in(subject)):
         tokenizer = pretrained(AutoTokenizer, path, trust_remote_code=trust_remote_code, subject=subject)
         # For a folder with a model and no tokenizer, transformers may return a tokenizer of special tokens only.
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):

