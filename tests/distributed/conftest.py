@@ -21,8 +21,8 @@ LORA = {"lora": {"r": 4, "target_modules": ["c_attn", "c_fc"]}, "model": {"criti
 SHARED = {"function": [], "model": "{unmerged}", "dtype": "auto", "on_policy_base": True}
 SAVED = {"total_steps": 2, "save_every": 1}
 ON_BASE = {
-    **{**LORA, "reward": {**SHARED, "partial_every": 8, "batch_size": 3}},
-    **{"ppo": {"num_minibatches": 1}, "run": {**SAVED, "eval_samples": 1}},
+    **{**LORA, "reward": {**SHARED, "partial_every": 5, "batch_size": 2}},
+    **{"ppo": {"num_minibatches": 1}, "run": SAVED},
 }
 SUM = {"function": ["tests.conftest:share_of_o", "tests.conftest:mean_code"], "weights": [1.0, 0.01]}
 LONGER = {"total_steps": 3, "save_every": 2}
@@ -45,7 +45,7 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "separate": {"model": {"critic": "separate"}, "run": SAVED},
     "classifier": {"reward": {"function": [], "model": "{classifier}", "label": "1"}, "run": SAVED},
     "lora": {**LORA, "run": SAVED},
-    # The reward on the policy's base: one rank has two passes and the other one, and each is a collective of ZeRO-3.
+    # The reward on the policy's base: ranks have shares of different sizes, and each pass is a collective of ZeRO-3.
     "shared_base": {**ON_BASE, "rollout": {"batch_size": 7}},
     "shared_base_in_step": {**ON_BASE, "rollout": {"batch_size": 7, "gather_parameters": "never"}},
     # Groups of three, of which a rank's share and a minibatch hold parts.
