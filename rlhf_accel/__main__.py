@@ -15,7 +15,7 @@ from rlhf_accel.config.recipes import DEFAULT_RECIPE, recipe_names
 from rlhf_accel.distributed.deepspeed_launch import take_launch_options
 from rlhf_accel.system import console
 from rlhf_accel.system.errors import ConfigError, Finished, RunFailed
-from rlhf_accel.system.terminal import drop_remark_of_deepspeed, guard_messages, say
+from rlhf_accel.system.terminal import drop_remarks, guard_messages, say
 
 _WAIT_FOR_OTHERS = 20.0  # seconds; other processes of the launch may still be importing torch
 _WAIT_FOR_MESSAGE = 2.0  # seconds for the chosen process to print
@@ -67,7 +67,7 @@ def start(name: str, arguments: list[str]) -> None:
 def run(command: Callable[[list[str]], None], arguments: list[str]) -> None:
     """Run a command and exit with its status: 0 done, 1 crash, 2 bad config or input, 130 Ctrl-C, 143 stopped."""
     guard_messages()
-    drop_remark_of_deepspeed()
+    drop_remarks()
     with console.guarded():
         try:
             _flushed(command, arguments)

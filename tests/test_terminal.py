@@ -128,7 +128,7 @@ def unguarded(monkeypatch):
 
 
 def test_only_one_remark_of_deepspeed_is_dropped(caplog):
-    terminal.drop_remark_of_deepspeed()
+    terminal.drop_remarks()
     log = logging.getLogger("DeepSpeed")
     with caplog.at_level(logging.WARNING, "DeepSpeed"):
         log.addHandler(caplog.handler)

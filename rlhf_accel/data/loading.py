@@ -7,7 +7,6 @@ explicit. Knows the loading functions of transformers and peft; knows only one c
 from __future__ import annotations
 
 import errno
-import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -80,14 +79,7 @@ def _name_cache(error: BaseException | None, subject: str) -> None:
         error = error.__cause__ or error.__context__
 
 
-def _is_useful(record: logging.LogRecord) -> bool:
-    """False for transformers' warning about a model of an unknown type, before the error that says what is missing."""
-    return "to instantiate a model of type ``" not in record.getMessage()
-
-
 def _without_asking(load: Callable[[], Any], subject: str) -> Any:
-    logger = logging.getLogger("transformers.configuration_utils")
-    logger.addFilter(_is_useful)
     try:
         return load()
     except OSError as error:
@@ -101,5 +93,3 @@ def _without_asking(load: Callable[[], Any], subject: str) -> Any:
             "sources that you trust (`generate` and `merge` of a model or adapter: --trust_code)",
             key=TRUST_KEY,
         ) from None
-    finally:
-        logger.removeFilter(_is_useful)

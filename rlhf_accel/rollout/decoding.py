@@ -109,7 +109,7 @@ class TokenStep:
             counter.add_(1)
 
     def keep(self, kept: Int[Tensor, " n"]) -> None:
-        """Go on with these rows only, of those that are there."""
+        """Continue with only these of the rows that are left."""
         self.rows, self.tokens, self.mask = self.rows[kept], self.tokens[kept], self.mask[kept]
         self.positions = self.positions[kept]
         self.extras |= accepted(self.task.model, position_ids=self.positions)

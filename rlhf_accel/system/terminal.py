@@ -79,14 +79,22 @@ def guard_messages() -> None:
     logging.setLogRecordFactory(record)
 
 
-def drop_remark_of_deepspeed() -> None:
-    """Drop a warning with which DeepSpeed, if it is installed, heads the output of every command on a CPU: the run says
-    on what it computes. Call it before transformers is imported."""
-    logging.getLogger("DeepSpeed").addFilter(_is_no_remark)
+# Warnings of libraries that a command says better itself, by their logger: on what it computes, and that a model of an
+# unknown type needs code of its own.
+_REMARKS = {
+    "DeepSpeed": "Setting accelerator to CPU.",
+    "transformers.configuration_utils": "to instantiate a model of type ``",
+}
+
+
+def drop_remarks() -> None:
+    """Drop these warnings, and no others. Call it before transformers is imported, which imports DeepSpeed."""
+    for name in _REMARKS:
+        logging.getLogger(name).addFilter(_is_no_remark)
 
 
 def _is_no_remark(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith("Setting accelerator to CPU.")
+    return _REMARKS[record.name] not in record.getMessage()
 
 
 def _show_traceback(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
